@@ -1,0 +1,146 @@
+"""The contract of a distribution: a base of a flow, or a conditional inside a stochastic layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """A tuple of positive sizes from an int or a sequence; ValueError otherwise."""
+    shape = (shape,) if isinstance(shape, int) else tuple(int(s) for s in shape)
+    if not shape or any(s <= 0 for s in shape):
+        raise ValueError(f"expected positive sizes for an event shape, got {shape}")
+    return shape
+
+
+class Distribution(nn.Module, ABC):
+    r"""A density or mass over events, conditional on a context or not.
+
+    One class serves both cases: where a ``net`` is given, it maps the context to the parameters;
+    otherwise the parameters are fixed or learned.
+
+    Attributes:
+        event_shape: the shape of one x.
+        discrete: whether ``log_prob`` is of a mass rather than a density.
+        net: the context net, None for an unconditional distribution.
+    """
+
+    discrete: bool = False
+
+    def __init__(self, event_shape: int | Sequence[int], net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+        self.net = net
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the parameters come from a context."""
+        return self.net is not None
+
+    # What a subclass writes -------------------------------------------------------------------
+
+    @abstractmethod
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """(B, *event) -> (B,), nats."""
+
+    @abstractmethod
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        """n events, (n, *event); reparametrised where the family allows."""
+
+    # What a user calls ------------------------------------------------------------------------
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density (or log-mass) of each row.
+
+        Args:
+            x: (B, *event).
+            context: (B, ...) for a conditional distribution.
+
+        Returns:
+            (B,), nats, float32 or better; -inf outside the support.
+
+        Raises:
+            ValueError: for a wrong shape, or a context that is missing.
+        """
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise ValueError(
+                f"{type(self).__name__}.log_prob: expected shape "
+                f"(batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
+            )
+        return self._log_prob(x, self._context(context, x.shape[0], "log_prob"))
+
+    def sample(
+        self, n: int | None = None, context: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw events.
+
+        Args:
+            n: how many; may be left out with a context, whose rows then give one event each.
+            context: (n, ...) or (1, ...), the latter for n events under one context.
+            temperature: 1 is the distribution itself. Location-scale families multiply their
+                scale by it, discrete ones divide their logits by it.
+
+        Returns:
+            (n, *event).
+        """
+        if n is None:
+            if context is None:
+                raise ValueError(f"{type(self).__name__}.sample: expected n or a context")
+            n = context.shape[0]
+        if n < 0:
+            raise ValueError(f"{type(self).__name__}.sample: expected n >= 0, got {n}")
+        if not temperature > 0:
+            raise ValueError(
+                f"{type(self).__name__}.sample: expected temperature > 0, got {temperature}"
+            )
+        return self._sample(n, self._context(context, n, "sample"), temperature)
+
+    def sample_and_log_prob(
+        self, n: int | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Events and their log-probabilities: (n, *event) and (n,), nats."""
+        x = self.sample(n, context)
+        if context is not None and context.shape[0] != x.shape[0]:
+            context = context.expand(x.shape[0], *context.shape[1:])
+        return x, self.log_prob(x, context)
+
+    def _context(self, context: Tensor | None, n: int, method: str) -> Tensor | None:
+        if not self.conditional:
+            return None
+        if context is None:
+            raise ValueError(f"{type(self).__name__}.{method}: expected a context, got none")
+        if context.shape[0] == 1 and n != 1:
+            context = context.expand(n, *context.shape[1:])
+        if context.shape[0] != n:
+            raise ValueError(
+                f"{type(self).__name__}.{method}: expected a context of {n} rows, "
+                f"got shape {tuple(context.shape)}"
+            )
+        return context
+
+    def _net_parameters(self, context: Tensor, count: int) -> tuple[Tensor, ...]:
+        """The net's output, (B, C * count, ...), as ``count`` tensors of shape (B, *event).
+
+        Output channels alternate over the parameters: a0 b0 a1 b1 ... for count 2.
+        """
+        out = self.net(context)
+        if out.dtype in (torch.float16, torch.bfloat16):
+            out = out.float()
+        expected = (self.event_shape[0] * count, *self.event_shape[1:])
+        if tuple(out.shape[1:]) != expected:
+            raise ValueError(
+                f"{type(self).__name__}: expected the net to give shape "
+                f"(batch, {', '.join(map(str, expected))}), got {tuple(out.shape)}"
+            )
+        return out.unflatten(1, (self.event_shape[0], count)).unbind(2)
+
+
+def sum_event(values: Tensor) -> Tensor:
+    """Sum over everything but the batch, in float32 or better: (B, *event) -> (B,)."""
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return values.flatten(1).sum(1) if values.dim() > 1 else values

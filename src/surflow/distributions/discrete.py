@@ -1,0 +1,133 @@
+"""Discrete distributions: categorical and Bernoulli; fixed, learned or from a context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surflow.checks import require
+from surflow.distributions.base import Distribution, sum_event
+
+
+class Bernoulli(Distribution):
+    r"""Independent Bernoullis over {0, 1}.
+
+    .. math:: \log p(x) = \sum_d x_d \log\pi_d + (1 - x_d)\log(1 - \pi_d)
+
+    ``log_prob`` takes real-valued x in [0, 1] too (the cross-entropy of a grey value).
+
+    Args:
+        event_shape: the shape of one x.
+        probability: P(x = 1), broadcastable to the event.
+        learn: whether the logits are a parameter.
+        net: maps a context to logits, (B, *event).
+
+    Raises:
+        ValueError: for a probability outside (0, 1).
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        probability: float | Sequence[float] | Tensor = 0.5,
+        learn: bool = False,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(event_shape, net)
+        if net is not None:
+            return
+        p = torch.as_tensor(probability, dtype=torch.get_default_dtype())
+        if not bool(((p > 0) & (p < 1)).all()):
+            raise ValueError(f"Bernoulli: expected 0 < probability < 1, got {p.tolist()}")
+        logits = torch.logit(p).expand(self.event_shape).clone()
+        if learn:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+
+    def logits_of(self, context: Tensor | None) -> Tensor:
+        """The logits of P(x = 1), broadcastable to (B, *event)."""
+        return self._net_parameters(context, 1)[0] if self.conditional else self.logits
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        logits = self.logits_of(context)
+        x = x.to(logits.dtype)
+        return sum_event(x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits))
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        p = torch.sigmoid(self.logits_of(context) / temperature)
+        return torch.bernoulli(p.expand(n, *self.event_shape))
+
+
+class Categorical(Distribution):
+    r"""Independent categoricals over {0, ..., K - 1}.
+
+    .. math:: \log p(x) = \sum_d \log \mathrm{softmax}(\ell_d)_{x_d}
+
+    Args:
+        event_shape: the shape of one x.
+        num_classes: K.
+        logits: (K,) or (*event, K); zeros if left out.
+        learn: whether the logits are a parameter.
+        net: maps a context to (B, C * K, ...), channels alternating over classes.
+
+    Raises:
+        ValueError: for K < 1, logits of a wrong shape, or (from ``log_prob``) a class outside
+            0 ... K - 1 or a tensor that is not of integers.
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        num_classes: int,
+        logits: Sequence[float] | Tensor | None = None,
+        learn: bool = False,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(event_shape, net)
+        if num_classes < 1:
+            raise ValueError(f"Categorical: expected num_classes >= 1, got {num_classes}")
+        self.num_classes = num_classes
+        if net is not None:
+            return
+        shape = (*self.event_shape, num_classes)
+        value = torch.zeros(shape) if logits is None else torch.as_tensor(logits)
+        if value.shape[-1] != num_classes:
+            raise ValueError(
+                f"Categorical: expected logits over {num_classes} classes, "
+                f"got shape {tuple(value.shape)}"
+            )
+        value = value.to(torch.get_default_dtype()).expand(shape).clone()
+        if learn:
+            self.logits = nn.Parameter(value)
+        else:
+            self.register_buffer("logits", value)
+
+    def log_probabilities(self, context: Tensor | None) -> Tensor:
+        """Normalised log-probabilities, broadcastable to (B, *event, K)."""
+        if self.conditional:
+            logits = torch.stack(self._net_parameters(context, self.num_classes), dim=-1)
+        else:
+            logits = self.logits
+        return F.log_softmax(logits, dim=-1)
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if x.is_floating_point():
+            raise ValueError(f"Categorical.log_prob: expected an integer tensor, got {x.dtype}")
+        inside = (x >= 0) & (x < self.num_classes)
+        require(inside, "Categorical.log_prob", f"classes 0 to {self.num_classes - 1}", x)
+        table = self.log_probabilities(context).expand(*x.shape, self.num_classes)
+        return sum_event(table.gather(-1, x.long().unsqueeze(-1)).squeeze(-1))
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        logits = self.log_probabilities(context) / temperature
+        p = logits.softmax(-1).expand(n, *self.event_shape, self.num_classes)
+        flat = torch.multinomial(p.reshape(-1, self.num_classes), 1)
+        return flat.reshape(n, *self.event_shape)

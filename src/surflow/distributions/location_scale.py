@@ -1,0 +1,149 @@
+"""Location-scale families: normal, half-normal, logistic; fixed, learned or from a context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surflow.distributions.base import Distribution, as_shape, sum_event
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+class LocationScale(Distribution):
+    r"""A family x = loc + exp(log_scale) * eps with eps from a standard density.
+
+    .. math:: \log p(x) = \sum_d \log s((x_d - \mu_d) e^{-\lambda_d}) - \lambda_d
+
+    Args:
+        event_shape: the shape of one x.
+        loc: location, broadcastable to the event.
+        scale: positive scale, broadcastable to the event.
+        learn: whether loc and log_scale are parameters.
+        parameter_shape: the shape of the parameters, broadcastable to the event; (C, 1, 1) gives
+            one location and scale a channel. Default: the event shape.
+        net: maps a context to (B, 2 C, ...), channels alternating loc, log_scale.
+
+    Raises:
+        ValueError: for a scale that is not positive, or parameters that do not broadcast.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        loc: float | Sequence[float] | Tensor = 0.0,
+        scale: float | Sequence[float] | Tensor = 1.0,
+        learn: bool = False,
+        parameter_shape: Sequence[int] | None = None,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(event_shape, net)
+        if net is not None:
+            return
+        shape = self.event_shape if parameter_shape is None else as_shape(parameter_shape)
+        loc = torch.as_tensor(loc, dtype=torch.get_default_dtype())
+        scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        if not bool((scale > 0).all()):
+            raise ValueError(f"{type(self).__name__}: expected scale > 0, got {scale.tolist()}")
+        try:
+            torch.broadcast_shapes(shape, self.event_shape)
+            loc, log_scale = (t.expand(shape).clone() for t in (loc, scale.log()))
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__}: loc {tuple(loc.shape)}, scale {tuple(scale.shape)} and "
+                f"parameters {tuple(shape)} must broadcast to the event {self.event_shape}"
+            ) from None
+        if learn:
+            self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
+        else:
+            self.register_buffer("loc", loc)
+            self.register_buffer("log_scale", log_scale)
+
+    def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """loc and log_scale, each broadcastable to (B, *event)."""
+        if self.conditional:
+            loc, log_scale = self._net_parameters(context, 2)
+            return loc, log_scale
+        return self.loc, self.log_scale
+
+    def _standard_log_prob(self, eps: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        loc, log_scale = self.parameters_of(context)
+        eps = (x - loc) * torch.exp(-log_scale)
+        return sum_event(self._standard_log_prob(eps) - log_scale)
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        loc, log_scale = self.parameters_of(context)
+        eps = self._standard_sample((n, *self.event_shape), loc)
+        return loc + torch.exp(log_scale) * temperature * eps
+
+
+class DiagonalNormal(LocationScale):
+    r"""Independent normals, fixed, learned or conditional.
+
+    .. math:: \log p(x) = \sum_d -\tfrac12 ((x_d - \mu_d)/\sigma_d)^2 - \log \sigma_d
+              - \tfrac12 \log 2\pi
+
+    Arguments, shapes and errors: see :class:`LocationScale`.
+    """
+
+    def _standard_log_prob(self, eps: Tensor) -> Tensor:
+        return -0.5 * eps.square() - HALF_LOG_TWO_PI
+
+    def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.randn(shape, device=like.device, dtype=like.dtype)
+
+
+class StandardNormal(DiagonalNormal):
+    r"""The standard normal, :math:`\mathcal N(0, I)`.
+
+    Args:
+        event_shape: the shape of one x.
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__(event_shape, parameter_shape=[1] * len(as_shape(event_shape)))
+
+
+class HalfNormal(LocationScale):
+    r"""Independent half-normals on :math:`x \ge 0`; loc shifts the edge of the support.
+
+    .. math:: \log p(x) = \sum_d \log 2 + \log \mathcal N(x_d; \mu_d, \sigma_d^2),
+              \quad x_d \ge \mu_d
+
+    Arguments, shapes and errors: see :class:`LocationScale`.
+    """
+
+    def _standard_log_prob(self, eps: Tensor) -> Tensor:
+        inside = math.log(2) - 0.5 * eps.square() - HALF_LOG_TWO_PI
+        return torch.where(eps >= 0, inside, -math.inf)
+
+    def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.randn(shape, device=like.device, dtype=like.dtype).abs()
+
+
+class Logistic(LocationScale):
+    r"""Independent logistics.
+
+    .. math:: \log p(x) = \sum_d \log\sigma(e_d) + \log\sigma(-e_d) - \log s_d,
+              \quad e_d = (x_d - \mu_d)/s_d
+
+    Arguments, shapes and errors: see :class:`LocationScale`.
+    """
+
+    def _standard_log_prob(self, eps: Tensor) -> Tensor:
+        return F.logsigmoid(eps) + F.logsigmoid(-eps)
+
+    def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        u = torch.rand(shape, device=like.device, dtype=like.dtype)
+        tiny = torch.finfo(like.dtype).eps / 2
+        return torch.logit(u.clamp(tiny, 1 - tiny))

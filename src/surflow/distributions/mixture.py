@@ -1,0 +1,141 @@
+"""Mixtures: of any distributions, and of diagonal normals in one vectorised class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surflow.distributions.base import Distribution, sum_event
+from surflow.distributions.location_scale import HALF_LOG_TWO_PI
+
+
+class Mixture(Distribution):
+    r"""A mixture of any distributions over the same events.
+
+    .. math:: \log p(x) = \log \sum_k \pi_k\, p_k(x)
+
+    Args:
+        components: distributions with one event shape; conditional ones share the context.
+        weights: positive weights, (K,), normalised here; equal if left out.
+        learn: whether the log-weights are a parameter.
+
+    Raises:
+        ValueError: for no component, different event shapes, or weights that are not positive.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Distribution],
+        weights: Sequence[float] | Tensor | None = None,
+        learn: bool = False,
+    ) -> None:
+        if not components or len({c.event_shape for c in components}) != 1:
+            shapes = [c.event_shape for c in components]
+            raise ValueError(f"Mixture: expected components with one event shape, got {shapes}")
+        super().__init__(components[0].event_shape)
+        self.components = nn.ModuleList(components)
+        self.discrete = components[0].discrete
+        weights = torch.ones(len(components)) if weights is None else torch.as_tensor(weights)
+        if weights.shape != (len(components),) or not bool((weights > 0).all()):
+            raise ValueError(
+                f"Mixture: expected {len(components)} positive weights, got {weights.tolist()}"
+            )
+        logits = weights.to(torch.get_default_dtype()).log()
+        if learn:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+
+    @property
+    def conditional(self) -> bool:
+        return any(c.conditional for c in self.components)
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        parts = torch.stack([c.log_prob(x, context) for c in self.components], dim=-1)
+        return torch.logsumexp(parts + F.log_softmax(self.logits, 0), dim=-1)
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        draws = torch.stack([c.sample(n, context, temperature) for c in self.components])
+        if n == 0:
+            return draws[0]
+        index = torch.multinomial(self.logits.softmax(0), n, replacement=True)
+        return draws[index, torch.arange(n, device=index.device)]
+
+
+class DiagonalNormalMixture(Distribution):
+    r"""A mixture of K diagonal normals, all components at once.
+
+    .. math:: \log p(x) = \log \sum_k \pi_k \prod_d \mathcal N(x_d; \mu_{kd}, \sigma_{kd}^2)
+
+    Args:
+        event_shape: the shape of one x.
+        num_components: K.
+        spread: standard deviation of the initial locations (unconditional).
+        learn: whether weights, locations and log-scales are parameters.
+        net: maps a context to (B, C * 3 K, ...); per element K weight logits (averaged over the
+            event, since a mixture has one weight a component), K locations, K log-scales.
+
+    Raises:
+        ValueError: for K < 1.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        num_components: int,
+        spread: float = 1.0,
+        learn: bool = True,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(event_shape, net)
+        if num_components < 1:
+            raise ValueError(
+                f"DiagonalNormalMixture: expected num_components >= 1, got {num_components}"
+            )
+        self.num_components = num_components
+        if net is not None:
+            return
+        shape = (num_components, *self.event_shape)
+        values = {
+            "logits": torch.zeros(num_components),
+            "loc": torch.randn(shape) * spread,
+            "log_scale": torch.zeros(shape),
+        }
+        for name, value in values.items():
+            if learn:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights (b, K), locations and log-scales (b, K, *event); b is 1 or the batch."""
+        k = self.num_components
+        if not self.conditional:
+            return (
+                F.log_softmax(self.logits, 0).unsqueeze(0),
+                self.loc.unsqueeze(0),
+                self.log_scale.unsqueeze(0),
+            )
+        parts = torch.stack(self._net_parameters(context, 3 * k), dim=1)
+        logits, loc, log_scale = parts.split(k, dim=1)
+        return F.log_softmax(logits.flatten(2).mean(2), 1), loc, log_scale
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        log_weight, loc, log_scale = self.parameters_of(context)
+        eps = (x.unsqueeze(1) - loc) * torch.exp(-log_scale)
+        density = -0.5 * eps.square() - HALF_LOG_TWO_PI - log_scale
+        per_component = sum_event(density.flatten(0, 1)).unflatten(0, density.shape[:2])
+        return torch.logsumexp(per_component + log_weight, dim=1)
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        log_weight, loc, log_scale = self.parameters_of(context)
+        shape = (n, self.num_components, *self.event_shape)
+        if n == 0:
+            return loc.new_empty((0, *self.event_shape))
+        index = torch.multinomial(log_weight.exp().expand(n, -1), 1).squeeze(1)
+        rows = torch.arange(n, device=index.device)
+        loc, log_scale = loc.expand(shape)[rows, index], log_scale.expand(shape)[rows, index]
+        return loc + torch.exp(log_scale) * temperature * torch.randn_like(loc)

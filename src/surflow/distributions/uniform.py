@@ -1,0 +1,52 @@
+"""The uniform distribution on a box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from surflow.distributions.base import Distribution, sum_event
+
+
+class Uniform(Distribution):
+    r"""Uniform on a box, :math:`x_d \in [l_d, h_d]`.
+
+    .. math:: \log p(x) = -\sum_d \log(h_d - l_d)
+
+    Args:
+        event_shape: the shape of one x.
+        low, high: the edges, broadcastable to the event.
+
+    Raises:
+        ValueError: unless low < high everywhere; from ``sample``, for a temperature other than 1,
+            which a uniform does not have.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        low: float | Sequence[float] | Tensor = 0.0,
+        high: float | Sequence[float] | Tensor = 1.0,
+    ) -> None:
+        super().__init__(event_shape)
+        low = torch.as_tensor(low, dtype=torch.get_default_dtype()).expand(self.event_shape)
+        high = torch.as_tensor(high, dtype=torch.get_default_dtype()).expand(self.event_shape)
+        if not bool((low < high).all()):
+            raise ValueError(
+                f"Uniform: expected low < high, got {low.tolist()} and {high.tolist()}"
+            )
+        self.register_buffer("low", low.clone())
+        self.register_buffer("high", high.clone())
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        inside = (x >= self.low) & (x <= self.high)
+        density = torch.where(inside, -(self.high - self.low).log(), -torch.inf)
+        return sum_event(density.to(x.dtype))
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        if temperature != 1.0:
+            raise ValueError(f"Uniform.sample: expected temperature 1, got {temperature}")
+        u = torch.rand((n, *self.event_shape), device=self.low.device, dtype=self.low.dtype)
+        return self.low + (self.high - self.low) * u

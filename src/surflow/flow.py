@@ -1,0 +1,219 @@
+"""A flow: a base distribution and transforms, with a likelihood that knows what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surflow.distributions.base import Distribution
+from surflow.transforms.base import Sequential, Transform
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One layer's share of a likelihood.
+
+    Attributes:
+        layer: its place and class, such as ``0.AbsInference``; ``base`` comes last.
+        kind: bijective, surjective (inference or generative), stochastic, or base.
+        bound: whether this layer makes the number a lower bound.
+        mean: mean contribution over the rows, nats.
+        standard_error: of that mean, nats; NaN for a single row.
+        finite: whether output and contribution were finite everywhere.
+    """
+
+    layer: str
+    kind: str
+    bound: bool
+    mean: float
+    standard_error: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Ledger(Sequence[LedgerRow]):
+    """The likelihood, layer by layer; the means add up to the mean of ``log_prob``.
+
+    Attributes:
+        rows: the layers in order, data side first, the base last.
+        count: the number of data points averaged over.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LedgerRow:  # type: ignore[override]
+        return self.rows[index]
+
+    @property
+    def total(self) -> float:
+        """The mean log-likelihood (or bound) per data point, nats."""
+        return sum(row.mean for row in self.rows)
+
+    @property
+    def lower_bound(self) -> bool:
+        """Whether the total is a lower bound."""
+        return any(row.bound for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(r.layer) for r in self.rows))
+        kind = max(len("kind"), *(len(r.kind) for r in self.rows))
+        lines = [f"{'layer':<{width}}  {'kind':<{kind}}  exact or bound  mean contribution, nats"]
+        for r in self.rows:
+            word = "bound" if r.bound else "exact"
+            lines.append(
+                f"{r.layer:<{width}}  {r.kind:<{kind}}  {word:<14}  "
+                f"{r.mean:+.4f} ± {r.standard_error:.4f}"
+            )
+        word = "bound" if self.lower_bound else "exact"
+        name = "lower bound on log p(x)" if self.lower_bound else "log p(x)"
+        lines.append(
+            f"{'sum':<{width}}  {name:<{kind}}  {word:<14}  {self.total:+.4f}  "
+            f"(mean of {self.count} points)"
+        )
+        return "\n".join(lines)
+
+
+class Flow(nn.Module):
+    r"""A base distribution and transforms.
+
+    .. math:: \log p(x) = \log p(z) + \sum_i V_i(x_{i-1}, x_i)
+
+    exactly where every layer's forward is deterministic, else as a lower bound in expectation
+    (``lower_bound``).
+
+    Args:
+        base: the distribution of the last latent.
+        transforms: one transform, or several in order, data side first.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 2 and Algorithm 1.
+
+    >>> import torch
+    >>> from surflow.distributions import StandardNormal
+    >>> from surflow.transforms import Affine
+    >>> flow = Flow(StandardNormal(1), [Affine(1, scale=2.0)])
+    >>> round(flow.log_prob(torch.zeros(1, 1)).item(), 4)  # log N(0; 0, 1/4)
+    -0.2258
+    """
+
+    def __init__(self, base: Distribution, transforms: Transform | Iterable[Transform] = ()):
+        super().__init__()
+        if not isinstance(base, Distribution):
+            raise TypeError(f"Flow: base must be a Distribution, got {type(base).__name__}")
+        self.base = base
+        if isinstance(transforms, Sequential):
+            self.transforms = transforms
+        elif isinstance(transforms, Transform):
+            self.transforms = Sequential([transforms])
+        else:
+            self.transforms = Sequential(transforms)
+
+    @property
+    def lower_bound(self) -> bool:
+        """Whether ``log_prob`` is a lower bound, in expectation, rather than the likelihood."""
+        return self.transforms.lower_bound
+
+    @property
+    def conditional(self) -> bool:
+        """Whether any part reads a context."""
+        return self.transforms.conditional or self.base.conditional
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is not None and not self.conditional:
+            raise ValueError("Flow: got a context, but no layer of this flow takes one")
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The log-likelihood of each row, or a sample of a lower bound on it.
+
+        Args:
+            x: data, (B, *event).
+            context: (B, ...) for a conditional flow.
+
+        Returns:
+            (B,), nats; see ``lower_bound``.
+
+        Raises:
+            ValueError: from the layer to which a wrong shape, dtype or value came.
+        """
+        self._check_context(context)
+        z, ldj = self.transforms(x, context)
+        return self.base.log_prob(z, context) + ldj
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent of each row (a draw of it where forward is stochastic)."""
+        self._check_context(context)
+        return self.transforms(x, context)[0]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data of each latent (a draw where inverse is stochastic)."""
+        self._check_context(context)
+        return self.transforms.inverse(z, context)
+
+    def sample(
+        self, n: int | None = None, context: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw data.
+
+        Args:
+            n: how many; may be left out with a context, whose rows then give one sample each.
+            context: (n, ...) or (1, ...).
+            temperature: of the base distribution; the layers' own randomness keeps its own.
+
+        Returns:
+            (n, *event).
+        """
+        self._check_context(context)
+        if n is None and context is not None:
+            n = context.shape[0]
+        if context is not None and context.shape[0] == 1 and n != 1:
+            context = context.expand(n, *context.shape[1:])
+        z = self.base.sample(n, context, temperature)
+        return self.transforms.inverse(z, context)
+
+    def trace(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> Iterator[tuple[str, Transform | Distribution, Tensor, Tensor]]:
+        """Layer by layer: name, layer, output, contribution (B,); the base last."""
+        self._check_context(context)
+        z = x
+        for row in self.transforms.trace(x, context):
+            z = row[2]
+            yield row
+        yield f"base.{type(self.base).__name__}", self.base, z, self.base.log_prob(z, context)
+
+    @torch.no_grad()
+    def ledger(self, x: Tensor, context: Tensor | None = None) -> Ledger:
+        """The likelihood of ``x``, layer by layer, as means over its rows, in nats."""
+        rows = []
+        for name, layer, z, part in self.trace(x, context):
+            part = part.double()
+            deviation = part.std() if len(part) > 1 else part.new_tensor(float("nan"))
+            rows.append(
+                LedgerRow(
+                    layer=name,
+                    kind=layer.kind if isinstance(layer, Transform) else "base",
+                    bound=isinstance(layer, Transform) and layer.lower_bound,
+                    mean=part.mean().item(),
+                    standard_error=(deviation / len(part) ** 0.5).item(),
+                    finite=bool(part.isfinite().all()) and bool(z.isfinite().all()),
+                )
+            )
+        return Ledger(tuple(rows), count=x.shape[0])
+
+    def first_non_finite(self, x: Tensor, context: Tensor | None = None) -> str | None:
+        """The first layer whose parameters, output or contribution are not finite, None if all are."""
+        with torch.no_grad():
+            if not bool(x.isfinite().all()):
+                return "the data"
+            for name, layer, z, part in self.trace(x, context):
+                if not bool(part.isfinite().all()):
+                    return f"{name} (ldj)"
+                if not bool(z.isfinite().all()):
+                    return f"{name} (output)"
+        return None

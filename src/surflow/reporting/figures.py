@@ -1,0 +1,418 @@
+"""Figures of a table from the files of its runs. matplotlib's object API, no pyplot state.
+
+Every panel belongs to one run: the number under its title is that run's own, read from the
+`record.json` beside the file drawn. PNG bytes depend on the input alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from surflow.reporting.records import RECORD_NAME, Record, load_record, write_bytes_atomic
+from surflow.reporting.table import Table
+
+Cells = Mapping[str, Mapping[str, "str | Path | None"]]
+
+DPI = 120
+PANEL = 2.15  # inches
+INK, GREY = "#222222", "#8a8a8a"
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+COLORMAP = "magma"
+
+
+def run_files(table: Table, name: str) -> dict[str, dict[str, Path | None]]:
+    """`cells` for the functions below: cells[row label][column label] is the file `name` of the
+    cell's first accepted run, or None where there is no such run or file."""
+    cells: dict[str, dict[str, Path | None]] = {}
+    for cell in table.cells.values():
+        file = cell.records[0].run_dir / name if cell.records else None
+        found = file if file is not None and file.is_file() else None
+        cells.setdefault(cell.row.label, {})[cell.column.label] = found
+    return cells
+
+
+def _record(file: str | Path | None) -> Record | None:
+    """The record beside a run's file; None where there is no file or no record."""
+    if file is None or not (Path(file).parent / RECORD_NAME).is_file():
+        return None
+    return load_record(Path(file).parent)
+
+
+def _existing(cells: Cells) -> dict[str, dict[str, Path | None]]:
+    columns = dict.fromkeys(column for row in cells.values() for column in row)
+    if not columns:
+        raise ValueError("cells is empty: expected cells[row label][column label] = file or None")
+
+    def path(file: str | Path | None) -> Path | None:
+        return Path(file) if file is not None and Path(file).is_file() else None
+
+    return {row: {c: path(files.get(c)) for c in columns} for row, files in cells.items()}
+
+
+def _caution(records: list[Record | None]) -> str:
+    """A line for runs of another profile than paper; empty where there is none."""
+    profiles = sorted({record.profile for record in records if record} - {"paper"})
+    return f"not a reproduction (profile {', '.join(profiles)})" if profiles else ""
+
+
+def _load_picture(file: Path, *names: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            found = {name: np.asarray(arrays[name], float) for name in arrays.files}
+    except (OSError, EOFError, ValueError, AttributeError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: not readable as npz ({error}); evaluate the run again") from None
+    missing = [name for name in ("grid_low", "grid_high", *names) if name not in found]
+    if missing:
+        raise ValueError(f"{file}: lacks {', '.join(missing)}; evaluate the run again")
+    for name in ("grid_low", "grid_high"):
+        found[name] = np.broadcast_to(found[name], (2,))
+    return found
+
+
+def _extent(picture: Mapping[str, np.ndarray]) -> tuple[float, float, float, float]:
+    low, high = picture["grid_low"], picture["grid_high"]
+    return low[0], high[0], low[1], high[1]
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return write_bytes_atomic(path, buffer.getvalue())
+
+
+def _frame(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
+        spine.set_linewidth(0.6)
+
+
+def _not_run(axes: Axes) -> None:
+    _frame(axes)
+    axes.set_facecolor("#f4f4f4")
+    axes.text(
+        0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color=GREY, size=10
+    )
+
+
+class _Sheet:
+    """A sheet of square panels, a dataset a row: Data, then each model; a slim axis for a scale.
+
+    All measures in inches. The caption under a panel is one small line.
+    """
+
+    LEFT, RIGHT, TOP, BOTTOM, GAP, CAPTION = 0.42, 0.62, 0.38, 0.12, 0.10, 0.27
+
+    def __init__(self, cells: dict[str, dict[str, Path | None]], title: str) -> None:
+        self.models = list(cells)
+        self.datasets = list(next(iter(cells.values())))
+        self.top = self.TOP + (0.26 if title else 0.0)
+        across = len(self.models) + 1
+        self.width = self.LEFT + across * PANEL + (across - 1) * self.GAP + self.RIGHT
+        down = len(self.datasets)
+        self.height = self.top + down * (PANEL + self.CAPTION) + self.BOTTOM
+        self.figure = Figure(figsize=(self.width, self.height))
+        if title:
+            y = 1 - 0.12 / self.height
+            self.figure.text(0.5, y, title, ha="center", va="top", color="#b00020", size=9)
+        self.panels = [[self._panel(i, j) for j in range(across)] for i in range(down)]
+        for axes, label in zip(self.panels[0], ["Data", *self.models], strict=True):
+            axes.set_title(label, fontsize=11, color=INK, pad=6)
+        for row, label in zip(self.panels, self.datasets, strict=True):
+            row[0].set_ylabel(label, fontsize=11, color=INK, labelpad=7)
+
+    def _bottom(self, i: int) -> float:
+        return self.height - self.top - i * (PANEL + self.CAPTION) - PANEL
+
+    def _axes(self, x: float, i: int, width: float) -> Axes:
+        w, h = self.width, self.height
+        return self.figure.add_axes((x / w, self._bottom(i) / h, width / w, PANEL / h))
+
+    def _panel(self, i: int, j: int) -> Axes:
+        axes = self._axes(self.LEFT + j * (PANEL + self.GAP), i, PANEL)
+        _frame(axes)
+        return axes
+
+    def caption(self, i: int, j: int, text: str) -> None:
+        axes = self.panels[i][j]
+        axes.set_xlabel(text, fontsize=8.5, color=INK, labelpad=3)
+
+    def scale(self, i: int, image, clipped: bool) -> None:
+        x = self.LEFT + (len(self.models) + 1) * (PANEL + self.GAP) - self.GAP + 0.09
+        axes = self._axes(x, i, 0.09)
+        bar = self.figure.colorbar(image, cax=axes, extend="max" if clipped else "neither")
+        bar.outline.set_linewidth(0.5)
+        bar.outline.set_edgecolor(GREY)
+        bar.locator = MaxNLocator(4)
+        bar.update_ticks()
+        axes.tick_params(labelsize=7, length=2, width=0.5, color=GREY, labelcolor=INK, pad=2)
+
+
+def _captions(
+    sheet: _Sheet,
+    i: int,
+    records: list[Record | None],
+    metric: str,
+    label: str,
+) -> None:
+    floors = [r.floor[metric].value for r in records if r and metric in r.floor]
+    if floors:
+        sheet.caption(i, 0, f"entropy {floors[0]:.4f}")
+    for j, record in enumerate(records, 1):
+        if record and metric in record.metrics:
+            found = record.metrics[metric]
+            bound = "≤ " if found.kind == "bound" else ""
+            sheet.caption(i, j, f"{label} {bound}{found.value:.3f} {found.unit}")
+
+
+def density_figure(
+    cells: Cells, path: str | Path, *, metric: str = "test/nll_nats", label: str = "NLL"
+) -> Path:
+    """Draw the densities p(x) on their plot window, one colour scale a dataset.
+
+    `cells[row label][column label]` is a run's `picture.npz` or None. A row of panels is a dataset:
+    the data's own density, then each model's. The scale ends at the highest true density; what a
+    model has above it is clipped. `metric` is read from the records; returns the path.
+    """
+    files = _existing(cells)
+    records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
+    sheet = _Sheet(files, _caution([r for row in records.values() for r in row.values()]))
+    cmap = colormaps[COLORMAP].with_extremes(bad="#4f8f8f")  # a density that is no number shows
+    for i, dataset in enumerate(sheet.datasets):
+        pictures = [
+            None if file is None else _load_picture(file, "density", "true_density")
+            for file in (files[model][dataset] for model in sheet.models)
+        ]
+        first = next((picture for picture in pictures if picture is not None), None)
+        panels = [
+            None if first is None else (first, first["true_density"]),
+            *(None if picture is None else (picture, picture["density"]) for picture in pictures),
+        ]
+        top = 1.0 if first is None else float(np.nanmax(first["true_density"]))
+        top = top if math.isfinite(top) and top > 0 else 1.0
+        image, clipped = None, False
+        for axes, panel in zip(sheet.panels[i], panels, strict=True):
+            if panel is None:
+                _not_run(axes)
+                continue
+            picture, density = panel
+            shown = np.ma.masked_invalid(density.T)  # density[i, j] is at (x1_i, x2_j)
+            clipped |= bool(shown.max() > 1.02 * top)
+            image = axes.imshow(
+                shown,
+                origin="lower",
+                extent=_extent(picture),
+                cmap=cmap,
+                vmin=0.0,
+                vmax=top,
+                aspect="auto",
+                interpolation="nearest",
+            )
+        if image is not None:
+            sheet.scale(i, image, clipped)
+        _captions(sheet, i, [records[m][dataset] for m in sheet.models], metric, label)
+    return _save(sheet.figure, path)
+
+
+def sample_figure(
+    cells: Cells, path: str | Path, *, metric: str = "test/nll_nats", label: str = "NLL"
+) -> Path:
+    """Draw samples as densities (2-D histograms), or as points where there are under 20,000.
+
+    `cells` and the panels are those of `density_figure`, the data's samples first. The share of
+    samples outside the window is written into a panel where it is 0.1 % or more.
+    """
+    files = _existing(cells)
+    records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
+    sheet = _Sheet(files, _caution([r for row in records.values() for r in row.values()]))
+    for i, dataset in enumerate(sheet.datasets):
+        pictures = [
+            None if file is None else _load_picture(file, "samples", "data_samples")
+            for file in (files[model][dataset] for model in sheet.models)
+        ]
+        first = next((picture for picture in pictures if picture is not None), None)
+        panels = [
+            None if first is None else (first, first["data_samples"]),
+            *(None if picture is None else (picture, picture["samples"]) for picture in pictures),
+        ]
+        smallest = min((len(panel[1]) for panel in panels if panel is not None), default=0)
+        bins = int(np.clip(math.sqrt(smallest / 12), 32, 112)) // 16 * 16  # edges on grid lines
+        top, image, clipped = 0.0, None, False
+        for axes, panel in zip(sheet.panels[i], panels, strict=True):
+            if panel is None:
+                _not_run(axes)
+                continue
+            picture, points = panel
+            left, right, low, high = extent = _extent(picture)
+            inside = (points >= (left, low)).all(1) & (points <= (right, high)).all(1)
+            if smallest < 20_000:
+                kept = points[inside][:5000]
+                axes.scatter(*kept.T, s=1.6, alpha=0.45, color="#3b2a6b", linewidths=0)
+                axes.set_xlim(left, right)
+                axes.set_ylim(low, high)
+            else:
+                counts, _, _ = np.histogram2d(
+                    *points[inside].T, bins=bins, range=((left, right), (low, high))
+                )
+                area = (right - left) * (high - low) / bins**2
+                density = counts / (max(len(points), 1) * area)  # (bins, bins), per unit of area
+                top = top or float(np.quantile(density, 0.999)) or 1.0
+                clipped |= bool(density.max() > top)
+                image = axes.imshow(
+                    density.T,
+                    origin="lower",
+                    extent=extent,
+                    cmap=COLORMAP,
+                    vmin=0.0,
+                    vmax=top,
+                    aspect="auto",
+                    interpolation="nearest",
+                )
+            outside = 1 - inside.mean() if len(points) else 0.0
+            if outside >= 0.001:
+                axes.text(
+                    0.97,
+                    0.03,
+                    f"{100 * outside:.1f} % outside",
+                    transform=axes.transAxes,
+                    ha="right",
+                    va="bottom",
+                    fontsize=7.5,
+                    color=INK,
+                    bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5},
+                )
+        if image is not None:
+            sheet.scale(i, image, clipped)
+        _captions(sheet, i, [records[m][dataset] for m in sheet.models], metric, label)
+    return _save(sheet.figure, path)
+
+
+def _read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, values), both (N,), from the lines of a metrics.csv where both are given."""
+    with open(file, newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in ("epoch", column) if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{file}: lacks column {', '.join(missing)}; expected epoch, {column}")
+        pairs = []
+        for number, line in enumerate(reader, 2):
+            if not (line["epoch"] or "").strip() or not (line[column] or "").strip():
+                continue
+            try:
+                pairs.append((float(line["epoch"]), float(line[column])))
+            except ValueError:
+                raise ValueError(
+                    f"{file}: line {number}: epoch and {column} must be numbers"
+                ) from None
+    values = np.array(pairs, float).reshape(-1, 2)
+    values = values[np.isfinite(values).all(1)]
+    return values[:, 0], values[:, 1]
+
+
+def learning_curve_figure(
+    cells: Cells,
+    path: str | Path,
+    *,
+    column: str = "val/nll_nats",
+    metric: str = "test/nll_nats",
+    label: str = "validation NLL (nats)",
+) -> Path:
+    """Draw `column` of each run's metrics.csv against the epoch: a panel a dataset, a line a model.
+
+    `cells[row label][column label]` is a run's `metrics.csv` or None. A dashed line marks the floor
+    that the records name for `metric`. The first twentieth of a curve does not stretch the scale.
+    """
+    files = _existing(cells)
+    records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
+    caution = _caution([r for row in records.values() for r in row.values()])
+    models, datasets = list(files), list(next(iter(files.values())))
+    across = min(len(datasets), 2)
+    down = math.ceil(len(datasets) / across)
+    height = 2.7 * down + 0.5 + (0.25 if caution else 0)
+    figure = Figure(figsize=(4.3 * across, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    handles: dict[str, object] = {}
+    for axes, dataset in zip(grid, datasets, strict=False):
+        axes.set_title(dataset, fontsize=11, color=INK)
+        curves = {}
+        for model in models:
+            if files[model][dataset] is not None:
+                epochs, values = _read_curve(files[model][dataset], column)
+                if len(values):
+                    curves[model] = (epochs, values)
+        if not curves:
+            _not_run(axes)
+            continue
+        seen = []
+        for index, (model, color) in enumerate(
+            zip(models, LINES * math.ceil(len(models) / len(LINES)), strict=False)
+        ):
+            if model not in curves:
+                continue
+            epochs, values = curves[model]
+            mark = "o" if len(values) < 3 else None
+            (line,) = axes.plot(
+                epochs, values, color=color, lw=1.4, marker=mark, ms=3, zorder=3 + index
+            )
+            handles.setdefault(model, line)
+            late = values[len(values) // 20 :] if len(values) >= 20 else values
+            seen += [float(values.min()), float(np.quantile(late, 0.995))]
+        floors = [
+            record.floor[metric].value
+            for record in (records[model][dataset] for model in models)
+            if record and metric in record.floor
+        ]
+        if floors:
+            line = axes.axhline(floors[0], color=INK, lw=1.0, ls=(0, (5, 3)), zorder=2)
+            handles.setdefault("entropy (floor)", line)
+            seen.append(floors[0])
+        low, high = min(seen), max(seen)
+        margin = 0.06 * (high - low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
+        axes.margins(x=0.02)
+        missing = [model for model in models if model not in curves]
+        if missing:
+            text = "\n".join(f"{model}: not run" for model in missing)
+            axes.text(
+                0.98, 0.95, text, transform=axes.transAxes, ha="right", va="top", color=GREY, size=8
+            )
+        axes.grid(color="#e4e4e4", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8, color=GREY, labelcolor=INK, width=0.6)
+        axes.set_xlabel("epoch", fontsize=9, color=INK)
+        axes.set_ylabel(label, fontsize=9, color=INK)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GREY)
+            spine.set_linewidth(0.6)
+    for axes in grid[len(datasets) :]:
+        axes.remove()
+    if handles:
+        order = [name for name in (*models, "entropy (floor)") if name in handles]
+        figure.legend(
+            [handles[name] for name in order],
+            order,
+            loc="outside lower center",
+            ncols=min(len(order), 4),
+            frameon=False,
+            fontsize=9,
+        )
+    if caution:
+        figure.suptitle(caution, fontsize=9, color="#b00020")
+    return _save(figure, path)

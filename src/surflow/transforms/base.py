@@ -1,0 +1,465 @@
+"""The contract of a transform, and the composites that keep it.
+
+A transform relates data x and latents z. Whatever its kind (Nielsen et al. 2020, arXiv 2007.02731,
+Sec. 2 and Table 1), ``forward`` infers a latent and gives the likelihood contribution
+V(x, z), and ``inverse`` generates x:
+
+    log p(x) = log p(z) + V(x, z)          exactly, or in expectation a lower bound.
+
+    kind                     forward x -> z    inverse z -> x    V(x, z)
+    bijective                deterministic     deterministic     log |det dz/dx|
+    inference surjection     deterministic     stochastic        log p(x | z)
+    generative surjection    stochastic        deterministic     -log q(z | x)
+    stochastic               stochastic        stochastic        log p(x | z) - log q(z | x)
+
+A number is a bound exactly where the forward direction is stochastic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from surflow.checks import check_values, require, values_are_checked
+from surflow.distributions.base import sum_event
+
+__all__ = [
+    "Example",
+    "Inverse",
+    "Sequential",
+    "Transform",
+    "check_values",
+    "require",
+    "run_net",
+    "sum_event",
+    "takes_context",
+    "values_are_checked",
+    "zero_ldj",
+]
+
+
+def zero_ldj(x: Tensor) -> Tensor:
+    """A contribution of nothing, (B,), float32 or better."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return torch.zeros(x.shape[0], device=x.device, dtype=dtype)
+
+
+def contribution_dtype(ldj: Tensor) -> Tensor:
+    """Lift a half-precision contribution to float32."""
+    return ldj.float() if ldj.dtype in (torch.float16, torch.bfloat16) else ldj
+
+
+def takes_context(module: nn.Module | None) -> bool:
+    """Whether a net reads the context: it says so with ``context_features > 0``."""
+    return bool(getattr(module, "context_features", 0))
+
+
+def run_net(net: nn.Module, x: Tensor, context: Tensor | None, where: str) -> Tensor:
+    """Evaluate ``net`` on ``x``, with the context if it is one that takes it."""
+    if not takes_context(net):
+        return net(x)
+    if context is None:
+        raise ValueError(
+            f"{where}: expected a context with {net.context_features} features, got none"
+        )
+    return net(x, context)
+
+
+@dataclass
+class Example:
+    """A small instance with what is needed to prove it.
+
+    Attributes:
+        transform: the instance.
+        sample: ``sample(n) -> (x, log_r)`` with x (n, *event) drawn from a density r that covers
+            the support of the model, and log_r (n,) its log-density in nats.
+        base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
+        context: ``context(n)`` draws a context for n rows, None for an unconditional instance.
+        latent: ``latent(n)`` draws points z of the codomain for the round trip that starts there;
+            None: ``base.sample(n)``.
+    """
+
+    transform: Transform
+    sample: Callable[[int], tuple[Tensor, Tensor]]
+    base: Any
+    context: Callable[[int], Tensor] | None = None
+    latent: Callable[[int], Tensor] | None = None
+
+
+class Transform(nn.Module, ABC):
+    """One layer of a SurVAE flow.
+
+    A subclass declares three booleans and implements :meth:`_forward`, :meth:`_inverse` and
+    :meth:`example`. It must guarantee:
+
+    * ``_forward`` returns z and a contribution of shape (B,) in nats, such that with base density
+      p the expectation of exp(log p(z) + ldj) over z is the density of x;
+    * a row of the result depends on that row of the input only;
+    * a layer with a stochastic forward also implements :meth:`_inverse_and_ldj`, which scores the
+      pair (x, z) that it generates, so that :class:`Inverse` can turn it round.
+
+    Attributes:
+        bijective: both directions are deterministic and undo each other.
+        stochastic_forward: inference samples; the likelihood contribution is then a bound.
+        stochastic_inverse: generation samples.
+        event_shape: the shape of x without the batch, None where any shape will do. An entry of
+            None stands for any size.
+        latent_shape: the same for z.
+        integer_data: x is an integer tensor.
+    """
+
+    bijective: ClassVar[bool]
+    stochastic_forward: ClassVar[bool]
+    stochastic_inverse: ClassVar[bool]
+
+    event_shape: tuple[int | None, ...] | None = None
+    latent_shape: tuple[int | None, ...] | None = None
+    integer_data: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.isabstract(cls) or cls.__name__.startswith("_"):
+            return
+        missing = [
+            flag
+            for flag in ("bijective", "stochastic_forward", "stochastic_inverse")
+            if not hasattr(cls, flag)
+        ]
+        if missing:
+            raise TypeError(f"{cls.__name__} must declare {', '.join(missing)}")
+
+    # What a subclass writes -------------------------------------------------------------------
+
+    @abstractmethod
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Data to latent: (B, *event) -> z, ldj (B,)."""
+
+    @abstractmethod
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Latent to data."""
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Latent to data, with the contribution V(x, z) of the pair that results."""
+        if self.stochastic_forward:
+            raise NotImplementedError(
+                f"{type(self).__name__} samples in its forward direction and does not say "
+                "how to score a pair (x, z): it has no _inverse_and_ldj"
+            )
+        x = self._inverse(z, context)
+        return x, self._forward(x, context)[1]
+
+    @classmethod
+    def example(cls) -> Example:
+        """A small instance, inputs with their density, and a base: what the proofs run on."""
+        raise NotImplementedError(f"{cls.__name__} has no example()")
+
+    # What a user calls ------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Infer a latent.
+
+        Args:
+            x: data, (B, *event).
+            context: conditioning, (B, ...), or None.
+
+        Returns:
+            z: the latent, (B, *latent).
+            ldj: likelihood contribution V(x, z), (B,), nats, float32 or better.
+
+        Raises:
+            ValueError: for a wrong shape, dtype or value.
+        """
+        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
+        self._check_context(context, x.shape[0], "forward")
+        z, ldj = self._forward(x, context)
+        return z, contribution_dtype(ldj)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Generate data from a latent: (B, *latent) -> (B, *event)."""
+        self._check_tensor(z, self.latent_shape or self.event_shape, "inverse", False)
+        self._check_context(context, z.shape[0], "inverse")
+        return self._inverse(z, context)
+
+    def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
+        self._check_tensor(z, self.latent_shape or self.event_shape, "inverse", False)
+        self._check_context(context, z.shape[0], "inverse")
+        x, ldj = self._inverse_and_ldj(z, context)
+        return x, contribution_dtype(ldj)
+
+    @property
+    def lower_bound(self) -> bool:
+        """Whether the contribution makes the likelihood a lower bound."""
+        return self.stochastic_forward
+
+    @property
+    def conditional(self) -> bool:
+        """Whether this layer reads the context."""
+        return any(takes_context(m) for m in self.children())
+
+    @property
+    def label(self) -> str:
+        """The short name of this layer in a ledger."""
+        return type(self).__name__
+
+    @property
+    def kind(self) -> str:
+        """'bijective', 'surjective (inference)', 'surjective (generative)' or 'stochastic'."""
+        return kind_of(self.bijective, self.stochastic_forward, self.stochastic_inverse)
+
+    # Checks -----------------------------------------------------------------------------------
+
+    def where(self, method: str) -> str:
+        """The name of this layer in an error message."""
+        return f"{type(self).__name__}.{method}"
+
+    def _check_tensor(
+        self,
+        value: Tensor,
+        shape: tuple[int | None, ...] | None,
+        method: str,
+        integer: bool,
+    ) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{self.where(method)}: expected a tensor, got {type(value).__name__}")
+        if integer == value.is_floating_point() or value.is_complex():
+            wanted = "an integer tensor" if integer else "a floating-point tensor"
+            raise ValueError(f"{self.where(method)}: expected {wanted}, got {value.dtype}")
+        if value.dim() < 2:
+            raise ValueError(
+                f"{self.where(method)}: expected (batch, *event), got shape {tuple(value.shape)}"
+            )
+        if shape is not None and not shapes_match(tuple(value.shape[1:]), shape):
+            wanted = ", ".join("any" if s is None else str(s) for s in shape)
+            raise ValueError(
+                f"{self.where(method)}: expected shape (batch, {wanted}), got {tuple(value.shape)}"
+            )
+
+    def _check_context(self, context: Tensor | None, batch: int, method: str) -> None:
+        if context is not None and context.shape[0] != batch:
+            raise ValueError(
+                f"{self.where(method)}: expected a context of {batch} rows, "
+                f"got shape {tuple(context.shape)}"
+            )
+
+
+def kind_of(bijective: bool, stochastic_forward: bool, stochastic_inverse: bool) -> str:
+    """The name of a kind from its three flags."""
+    if bijective:
+        return "bijective"
+    if stochastic_forward and stochastic_inverse:
+        return "stochastic"
+    if stochastic_forward:
+        return "surjective (generative)"
+    return "surjective (inference)"
+
+
+def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether a shape fits one in which None stands for any size."""
+    return len(shape) == len(expected) and all(
+        e is None or s == e for s, e in zip(shape, expected, strict=True)
+    )
+
+
+class Sequential(Transform):
+    r"""Transforms in order: x -> f_1 -> f_2 -> ... -> z.
+
+    .. math:: V(x, z) = \sum_i V_i(x_{i-1}, x_i)
+
+    Its kind follows from its parts. ``forward`` runs them first to last, ``inverse`` last to
+    first.
+
+    Args:
+        transforms: the layers, data side first.
+
+    Raises:
+        ValueError: from the layer to which a wrong input came; TypeError if a part is no
+            :class:`Transform`.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
+    """
+
+    def __init__(self, transforms: Iterable[Transform] = ()) -> None:
+        super().__init__()
+        transforms = list(transforms)
+        for i, t in enumerate(transforms):
+            if not isinstance(t, Transform):
+                raise TypeError(
+                    f"Sequential: layer {i} must be a Transform, got {type(t).__name__}"
+                )
+        self.transforms = nn.ModuleList(transforms)
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __iter__(self) -> Iterator[Transform]:
+        return iter(self.transforms)
+
+    def __getitem__(self, index: int) -> Transform:
+        return self.transforms[index]
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(t.bijective for t in self.transforms)
+
+    @property
+    def stochastic_forward(self) -> bool:  # type: ignore[override]
+        return any(t.stochastic_forward for t in self.transforms)
+
+    @property
+    def stochastic_inverse(self) -> bool:  # type: ignore[override]
+        return any(t.stochastic_inverse for t in self.transforms)
+
+    @property
+    def conditional(self) -> bool:
+        return any(t.conditional for t in self.transforms)
+
+    @property
+    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transforms[0].event_shape if len(self) else None
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        if not len(self):
+            return None
+        last = self.transforms[-1]
+        return last.latent_shape or last.event_shape
+
+    @property
+    def integer_data(self) -> bool:  # type: ignore[override]
+        return self.transforms[0].integer_data if len(self) else False
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        for transform in self.transforms:
+            x, part = transform(x, context)
+            ldj = part if ldj is None else ldj + part
+        return x, zero_ldj(x) if ldj is None else ldj
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        for transform in reversed(self.transforms):
+            z = transform.inverse(z, context)
+        return z
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        for transform in reversed(self.transforms):
+            z, part = transform.inverse_and_ldj(z, context)
+            ldj = part if ldj is None else ldj + part
+        return z, zero_ldj(z) if ldj is None else ldj
+
+    def trace(
+        self, x: Tensor, context: Tensor | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, Transform, Tensor, Tensor]]:
+        """Run forward layer by layer, nested sequences unfolded.
+
+        Yields:
+            name (such as ``2.AffineCoupling``), the layer, its output z, its ldj (B,) in nats.
+        """
+        for i, transform in enumerate(self.transforms):
+            if isinstance(transform, Sequential):
+                for row in transform.trace(x, context, f"{prefix}{i}."):
+                    x = row[2]
+                    yield row
+            else:
+                x, ldj = transform(x, context)
+                yield f"{prefix}{i}.{transform.label}", transform, x, ldj
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, HalfNormal
+        from surflow.transforms.bijections.affine import Affine
+        from surflow.transforms.bijections.elementwise import Softplus
+        from surflow.transforms.surjections.abs import AbsInference
+
+        wide = DiagonalNormal((2,), scale=2.0)
+        return Example(
+            cls(
+                [
+                    Affine((2,), shift=[0.3, -0.2], scale=[1.5, 0.7]),
+                    AbsInference((2,), probability=0.3),
+                    Softplus(),
+                    Affine((2,), shift=-0.6931471805599453),
+                ]
+            ),
+            wide.sample_and_log_prob,
+            HalfNormal((2,)),
+        )
+
+
+class Inverse(Transform):
+    r"""A transform turned round: its forward is the other's inverse.
+
+    .. math:: V_{\mathrm{inv}}(x, z) = -V(z, x)
+
+    For a bijection the log-determinant changes its sign. For an inference surjection,
+    V = log p(x|z), the result is the generative surjection with the same right-inverse,
+    -log q(z|x), and the other way round; a stochastic layer swaps encoder and decoder. One class
+    therefore gives the second direction of every layer.
+
+    Args:
+        transform: the layer to turn round.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        if not isinstance(transform, Transform):
+            raise TypeError(f"Inverse: expected a Transform, got {type(transform).__name__}")
+        self.transform = transform
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return self.transform.bijective
+
+    @property
+    def stochastic_forward(self) -> bool:  # type: ignore[override]
+        return self.transform.stochastic_inverse
+
+    @property
+    def stochastic_inverse(self) -> bool:  # type: ignore[override]
+        return self.transform.stochastic_forward
+
+    @property
+    def conditional(self) -> bool:
+        return self.transform.conditional
+
+    @property
+    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transform.latent_shape or self.transform.event_shape
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transform.event_shape
+
+    @property
+    def label(self) -> str:
+        name = type(self).__name__
+        return f"Inverse({self.transform.label})" if name == "Inverse" else name
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, ldj = self.transform.inverse_and_ldj(x, context)
+        return z, -ldj
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.transform(z, context)[0]
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, ldj = self.transform(z, context)
+        return x, -ldj
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+        from surflow.transforms.bijections.affine import Affine
+
+        wide = DiagonalNormal((3,), scale=[3.0, 1.5, 2.0])
+        affine = Affine((3,), shift=[0.5, -1.0, 0.0], scale=[2.0, 0.5, -1.5])
+        return Example(cls(affine), wide.sample_and_log_prob, StandardNormal((3,)))

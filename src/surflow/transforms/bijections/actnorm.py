@@ -1,0 +1,89 @@
+"""Activation normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surflow.transforms.base import Example, Transform, sum_event
+
+
+class ActNorm(Transform):
+    r"""A shift and scale per channel, set from the first batch so that z is standardised.
+
+    .. math:: z = (x - t)\, e^{-s}, \qquad \mathrm{ldj} = -n \sum_c s_c
+
+    with n the number of positions of a channel. The first forward in training mode sets t to the
+    batch mean and s to the log of its standard deviation; before it, and in evaluation mode,
+    the layer is what its parameters say (the identity).
+
+    Args:
+        num_channels: C, the size of dimension 1 of x.
+
+    Raises:
+        ValueError: for another number of channels; for an initialising batch of a single value a
+            channel, which has no standard deviation.
+
+    Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.1.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        if num_channels < 1:
+            raise ValueError(f"ActNorm: expected num_channels >= 1, got {num_channels}")
+        self.num_channels = num_channels
+        self.shift = nn.Parameter(torch.zeros(num_channels))
+        self.log_scale = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+        self._initialised = False  # a copy on the host: asking the buffer would make a GPU wait
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialised = bool(self.initialised)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set shift and scale so that this batch has mean 0 and deviation 1 in every channel."""
+        values = x.detach().movedim(1, 0).flatten(1).to(self.shift.dtype)
+        if values.shape[1] < 2:
+            raise ValueError(
+                "ActNorm.forward: expected at least 2 values a channel to initialise from, "
+                f"got shape {tuple(x.shape)}"
+            )
+        self.shift.copy_(values.mean(1))
+        self.log_scale.copy_(values.std(1).clamp_min(1e-6).log())
+        self.initialised.fill_(True)
+        self._initialised = True
+
+    def _per_channel(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
+        if x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"{self.where(method)}: expected {self.num_channels} channels, "
+                f"got shape {tuple(x.shape)}"
+            )
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return self.shift.view(shape), self.log_scale.view(shape)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._per_channel(x, "forward")
+        if self.training and not self._initialised:
+            self.initialise(x)
+        return (x - shift) * torch.exp(-log_scale), -sum_event(log_scale.expand(x.shape))
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        shift, log_scale = self._per_channel(z, "inverse")
+        return z * torch.exp(log_scale) + shift
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+
+        wide = DiagonalNormal((3, 2), scale=2.0)
+        transform = cls(3)
+        transform.initialise(0.7 * wide.sample(64) + 0.3)
+        return Example(transform, wide.sample_and_log_prob, StandardNormal((3, 2)))

@@ -1,0 +1,290 @@
+"""Coupling layers: one part of x sets the parameters of an elementwise map of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from surflow.transforms.base import Example, Transform, run_net, sum_event
+from surflow.transforms.bijections.affine import AdditiveMap, AffineMap
+from surflow.transforms.bijections.mixtures import LogisticMixtureMap
+from surflow.transforms.bijections.splines import RationalQuadraticSpline
+from surflow.transforms.maps import ElementwiseMap
+
+SPLITS = ("half", "alternate")
+
+
+class Coupling(Transform):
+    r"""A coupling with any elementwise map.
+
+    .. math:: z_1 = x_1, \quad z_2 = f(x_2;\, \theta(x_1, c)), \qquad
+              \mathrm{ldj} = \sum_d \log |f'(x_{2,d})|
+
+    Two ways to part x. A split along dimension 1: the net sees the first part, (B, C1, ...), and
+    gives (B, C2 * P, ...), channels alternating over the P parameters of an element. A mask: the
+    net sees the whole of x with the transformed places at zero, and gives (B, C * P, ...).
+
+    Args:
+        map: the elementwise map f.
+        net: a module; it is called with the context as second argument if its attribute
+            ``context_features`` is positive.
+        split: "half" (the first floor(C/2) channels condition), "alternate" (the even ones), or
+            an int, the number of conditioning channels at the front.
+        swap: exchange the two parts' roles.
+        mask: boolean, broadcastable to the event; True conditions, False is transformed. It
+            takes the place of ``split``.
+
+    Raises:
+        ValueError: for an unknown split, a split that leaves a part empty, a mask that does not
+            fit, or a net whose output has a wrong shape.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2; with splines Durkan et al. 2019.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(
+        self,
+        map: ElementwiseMap,
+        net: nn.Module,
+        split: str | int = "half",
+        swap: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if split not in SPLITS and not (isinstance(split, int) and split > 0):
+            raise ValueError(
+                f"{type(self).__name__}: expected split to be one of {', '.join(SPLITS)} or a "
+                f"positive int, got {split!r}"
+            )
+        self.map = map
+        self.net = net
+        self.split = split
+        self.swap = swap
+        if mask is not None:
+            mask = torch.as_tensor(mask, dtype=torch.bool)
+            mask = ~mask if swap else mask
+        self.register_buffer("mask", mask)
+
+    # Parting x and putting it together ---------------------------------------------------------
+
+    def _parts(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
+        channels = x.shape[1]
+        if self.split == "alternate":
+            first, second = x[:, 0::2], x[:, 1::2]
+        else:
+            size = channels // 2 if self.split == "half" else self.split
+            first, second = x[:, :size], x[:, size:]
+        if first.shape[1] == 0 or second.shape[1] == 0:
+            raise ValueError(
+                f"{self.where(method)}: split {self.split!r} leaves a part of "
+                f"{channels} channels empty"
+            )
+        return (second, first) if self.swap else (first, second)
+
+    def _merge(self, x: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
+        first, second = (changed, conditioning) if self.swap else (conditioning, changed)
+        if self.split != "alternate":
+            return torch.cat([first, second], dim=1)
+        return torch.slice_scatter(x, changed, dim=1, start=0 if self.swap else 1, step=2)
+
+    def _params(self, seen: Tensor, like: Tensor, context: Tensor | None, method: str) -> Tensor:
+        out = run_net(self.net, seen, context, self.where(method))
+        count = self.map.num_params
+        expected = (like.shape[0], like.shape[1] * count, *like.shape[2:])
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"{self.where(method)}: expected the net to give shape {expected}, "
+                f"got {tuple(out.shape)}"
+            )
+        return out.to(like.dtype).unflatten(1, (like.shape[1], count)).movedim(2, -1)
+
+    def _mask_for(self, x: Tensor, method: str) -> Tensor:
+        try:
+            return self.mask.expand(x.shape[1:])
+        except RuntimeError:
+            raise ValueError(
+                f"{self.where(method)}: expected a mask that broadcasts to "
+                f"{tuple(x.shape[1:])}, got {tuple(self.mask.shape)}"
+            ) from None
+
+    # Both directions ---------------------------------------------------------------------------
+
+    def _apply_map(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        method: str,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        if self.mask is not None:
+            mask = self._mask_for(x, method)
+            params = self._params(torch.where(mask, x, 0.0), x, context, method)
+            changed, log_derivative = function(x, params)
+            return (
+                torch.where(mask, x, changed),
+                sum_event(torch.where(mask, 0.0, log_derivative)),
+            )
+        conditioning, second = self._parts(x, method)
+        params = self._params(conditioning, second, context, method)
+        changed, log_derivative = function(second, params)
+        return self._merge(x, conditioning, changed), sum_event(log_derivative)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._apply_map(x, context, "forward", self.map.forward)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        def inverse(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.map.inverse(value, params)
+            return x, x
+
+        return self._apply_map(z, context, "inverse", inverse)[0]
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._apply_map(z, context, "inverse", self.map.inverse_and_ldj)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.nets import MLP
+
+        net = MLP(2, 2 * 14, [16], "tanh", context_features=1)
+        return _example(
+            cls(RationalQuadraticSpline(5, bound=3.0), net, split="alternate", swap=True),
+            context=lambda n: torch.randn(n, 1),
+        )
+
+
+class AffineCoupling(Coupling):
+    r"""The affine coupling of Real NVP.
+
+    .. math:: z_2 = g(s(x_1)) \odot x_2 + t(x_1), \qquad \mathrm{ldj} = \sum_d \log g(s_d)
+
+    Args:
+        net: gives s and t, channels alternating.
+        scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
+        split, swap, mask: see :class:`Coupling`.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        scale: str = "exp",
+        split: str | int = "half",
+        swap: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(AffineMap(scale), net, split, swap, mask)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.nets import MLP
+
+        return _example(cls(MLP(2, 4, [16], "tanh"), scale="softplus"))
+
+
+class AdditiveCoupling(Coupling):
+    r"""The additive coupling of NICE.
+
+    .. math:: z_2 = x_2 + t(x_1), \qquad \mathrm{ldj} = 0
+
+    Args:
+        net: gives t.
+        split, swap, mask: see :class:`Coupling`.
+
+    Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        split: str | int = "half",
+        swap: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(AdditiveMap(), net, split, swap, mask)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.nets import MLP
+
+        mask = torch.tensor([True, False, True, False])
+        return _example(cls(MLP(4, 4, [16], "tanh"), mask=mask))
+
+
+class RationalQuadraticSplineCoupling(Coupling):
+    r"""The coupling with a monotone rational-quadratic spline.
+
+    .. math:: z_2 = \mathrm{RQS}(x_2;\ \theta(x_1)), \qquad
+              \mathrm{ldj} = \sum_d \log \mathrm{RQS}'(x_{2,d})
+
+    Args:
+        net: gives 3 K - 1 parameters an element with tails (``bound``), 3 K + 1 without.
+        num_bins, bound, min_bin, min_slope: see :class:`RationalQuadraticSpline`.
+        split, swap, mask: see :class:`Coupling`.
+
+    Source: Durkan et al. 2019, arXiv 1906.04032.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_bins: int = 8,
+        bound: float | None = 3.0,
+        min_bin: float = 1e-3,
+        min_slope: float = 1e-3,
+        split: str | int = "half",
+        swap: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        spline = RationalQuadraticSpline(num_bins, bound, min_bin, min_slope)
+        super().__init__(spline, net, split, swap, mask)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.nets import MLP
+
+        return _example(cls(MLP(2, 2 * 17, [16], "tanh"), num_bins=6))
+
+
+class LogisticMixtureCoupling(Coupling):
+    r"""The coupling with the distribution function of a logistic mixture.
+
+    .. math:: z_2 = e^{a}\,\mathrm{logit}(F(x_2;\ \theta(x_1))) + b
+
+    Args:
+        net: gives 3 K + 2 parameters an element; see :class:`LogisticMixtureMap`.
+        num_components: K.
+        split, swap, mask: see :class:`Coupling`.
+
+    Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_components: int = 8,
+        split: str | int = "half",
+        swap: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(LogisticMixtureMap(num_components), net, split, swap, mask)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.nets import MLP
+
+        return _example(cls(MLP(2, 2 * 11, [16], "tanh"), num_components=3))
+
+
+def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
+    """Four dimensions, wide normal inputs, a standard normal base."""
+    from surflow.distributions import DiagonalNormal, StandardNormal
+
+    wide = DiagonalNormal((4,), scale=1.5)
+    return Example(transform, wide.sample_and_log_prob, StandardNormal((4,)), context=context)

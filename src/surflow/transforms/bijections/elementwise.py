@@ -1,0 +1,323 @@
+"""Elementwise bijections without parameters, and a learned elementwise layer of any map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surflow.distributions.base import as_shape
+from surflow.transforms.base import Example, Inverse, Transform, require, sum_event
+from surflow.transforms.maps import ElementwiseMap
+
+
+class _ElementwiseBijection(Transform):
+    """z_d = f(x_d): a subclass gives f, its inverse and log |f'|, and checks its range."""
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def _map(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_range(self, z: Tensor) -> None:
+        """Raise ValueError for a z outside the range of f; nothing to check by default."""
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = self._map(x)
+        return z, sum_event(self._log_derivative(x, z))
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        self._check_range(z)
+        return self._inverse_map(z)
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._inverse(z, context)
+        return x, sum_event(self._log_derivative(x, z))
+
+
+class Exp(_ElementwiseBijection):
+    r"""The exponential, :math:`\mathbb R \to (0, \infty)`.
+
+    .. math:: z = e^x, \qquad \mathrm{ldj} = \sum_d x_d
+
+    Raises:
+        ValueError: from ``inverse``, for z that is not positive.
+    """
+
+    def _map(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        return torch.log(z)
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        return x
+
+    def _check_range(self, z: Tensor) -> None:
+        require(z > 0, self.where("inverse"), "values > 0", z)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import HalfNormal, Logistic
+
+        return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
+
+
+class Log(Inverse):
+    r"""The logarithm, :math:`(0, \infty) \to \mathbb R`.
+
+    .. math:: z = \log x, \qquad \mathrm{ldj} = -\sum_d \log x_d
+
+    Raises:
+        ValueError: for x that is not positive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Exp())
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+
+        wide = DiagonalNormal((2,), scale=1.5)
+
+        def sample(n: int) -> tuple[Tensor, Tensor]:
+            y = wide.sample(n)  # x is log-normal
+            return y.exp(), wide.log_prob(y) - y.sum(1)
+
+        return Example(cls(), sample, StandardNormal((2,)))
+
+
+class Sigmoid(_ElementwiseBijection):
+    r"""The logistic function, :math:`\mathbb R \to (0, 1)`.
+
+    .. math:: z = \sigma(x), \qquad \mathrm{ldj} = \sum_d \log\sigma(x_d) + \log\sigma(-x_d)
+
+    Beyond |x| of about 17 (float32) z rounds to 0 or 1 and the round trip ends there.
+
+    Raises:
+        ValueError: from ``inverse``, for z outside (0, 1).
+    """
+
+    def _map(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        return torch.log(z) - torch.log1p(-z)
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        return F.logsigmoid(x) + F.logsigmoid(-x)
+
+    def _check_range(self, z: Tensor) -> None:
+        require((z > 0) & (z < 1), self.where("inverse"), "values in (0, 1)", z)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import Logistic, Uniform
+
+        return Example(cls(), Logistic((2,)).sample_and_log_prob, Uniform((2,)))
+
+
+class Logit(Inverse):
+    r"""The inverse of the logistic function, :math:`(0, 1) \to \mathbb R`.
+
+    .. math:: z = \log x - \log(1 - x), \qquad
+              \mathrm{ldj} = -\sum_d \log x_d + \log(1 - x_d)
+
+    Raises:
+        ValueError: for x outside (0, 1); 0 and 1 themselves have no latent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Sigmoid())
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal, Uniform
+
+        return Example(cls(), Uniform((2,)).sample_and_log_prob, StandardNormal((2,)))
+
+
+class Softplus(_ElementwiseBijection):
+    r"""The softplus, :math:`\mathbb R \to (0, \infty)`.
+
+    .. math:: z = \log(1 + e^x), \qquad \mathrm{ldj} = \sum_d \log\sigma(x_d)
+
+    Raises:
+        ValueError: from ``inverse``, for z that is not positive.
+    """
+
+    def _map(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        return z + torch.log(-torch.expm1(-z))
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        return F.logsigmoid(x)
+
+    def _check_range(self, z: Tensor) -> None:
+        require(z > 0, self.where("inverse"), "values > 0", z)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import HalfNormal, Logistic
+
+        return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
+
+
+class SoftplusInverse(Inverse):
+    r"""The inverse of the softplus, :math:`(0, \infty) \to \mathbb R`.
+
+    .. math:: z = x + \log(1 - e^{-x}), \qquad \mathrm{ldj} = -\sum_d \log(1 - e^{-x_d})
+
+    Raises:
+        ValueError: for x that is not positive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Softplus())
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import HalfNormal, StandardNormal
+
+        half = HalfNormal((2,), scale=2.0)
+        return Example(cls(), half.sample_and_log_prob, StandardNormal((2,)))
+
+
+class Tanh(_ElementwiseBijection):
+    r"""The hyperbolic tangent, :math:`\mathbb R \to (-1, 1)`.
+
+    .. math:: z = \tanh x, \qquad
+              \mathrm{ldj} = \sum_d 2(\log 2 - x_d - \log(1 + e^{-2 x_d}))
+
+    Beyond |x| of about 9 (float32) z rounds to ±1 and the round trip ends there.
+
+    Raises:
+        ValueError: from ``inverse``, for z outside (-1, 1).
+    """
+
+    def _map(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        return torch.atanh(z)
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        return 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+    def _check_range(self, z: Tensor) -> None:
+        require(z.abs() < 1, self.where("inverse"), "values in (-1, 1)", z)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal, Uniform
+
+        return Example(cls(), StandardNormal((2,)).sample_and_log_prob, Uniform((2,), -1.0, 1.0))
+
+
+class LeakyReLU(_ElementwiseBijection):
+    r"""The leaky rectifier.
+
+    .. math:: z = \max(x, 0) + a \min(x, 0), \qquad
+              \mathrm{ldj} = \log a \cdot \#\{d : x_d < 0\}
+
+    Args:
+        slope: a, positive.
+
+    Raises:
+        ValueError: for a slope that is not positive.
+    """
+
+    def __init__(self, slope: float = 0.01) -> None:
+        super().__init__()
+        if not slope > 0:
+            raise ValueError(f"LeakyReLU: expected slope > 0, got {slope}")
+        self.slope = slope
+
+    def _map(self, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, x, self.slope * x)
+
+    def _inverse_map(self, z: Tensor) -> Tensor:
+        return torch.where(z >= 0, z, z / self.slope)
+
+    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(x >= 0, torch.zeros_like(x), math.log(self.slope))
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+
+        wide = DiagonalNormal((2,), scale=2.5)
+        return Example(cls(0.4), wide.sample_and_log_prob, StandardNormal((2,)))
+
+
+class Elementwise(Transform):
+    r"""Each element through its own learned monotone map.
+
+    .. math:: z_d = f(x_d; \theta_d), \qquad \mathrm{ldj} = \sum_d \log |f'(x_d; \theta_d)|
+
+    Args:
+        event_shape: the shape of x.
+        map: the map f, such as a spline.
+        net: maps a context (B, ...) to parameters (B, C * P, ...), channels alternating over the
+            P parameters; without it the parameters are free and start at zero.
+
+    Raises:
+        ValueError: for a wrong shape of x, or a missing context.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(
+        self, event_shape: int | Sequence[int], map: ElementwiseMap, net: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+        self.map = map
+        self.net = net
+        if net is None:
+            self.params = nn.Parameter(torch.zeros(*self.event_shape, map.num_params))
+
+    @property
+    def conditional(self) -> bool:
+        return self.net is not None
+
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.net is None:
+            return self.params.expand(*x.shape, -1)
+        if context is None:
+            raise ValueError("Elementwise: expected a context, got none")
+        out = self.net(context).to(x.dtype)
+        return out.unflatten(1, (self.event_shape[0], self.map.num_params)).movedim(2, -1)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self.map.forward(x, self._params(x, context))
+        return z, sum_event(log_derivative)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.map.inverse(z, self._params(z, context))
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+        from surflow.transforms.bijections.splines import RationalQuadraticSpline
+
+        wide = DiagonalNormal((3,), scale=2.0)
+        transform = cls((3,), RationalQuadraticSpline(num_bins=5, bound=3.0))
+        nn.init.normal_(transform.params)
+        return Example(transform, wide.sample_and_log_prob, StandardNormal((3,)))

@@ -1,0 +1,176 @@
+"""Permutations, reversal and rotations: volume-preserving linear bijections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from surflow.transforms.base import Example, Transform, zero_ldj
+
+
+class Permute(Transform):
+    r"""A fixed permutation along one dimension.
+
+    .. math:: z_i = x_{\pi(i)}, \qquad \mathrm{ldj} = 0
+
+    Args:
+        permutation: the indices :math:`\pi`, each of 0 ... D - 1 once.
+        dim: the dimension it acts on; 1 is the first after the batch.
+
+    Raises:
+        ValueError: if the indices are no permutation, or x has another size along ``dim``.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(self, permutation: Sequence[int] | Tensor, dim: int = 1) -> None:
+        super().__init__()
+        index = torch.as_tensor(permutation, dtype=torch.long)
+        if index.dim() != 1 or sorted(index.tolist()) != list(range(len(index))):
+            raise ValueError(
+                f"{type(self).__name__}: expected each of 0 to {index.numel() - 1} once, "
+                f"got {index.tolist()}"
+            )
+        if dim < 1:
+            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
+        self.dim = dim
+        self.register_buffer("permutation", index)
+        self.register_buffer("inverse_permutation", torch.argsort(index), persistent=False)
+
+    @classmethod
+    def random(cls, size: int, dim: int = 1, seed: int = 0) -> Permute:
+        """A permutation drawn from ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls(torch.randperm(size, generator=generator), dim)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.inverse_permutation = torch.argsort(self.permutation)
+
+    def _check_size(self, x: Tensor, method: str) -> None:
+        size = len(self.permutation)
+        if x.dim() <= self.dim or x.shape[self.dim] != size:
+            raise ValueError(
+                f"{self.where(method)}: expected size {size} along dimension {self.dim}, "
+                f"got shape {tuple(x.shape)}"
+            )
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._check_size(x, "forward")
+        return x.index_select(self.dim, self.permutation), zero_ldj(x)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        self._check_size(z, "inverse")
+        return z.index_select(self.dim, self.inverse_permutation)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal
+
+        normal = StandardNormal((4, 2))
+        return Example(cls([2, 0, 3, 1]), normal.sample_and_log_prob, normal)
+
+
+class Reverse(Transform):
+    r"""Reverse the order along one dimension.
+
+    .. math:: z_i = x_{D - 1 - i}, \qquad \mathrm{ldj} = 0
+
+    Args:
+        dim: the dimension it acts on; 1 is the first after the batch.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"Reverse: expected dim >= 1, got {dim}")
+        self.dim = dim
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x.flip(self.dim), zero_ldj(x)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return z.flip(self.dim)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal
+
+        normal = StandardNormal((3,))
+        return Example(cls(), normal.sample_and_log_prob, normal)
+
+
+class Rotation(Transform):
+    r"""A rotation, learned or fixed: the exponential of a skew-symmetric matrix.
+
+    .. math:: z = R x, \quad R = \exp(A - A^\top), \qquad \mathrm{ldj} = \log\det R = 0
+
+    Args:
+        features: D, at least 2; x is (B, D).
+        angle: for D = 2, the initial angle in radians, counter-clockwise.
+        learn: whether A is a parameter.
+        seed: for D > 2, draws the initial A; None starts at the identity.
+
+    Raises:
+        ValueError: for D < 2, or an angle with D other than 2.
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+    def __init__(
+        self,
+        features: int,
+        angle: float | None = None,
+        learn: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if features < 2:
+            raise ValueError(f"Rotation: expected features >= 2, got {features}")
+        if angle is not None and features != 2:
+            raise ValueError(f"Rotation: an angle is for features = 2, got features = {features}")
+        self.event_shape = (features,)
+        count = features * (features - 1) // 2
+        if angle is not None:
+            values = torch.tensor([-angle])
+        elif seed is None:
+            values = torch.zeros(count)
+        else:
+            values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+        if learn:
+            self.values = nn.Parameter(values)
+        else:
+            self.register_buffer("values", values)
+        rows, columns = torch.triu_indices(features, features, 1).unbind()
+        basis = torch.zeros(count, features, features)
+        basis[torch.arange(count), rows, columns] = 1.0
+        basis[torch.arange(count), columns, rows] = -1.0
+        self.register_buffer("basis", basis, persistent=False)
+
+    def matrix(self) -> Tensor:
+        """R, (D, D)."""
+        return torch.linalg.matrix_exp(torch.einsum("k,kij->ij", self.values, self.basis))
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x @ self.matrix().T, zero_ldj(x)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return z @ self.matrix()
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, Uniform
+
+        box = Uniform((3,), -3.0, 3.0)
+        base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
+        return Example(cls(3, seed=1), box.sample_and_log_prob, base)

@@ -1,0 +1,181 @@
+"""The absolute-value surjection, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surflow.checks import require
+from surflow.distributions.base import as_shape
+from surflow.transforms.base import Example, Inverse, Transform, run_net, sum_event
+
+
+class AbsInference(Transform):
+    r"""The inference surjection z = |x|, with a distribution of the sign to undo it.
+
+    .. math:: z_d = |x_d|, \quad x_d = s_d z_d,\ s_d \sim \mathrm{sign}(\pi_d(z)), \qquad
+              V = \sum_d \log p(s_d \mid z)
+
+    Exact: forward is deterministic. With :math:`\pi = 1/2` the model is symmetric in every
+    folded coordinate; with a learned :math:`\pi(z)` it can be anti-symmetric.
+
+    Args:
+        event_shape: the shape of x.
+        element: the coordinate along dimension 1 to fold, or several; None folds all. The others
+            pass unchanged.
+        probability: P(x_d >= 0), in (0, 1), for every folded coordinate.
+        learn: whether its logit is a parameter.
+        net: maps z (and the context, if it has ``context_features``) to the logits of
+            P(x_d >= 0), (B, C_folded, ...); takes the place of ``probability``.
+
+    Raises:
+        ValueError: for a probability outside (0, 1), an element that is not there, a net whose
+            output has a wrong shape, or, from ``inverse``, a negative z.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
+    """
+
+    bijective = False
+    stochastic_forward = False
+    stochastic_inverse = True
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        element: int | Sequence[int] | None = None,
+        probability: float = 0.5,
+        learn: bool = False,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+        channels = self.event_shape[0]
+        if element is None:
+            elements = list(range(channels))
+        else:
+            elements = [element] if isinstance(element, int) else list(element)
+        if not elements or any(not 0 <= e < channels for e in elements):
+            raise ValueError(
+                f"{type(self).__name__}: expected elements in 0 to {channels - 1}, got {elements}"
+            )
+        if not 0 < probability < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected 0 < probability < 1, got {probability}"
+            )
+        self.element = tuple(sorted(set(elements)))
+        self.folds_all = len(self.element) == channels
+        folded = torch.zeros(channels, dtype=torch.bool)
+        folded[list(self.element)] = True
+        folded = folded.view(-1, *[1] * (len(self.event_shape) - 1))
+        self.register_buffer("folded", folded, persistent=False)
+        self.register_buffer("index", torch.tensor(self.element), persistent=False)
+        self.net = net
+        if net is None:
+            shape = (len(self.element), *self.event_shape[1:])
+            logit = torch.full(shape, probability, dtype=torch.float64).logit()
+            logit = logit.to(torch.get_default_dtype())
+            if learn:
+                self.logit = nn.Parameter(logit)
+            else:
+                self.register_buffer("logit", logit)
+
+    def _logits(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+        """Logits of P(x >= 0) at the folded coordinates, (B, C_folded, ...)."""
+        if self.net is None:
+            return self.logit.expand(z.shape[0], *self.logit.shape)
+        out = run_net(self.net, z, context, self.where(method)).to(z.dtype)
+        expected = (z.shape[0], len(self.element), *z.shape[2:])
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"{self.where(method)}: expected the net to give shape {expected}, "
+                f"got {tuple(out.shape)}"
+            )
+        return out
+
+    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+        logits = self._logits(z, context, method)
+        return sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        chosen = x if self.folds_all else x.index_select(1, self.index)
+        z = x.abs() if self.folds_all else torch.where(self.folded, x.abs(), x)
+        return z, self._score(chosen >= 0, z, context, "forward")
+
+    def _check_support(self, z: Tensor, method: str) -> None:
+        ok = (z >= 0) | ~self.folded
+        require(ok, self.where(method), "values >= 0 at the folded coordinates", z)
+
+    def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A signed x for z; whether each folded sign is positive; the logits it came from."""
+        self._check_support(z, "inverse")
+        logits = self._logits(z, context, "inverse")
+        positive = torch.rand_like(logits) < torch.sigmoid(logits)
+        signs = torch.where(positive, 1.0, -1.0).to(z.dtype)
+        if self.folds_all:
+            return z * signs, positive, logits
+        return z * torch.ones_like(z).index_copy(1, self.index, signs), positive, logits
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self._draw(z, context)[0]
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        # scored by the sign that was drawn, which at z = 0 the product no longer shows
+        x, positive, logits = self._draw(z, context)
+        return x, sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import HalfNormal, StandardNormal
+        from surflow.nets import MLP
+
+        normal = StandardNormal((2,))
+        net = MLP(2, 2, [8], "tanh", context_features=1)
+        return Example(
+            cls((2,), net=net),
+            normal.sample_and_log_prob,
+            HalfNormal((2,)),
+            context=lambda n: torch.randn(n, 1),
+        )
+
+
+class AbsGenerative(Inverse):
+    r"""The generative surjection x = |z|: inference draws the sign.
+
+    .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
+              V = -\sum_d \log q(s_d \mid x)
+
+    A lower bound: forward is stochastic. It is :class:`AbsInference` turned round, so a learned
+    sign distribution is the variational posterior q(s|x).
+
+    Args:
+        event_shape, element, probability, learn, net: see :class:`AbsInference`; the net sees x.
+
+    Raises:
+        ValueError: as :class:`AbsInference`; from ``forward``, for a negative x.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        element: int | Sequence[int] | None = None,
+        probability: float = 0.5,
+        learn: bool = False,
+        net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(AbsInference(event_shape, element, probability, learn, net))
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, HalfNormal
+
+        base = DiagonalNormal((2,), loc=[0.4, -0.3], scale=[0.8, 1.1])
+        return Example(
+            cls((2,), probability=0.3, learn=True),
+            HalfNormal((2,), scale=1.5).sample_and_log_prob,
+            base,
+        )

@@ -1,0 +1,569 @@
+"""Records, tables and figures: verdicts at their edges, refusals, exact headers, atomic writes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from surflow.reporting import records as records_module
+from surflow.reporting.records import (
+    RecordError,
+    find_records,
+    load_record,
+    load_records,
+    write_json_atomic,
+    write_text_atomic,
+)
+from surflow.reporting.table import (
+    build_table,
+    load_spec,
+    ordering_lines,
+    render_csv,
+    render_markdown,
+    write_csv,
+    write_markdown,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SYNTHETIC = ROOT / "experiments" / "synthetic" / "table.yaml"
+HASH = "0123456789abcdef"
+METRIC = "test/nll_nats"
+PUBLISHED = {
+    ("flow", "checkerboard"): 3.65,
+    ("flow", "corners"): 3.19,
+    ("flow", "eight_gaussians"): 3.01,
+    ("flow", "four_circles"): 3.44,
+    ("abs_flow", "checkerboard"): 3.49,
+    ("abs_flow", "corners"): 3.03,
+    ("abs_flow", "eight_gaussians"): 2.86,
+    ("abs_flow", "four_circles"): 2.99,
+}
+RERUN = {
+    ("flow", "checkerboard"): 3.712,
+    ("flow", "corners"): 3.244,
+    ("flow", "eight_gaussians"): 2.999,
+    ("flow", "four_circles"): 3.446,
+    ("abs_flow", "checkerboard"): 3.501,
+    ("abs_flow", "corners"): 3.004,
+    ("abs_flow", "eight_gaussians"): 2.859,
+    ("abs_flow", "four_circles"): 2.994,
+}
+
+
+def content(value=3.2, row="flow", data="corners", seed=0, **changes):
+    found = {
+        "schema": 1,
+        "experiment": f"synthetic/{row}",
+        "artefact": "synthetic",
+        "row": row,
+        "data": data,
+        "model": "coupling_flow",
+        "surjection": "symmetry",
+        "profile": "paper",
+        "seed": seed,
+        "config_hash": HASH,
+        "config": {"seed": seed},
+        "status": "complete",
+        "metrics": {
+            METRIC: {
+                "value": value,
+                "unit": "nats",
+                "kind": "likelihood",
+                "estimator": "exact log-likelihood, mean over 1000 test points",
+                "standard_error": 0.003,
+                "count": 1000,
+            }
+        },
+        "floor": {METRIC: {"value": 2.947, "source": "entropy, closed form"}},
+        "commit": "ab" * 20,
+        "dirty": False,
+        "versions": {"python": "3.11.7", "torch": "2.6.0"},
+        "machine": {"cpu": "x86", "cores": 2},
+        "wall_time_s": 61.0,
+        "train_time_s": 50.0,
+        "peak_memory_mib": 700.0,
+    }
+    metric = found["metrics"][METRIC]
+    metric.update(
+        {key: changes.pop(key) for key in ("kind", "unit", "estimator") if key in changes}
+    )
+    return {**found, **changes}
+
+
+def put(root, *args, **kwargs):
+    found = content(*args, **kwargs)
+    name = f"{found['profile']}/{found['row']}/{found['data']}/{found['seed']}"
+    return write_json_atomic(root / name / "record.json", found)
+
+
+def fill(root, profile="paper", seeds=(0,), config_hash=HASH, spec=None):
+    spec = spec or load_spec(SYNTHETIC)
+    expected = {
+        (r.name, c.name, s): config_hash for r in spec.rows for c in spec.columns for s in seeds
+    }
+    return build_table(spec, load_records(root), expected, profile, seeds)
+
+
+def corners(root, row="flow", **kwargs):
+    return fill(root, **kwargs).cells[row, "corners"]
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def test_record_round_trip(tmp_path):
+    record = load_record(put(tmp_path, 3.25).parent)
+    assert record.metrics[METRIC].value == 3.25
+    assert record.metrics[METRIC].count == 1000
+    assert record.floor[METRIC].value == 2.947
+    assert record.short_commit == "abababababab"
+    assert load_record(put(tmp_path, dirty=True)).short_commit == "abababababab+dirty"
+    assert find_records(tmp_path) == [record.path]
+    assert find_records(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema must be 1, got int 2"),
+        ({"seed": "0"}, "field 'seed' must be an integer, 0 or more, got str '0'"),
+        ({"config_hash": "xyz"}, "field 'config_hash' must be a string matching"),
+        ({"metrics": []}, "field 'metrics' must be a JSON object"),
+        ({"status": None}, "field 'status' must be a non-empty string, got nothing"),
+        ({"wall_time_s": -1.0}, "field 'wall_time_s' must be a finite number, 0 or more"),
+        ({"kind": "guess"}, "must be one of ('likelihood', 'bound'), got 'guess'"),
+    ],
+)
+def test_record_faults_are_one_clear_line(tmp_path, change, message):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(content(**change)))
+    with pytest.raises(ValueError) as caught:
+        load_record(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "3.2", None])
+def test_record_metric_must_be_finite(tmp_path, value):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(content(value)))
+    with pytest.raises(ValueError, match=r"metrics\.test/nll_nats\.value' must be a finite number"):
+        load_record(path)
+
+
+def test_record_missing_truncated_or_lacking_a_field(tmp_path):
+    path = tmp_path / "record.json"
+    with pytest.raises(ValueError, match="no such file"):
+        load_record(path)
+    path.write_text(json.dumps(content())[:100])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_record(path)
+    found = content()
+    del found["row"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="field 'row' is missing"):
+        load_record(path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"), [({"x": float("nan")}, ValueError), ({"x": {1, 2}}, TypeError)]
+)
+def test_atomic_json_leaves_the_old_file_when_serialisation_fails(tmp_path, broken, error):
+    path = write_json_atomic(tmp_path / "deep" / "record.json", {"a": 1})
+    with pytest.raises(error):
+        write_json_atomic(path, broken)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_atomic_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatch):
+    path = write_text_atomic(tmp_path / "table.md", "old")
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(records_module.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
+
+
+# --------------------------------------------------------------------------------- table.yaml
+
+
+def test_committed_table_holds_the_published_values():
+    spec = load_spec(SYNTHETIC)
+    assert {(q.row, q.column): q.value for q in spec.published} == PUBLISHED
+    assert {(q.row, q.column): q.value for q in spec.quoted} == RERUN
+    assert {q.source for q in spec.published} == {"paper"}
+    assert "2007.02731" in spec.sources["paper"]
+    assert [row.experiment for row in spec.rows] == [
+        "synthetic/flow",
+        "synthetic/abs_flow",
+        "synthetic/abs_spline_flow",
+    ]
+    assert [row.target_above_floor for row in spec.rows] == [None, None, 0.01]
+    assert [c.overrides for c in spec.columns] == [(f"data={c.name}",) for c in spec.columns]
+    assert (spec.metric, spec.unit, spec.direction, spec.tolerance) == (
+        METRIC,
+        "nats",
+        "lower",
+        0.03,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tolerance: 0.03", "tolerence: 0.03\ntolerance: 0.03", "unknown key 'tolerence'"),
+        ("label: Flow,", "label: Flow, colour: red,", r"rows\[0\] unknown key 'colour'"),
+        ("direction: lower", "direction: down", "must be lower or higher, got 'down'"),
+        ("tolerance: 0.03", "tolerance: -1", "needs 'tolerance', a finite number, 0 or more"),
+        ("value: 3.19, source: paper", "value: 3.19", r"published\[1\] needs 'source'"),
+        ("value: 3.19, source: paper", "value: 3.19, source: me", "unknown source 'me'"),
+        ("value: 3.19,", "value: high,", r"published\[1\] needs 'value', a finite number"),
+        (
+            "- {row: flow, column: corners, value: 3.19",
+            "- {row: flow, column: checkerboard, value: 3.19",
+            r"published\[1\] repeats cell flow / checkerboard",
+        ),
+        (
+            "row: flow, column: corners, value: 3.19",
+            "row: x, column: corners, value: 1",
+            "row 'x'",
+        ),
+        ("{name: abs_flow,", "{name: flow,", "row name 'flow' appears twice"),
+        ("better: abs_flow", "better: nobody", r"orderings\[0\] unknown row 'nobody'"),
+        ("unit: nats", "unit: nats\nunit: bits", "key 'unit' appears twice"),
+        ("rows:", "rows: [", "not readable as YAML"),
+    ],
+)
+def test_table_yaml_is_read_strictly(tmp_path, old, new, message):
+    text = SYNTHETIC.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "table.yaml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_spec(path)
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (3.22, "reproduced"),  # 3.22 - 3.19 is 0.03 and float noise
+        (3.0, "reproduced"),
+        (3.2201, "worse by 0.030"),
+        (3.23, "worse by 0.040"),
+    ],
+)
+def test_verdict_at_the_edge_of_the_tolerance(tmp_path, value, verdict):
+    put(tmp_path, value)
+    cell = corners(tmp_path)
+    assert cell.verdict == verdict
+    assert cell.delta == pytest.approx(value - 3.19)
+
+
+def test_verdict_where_higher_is_better(tmp_path):
+    text = SYNTHETIC.read_text(encoding="utf-8").replace("direction: lower", "direction: higher")
+    path = tmp_path / "table.yaml"
+    path.write_text(text.replace("target_above_floor", "# target_above_floor"), encoding="utf-8")
+    spec = load_spec(path)
+    for value, verdict in ((3.16, "reproduced"), (3.15, "worse by 0.040"), (4.0, "reproduced")):
+        put(tmp_path, value)
+        assert corners(tmp_path, spec=spec).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (2.957, "within 0.010 of the floor"),
+        (2.9571, "0.010 above the floor, target 0.010"),
+        (2.972, "0.025 above the floor, target 0.010"),
+    ],
+)
+def test_verdict_against_the_floor(tmp_path, value, verdict):
+    put(tmp_path, value, row="abs_spline_flow")
+    cell = corners(tmp_path, "abs_spline_flow")
+    assert cell.verdict == verdict
+    assert cell.published is None and cell.delta is None
+
+
+def test_verdict_without_published_value_or_floor(tmp_path):
+    put(tmp_path, row="abs_spline_flow", floor={})
+    assert corners(tmp_path, "abs_spline_flow").verdict == "floor not available"
+    path = tmp_path / "table.yaml"
+    text = SYNTHETIC.read_text(encoding="utf-8")
+    path.write_text(text.replace("target_above_floor", "# target"), encoding="utf-8")
+    cell = corners(tmp_path, "abs_spline_flow", spec=load_spec(path))
+    assert cell.verdict == "published value not available"
+
+
+@pytest.mark.parametrize("row", ["flow", "abs_spline_flow"])
+def test_another_profile_is_never_a_reproduction(tmp_path, row):
+    put(tmp_path, 3.0, row=row, profile="smoke")
+    table = fill(tmp_path, profile="smoke", seeds=(0, 1))
+    assert table.cells[row, "corners"].verdict == "not a reproduction (profile smoke)"
+    text = render_markdown(table, command="make")
+    assert text.split("\n")[2].startswith("**Profile `smoke`**: **not a reproduction.**")
+    assert "reproduced |" not in text
+
+
+def test_mean_and_standard_deviation_over_seeds(tmp_path):
+    for seed, value in enumerate((3.1, 3.2, 3.4)):
+        put(tmp_path, value, seed=seed)
+    cell = corners(tmp_path, seeds=(0, 1, 2))
+    assert cell.ours == pytest.approx(3.2333333, abs=1e-6)
+    assert cell.std == pytest.approx(0.1527525, abs=1e-6)  # sample: divided by n - 1
+    assert cell.seeds == (0, 1, 2)
+    assert cell.verdict == "worse by 0.043"
+    assert corners(tmp_path, seeds=(0,)).std is None
+    assert corners(tmp_path, seeds=(0, 7)).verdict == "1 of 2 seeds: reproduced"
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+def test_cell_without_a_record_is_not_run(tmp_path):
+    cell = corners(tmp_path)
+    assert (cell.verdict, cell.ours, cell.published) == ("not run", None, 3.19)
+    assert "| not run (3.190) |" in render_markdown(fill(tmp_path), command="make")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"config_hash": "f" * 16}, f"refused: stale config ffffffffffffffff, now {HASH}"),
+        ({"status": "interrupted"}, "refused: run interrupted, not complete"),
+        ({"profile": "smoke"}, "refused: profile smoke, not paper"),
+        ({"experiment": "other/flow"}, "refused: experiment other/flow, not synthetic/flow"),
+        ({"unit": "bits"}, "refused: test/nll_nats in bits, not nats"),
+        ({"metrics": {}}, "refused: record has no test/nll_nats"),
+    ],
+)
+def test_refused_record(tmp_path, change, verdict):
+    put(tmp_path, 3.0, **change)
+    cell = corners(tmp_path)
+    assert (cell.verdict, cell.ours, cell.records) == (verdict, None, ())
+    assert cell.refusals == (f"seed 0: {verdict.removeprefix('refused: ')}",)
+
+
+def test_refusals_beside_good_records(tmp_path):
+    put(tmp_path, 3.2, seed=0)
+    put(tmp_path, 3.0, seed=0, profile="smoke")  # another profile beside the right run: no matter
+    put(tmp_path, 9.0, seed=1, status="failed")
+    put(tmp_path, 1.0, seed=2)  # not asked for
+    cell = corners(tmp_path, seeds=(0, 1))
+    assert cell.ours == 3.2
+    assert cell.verdict == "1 of 2 seeds: reproduced"
+    assert cell.refusals == ("seed 1: run failed, not complete",)
+
+
+def test_broken_records_spare_the_rest_of_the_table(tmp_path):
+    put(tmp_path, 3.2)
+    broken = tmp_path / "torn" / "record.json"
+    broken.parent.mkdir()
+    broken.write_text('{"schema": 1, "artefa')
+    diverged = tmp_path / "nan" / "record.json"
+    diverged.parent.mkdir()
+    diverged.write_text(json.dumps(content(float("nan"), row="abs_flow")))
+    assert [isinstance(item, RecordError) for item in load_records(tmp_path)] == [True, False, True]
+    table = fill(tmp_path)
+    assert table.cells["flow", "corners"].verdict == "reproduced"
+    refused = table.cells["abs_flow", "corners"]
+    assert refused.ours is None
+    assert refused.verdict == (
+        "refused: field 'metrics.test/nll_nats.value' must be a finite number, got float nan"
+    )
+    assert len(table.problems) == 1
+    assert table.problems[0].startswith(f"{broken}: not valid JSON")
+    assert str(broken) in render_markdown(table, command="make")
+
+
+def test_two_runs_of_one_configuration_are_refused(tmp_path):
+    put(tmp_path / "a", 3.2)
+    put(tmp_path / "b", 3.1)
+    assert corners(tmp_path).verdict.startswith("refused: 2 runs of one configuration")
+
+
+def test_kinds_never_mix_in_one_cell(tmp_path):
+    put(tmp_path, 3.2, seed=0)
+    put(tmp_path, 3.2, seed=1, kind="bound", estimator="ELBO, mean over 1000 test points")
+    with pytest.raises(ValueError, match=r"cell flow / corners: .* mixes kinds"):
+        fill(tmp_path, seeds=(0, 1))
+    table = fill(tmp_path, seeds=(1,))
+    assert table.cells["flow", "corners"].estimator == "bound: ELBO, mean over 1000 test points"
+    assert "| 3.200 bound (3.190) |" in render_markdown(table, command="make")
+
+
+def test_a_density_below_the_entropy_and_mixed_commits_are_warned_of(tmp_path):
+    put(tmp_path, 2.9, row="abs_flow")
+    put(tmp_path, 2.945, commit="cd" * 20)  # within 3 standard errors of the floor
+    table = fill(tmp_path)
+    assert len(table.warnings) == 2
+    assert table.warnings[0] == "Mixed commits: cdcdcdcdcdcd, abababababab."
+    assert table.warnings[1].startswith("AbsFlow / Corners: 2.9000 passes its floor 2.9470")
+
+
+def test_orderings(tmp_path):
+    put(tmp_path, 3.2)
+    put(tmp_path, 3.0, row="abs_flow")
+    put(tmp_path, 3.0, data="four_circles")
+    put(tmp_path, 3.1, row="abs_flow", data="four_circles")
+    assert ordering_lines(fill(tmp_path)) == [
+        "AbsFlow better than Flow: holds in 1 of 2 checked columns. Checkerboard not checked; "
+        "Corners holds (3.000 < 3.200); Gaussians not checked; Circles FAILS (3.100 > 3.000)."
+    ]
+
+
+# ------------------------------------------------------------------------------------ writers
+
+
+def test_csv(tmp_path):
+    put(tmp_path, 3.2, seed=0)
+    put(tmp_path, 3.21, seed=1, dirty=True)
+    path = write_csv(fill(tmp_path, seeds=(0, 1)), tmp_path / "out" / "table.csv")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines[0] == (
+        "row,column,metric,unit,estimator,published,ours,std,delta,floor,verdict,seeds,profile,commit"
+    )
+    cells = {(line["row"], line["column"]): line for line in csv.DictReader(lines)}
+    assert len(cells) == 12
+    assert cells["flow", "corners"] == {
+        "row": "flow",
+        "column": "corners",
+        "metric": METRIC,
+        "unit": "nats",
+        "estimator": "exact log-likelihood, mean over 1000 test points",
+        "published": "3.190",
+        "ours": "3.205",
+        "std": "0.007",
+        "delta": "+0.015",
+        "floor": "2.9470",
+        "verdict": "reproduced",
+        "seeds": "0 1",
+        "profile": "paper",
+        "commit": "abababababab abababababab+dirty",
+    }
+    assert cells["flow", "checkerboard"]["ours"] == ""
+    assert cells["flow", "checkerboard"]["verdict"] == "not run"
+
+
+def test_markdown(tmp_path):
+    put(tmp_path, 3.2, seed=0)
+    put(tmp_path, 3.21, seed=1)
+    table = fill(tmp_path, seeds=(0, 1))
+    path = write_markdown(
+        table,
+        tmp_path / "table.md",
+        command="make reproduce-synthetic",
+        figures={"Densities": Path("density.png")},
+    )
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"# {table.spec.title}\n\n**Profile `paper`**")
+    for part in (
+        "| Flow | not run (3.650) | 3.205 ± 0.007 (3.190) | not run (3.010) |",
+        "| entropy (floor) |  | 2.9470 |  |  |",
+        "3.244 (rerun)",
+        "![Densities](density.png)",
+        "| Flow |  | 61 s |  |  |",
+        "python 3.11.7, torch 2.6.0",
+        "cpu x86, cores 2",
+        "- paper: Nielsen et al. 2020",
+        "anti-symmetric",
+        "```sh\nmake reproduce-synthetic\n```",
+    ):
+        assert part in text
+    assert render_markdown(table, command="c") == render_markdown(table, command="c")
+    assert render_csv(table) == render_csv(fill(tmp_path, seeds=(0, 1)))
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def picture(folder, points=300):
+    rng = np.random.default_rng(0)
+    density = rng.uniform(size=(16, 16))
+    samples = rng.uniform(-4, 4, size=(points, 2)).astype(np.float32)
+    np.savez(
+        folder / "picture.npz",
+        grid_low=-4.0,
+        grid_high=4.0,
+        density=density,
+        true_density=density,
+        samples=samples,
+        data_samples=samples,
+    )
+    (folder / "metrics.csv").write_text(
+        "step,epoch,train/nll_nats,val/nll_nats\n1,0,4.0,\n2,0,,3.9\n3,1,3.6,\n4,1,,3.5\n"
+    )
+
+
+@pytest.mark.parametrize("points", [300, 25_000])
+def test_figures_are_deterministic_and_draw_missing_cells(tmp_path, points):
+    figures = pytest.importorskip("surflow.reporting.figures")
+    picture(put(tmp_path, 3.2).parent, points)
+    table = fill(tmp_path)
+    pictures = figures.run_files(table, "picture.npz")
+    assert list(pictures) == ["Flow", "AbsFlow", "AbsSplineFlow (ours)"]
+    assert pictures["Flow"]["Corners"].name == "picture.npz"
+    assert pictures["Flow"]["Circles"] is None
+    cells = {row: {c: pictures[row][c] for c in ("Corners", "Circles")} for row in pictures}
+    curves = figures.run_files(table, "metrics.csv")
+    for draw, files in (
+        (figures.density_figure, cells),
+        (figures.sample_figure, cells),
+        (figures.learning_curve_figure, curves),
+    ):
+        one = draw(files, tmp_path / "one.png").read_bytes()
+        two = draw(files, tmp_path / "two.png").read_bytes()
+        assert one == two
+        assert one.startswith(b"\x89PNG") and len(one) < 1_500_000
+        assert b"Software" not in one and b"tIME" not in one
+
+
+def test_curve_is_read_where_both_columns_are_given(tmp_path):
+    figures = pytest.importorskip("surflow.reporting.figures")
+    picture(tmp_path)
+    epochs, values = figures._read_curve(tmp_path / "metrics.csv", "val/nll_nats")
+    assert (epochs.tolist(), values.tolist()) == ([0.0, 1.0], [3.9, 3.5])
+    with pytest.raises(ValueError, match="lacks column val/other"):
+        figures._read_curve(tmp_path / "metrics.csv", "val/other")
+
+
+def test_torn_picture_is_named(tmp_path):
+    figures = pytest.importorskip("surflow.reporting.figures")
+    file = tmp_path / "picture.npz"
+    file.write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match=r"picture\.npz: not readable as npz"):
+        figures.density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
+    np.savez(file, grid_low=-4.0, grid_high=4.0, density=np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"picture\.npz: lacks true_density"):
+        figures.density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
+    with pytest.raises(ValueError, match="cells is empty"):
+        figures.sample_figure({}, tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_reporting_imports_nothing_heavy():
+    code = (
+        "import sys, surflow.reporting, surflow.reporting.figures\n"
+        "heavy = {'torch', 'torchvision', 'lightning', 'pytorch_lightning', 'hydra', 'omegaconf',"
+        " 'wandb', 'matplotlib.pyplot'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "[]"
