@@ -61,6 +61,25 @@ class Ledger(Sequence[LedgerRow]):
         """Whether the total is a lower bound."""
         return any(row.bound for row in self.rows)
 
+    @classmethod
+    def merge(cls, parts: Sequence[Ledger]) -> Ledger:
+        """The ledger over all the rows of several, of one flow."""
+        count = sum(p.count for p in parts)
+        rows = []
+        for same in zip(*(p.rows for p in parts), strict=True):
+            mean = sum(r.mean * p.count for r, p in zip(same, parts, strict=True)) / count
+            # sums of squares about the common mean, from each part's mean and standard error
+            squares = sum(
+                p.count * (p.count - 1) * (r.standard_error**2 if p.count > 1 else 0.0)
+                + p.count * (r.mean - mean) ** 2
+                for r, p in zip(same, parts, strict=True)
+            )
+            error = (squares / (count - 1) / count) ** 0.5 if count > 1 else float("nan")
+            finite = all(r.finite for r in same)
+            first = same[0]
+            rows.append(LedgerRow(first.layer, first.kind, first.bound, mean, error, finite))
+        return cls(tuple(rows), count)
+
     def __str__(self) -> str:
         width = max(len("layer"), *(len(r.layer) for r in self.rows))
         kind = max(len("kind"), *(len(r.kind) for r in self.rows))
@@ -207,11 +226,11 @@ class Flow(nn.Module):
         return Ledger(tuple(rows), count=x.shape[0])
 
     def first_non_finite(self, x: Tensor, context: Tensor | None = None) -> str | None:
-        """The first layer whose parameters, output or contribution are not finite, None if all are."""
+        """The first layer whose output or contribution is not finite; None if all are."""
         with torch.no_grad():
             if not bool(x.isfinite().all()):
                 return "the data"
-            for name, layer, z, part in self.trace(x, context):
+            for name, _, z, part in self.trace(x, context):
                 if not bool(part.isfinite().all()):
                     return f"{name} (ldj)"
                 if not bool(z.isfinite().all()):

@@ -1,0 +1,5 @@
+"""Datasets and LightningDataModules."""
+
+from surflow.compat import make_torchvision_importable
+
+make_torchvision_importable()  # Lightning imports torchmetrics, and that torchvision

@@ -17,6 +17,19 @@ def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
+def expand_to(
+    value: float | Sequence[float] | Tensor, shape: tuple[int, ...], where: str
+) -> Tensor:
+    """A parameter as a tensor of ``shape``, default dtype; ValueError if it does not broadcast."""
+    value = torch.as_tensor(value, dtype=torch.get_default_dtype())
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{where}: expected a shape that broadcasts to {shape}, got {tuple(value.shape)}"
+        ) from None
+
+
 class Distribution(nn.Module, ABC):
     r"""A density or mass over events, conditional on a context or not.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import Distribution, sum_event
+from surflow.distributions.base import Distribution, expand_to, sum_event
 
 
 class Bernoulli(Distribution):
@@ -26,7 +26,7 @@ class Bernoulli(Distribution):
         net: maps a context to logits, (B, *event).
 
     Raises:
-        ValueError: for a probability outside (0, 1).
+        ValueError: for a probability outside (0, 1); from ``log_prob``, for x outside [0, 1].
     """
 
     discrete = True
@@ -44,7 +44,7 @@ class Bernoulli(Distribution):
         p = torch.as_tensor(probability, dtype=torch.get_default_dtype())
         if not bool(((p > 0) & (p < 1)).all()):
             raise ValueError(f"Bernoulli: expected 0 < probability < 1, got {p.tolist()}")
-        logits = torch.logit(p).expand(self.event_shape).clone()
+        logits = expand_to(torch.logit(p), self.event_shape, "Bernoulli: probability").clone()
         if learn:
             self.logits = nn.Parameter(logits)
         else:
@@ -57,6 +57,7 @@ class Bernoulli(Distribution):
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         logits = self.logits_of(context)
         x = x.to(logits.dtype)
+        require((x >= 0) & (x <= 1), "Bernoulli.log_prob", "values in [0, 1]", x)
         return sum_event(x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
@@ -104,7 +105,7 @@ class Categorical(Distribution):
                 f"Categorical: expected logits over {num_classes} classes, "
                 f"got shape {tuple(value.shape)}"
             )
-        value = value.to(torch.get_default_dtype()).expand(shape).clone()
+        value = expand_to(value, shape, "Categorical: logits").clone()
         if learn:
             self.logits = nn.Parameter(value)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surflow.distributions.base import Distribution, sum_event
+from surflow.distributions.base import Distribution, expand_to, sum_event
 
 
 class Uniform(Distribution):
@@ -20,8 +20,8 @@ class Uniform(Distribution):
         low, high: the edges, broadcastable to the event.
 
     Raises:
-        ValueError: unless low < high everywhere; from ``sample``, for a temperature other than 1,
-            which a uniform does not have.
+        ValueError: unless low < high everywhere, or if an edge does not broadcast; from
+            ``sample``, for a temperature other than 1, which a uniform does not have.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class Uniform(Distribution):
         high: float | Sequence[float] | Tensor = 1.0,
     ) -> None:
         super().__init__(event_shape)
-        low = torch.as_tensor(low, dtype=torch.get_default_dtype()).expand(self.event_shape)
-        high = torch.as_tensor(high, dtype=torch.get_default_dtype()).expand(self.event_shape)
+        low = expand_to(low, self.event_shape, "Uniform: low")
+        high = expand_to(high, self.event_shape, "Uniform: high")
         if not bool((low < high).all()):
             raise ValueError(
                 f"Uniform: expected low < high, got {low.tolist()} and {high.tolist()}"
@@ -43,7 +43,7 @@ class Uniform(Distribution):
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         inside = (x >= self.low) & (x <= self.high)
         density = torch.where(inside, -(self.high - self.low).log(), -torch.inf)
-        return sum_event(density.to(x.dtype))
+        return sum_event(density.to(torch.promote_types(x.dtype, density.dtype)))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         if temperature != 1.0:

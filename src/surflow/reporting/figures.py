@@ -416,3 +416,17 @@ def learning_curve_figure(
     if caution:
         figure.suptitle(caution, fontsize=9, color="#b00020")
     return _save(figure, path)
+
+
+def scatter_figure(samples: np.ndarray, path: str | Path, low: float, high: float) -> Path:
+    """Draw 2-D samples, (N, 2), in the square [low, high]^2: points, or a histogram of many."""
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    window = [[low, high], [low, high]]
+    if len(samples) >= 20_000:
+        axes.hist2d(samples[:, 0], samples[:, 1], bins=200, range=window, cmap="viridis")
+    else:
+        axes.scatter(samples[:, 0], samples[:, 1], s=2, alpha=0.5, linewidths=0)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="x₁", ylabel="x₂")
+    axes.set_title(f"{len(samples)} samples")
+    return _save(figure, path)

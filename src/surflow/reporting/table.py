@@ -654,7 +654,8 @@ def _grid(header: Sequence[str], lines: Iterable[Sequence[str]], numeric: Iterab
     return "\n".join([line(header), line(rule), *(line(fields) for fields in lines)])
 
 
-def _main_text(cell: Cell, wanted: int) -> str:
+def cell_text(cell: Cell, wanted: int) -> str:
+    """A cell as a person reads it: ours ± std (published)."""
     if cell.ours is None:
         text = cell.verdict.partition(":")[0]  # the reason stands in the long table
     else:
@@ -711,7 +712,7 @@ def render_markdown(
     lines = [
         [
             row.label,
-            *(_main_text(cells[row.name, c.name], len(table.seeds)) for c in spec.columns),
+            *(cell_text(cells[row.name, c.name], len(table.seeds)) for c in spec.columns),
         ]
         for row in spec.rows
     ]

@@ -68,6 +68,11 @@ def run_net(net: nn.Module, x: Tensor, context: Tensor | None, where: str) -> Te
         raise ValueError(
             f"{where}: expected a context with {net.context_features} features, got none"
         )
+    if context.dim() < 2 or context.shape[1] != net.context_features:
+        raise ValueError(
+            f"{where}: expected a context with {net.context_features} features, "
+            f"got shape {tuple(context.shape)}"
+        )
     return net(x, context)
 
 
@@ -121,6 +126,8 @@ class Transform(nn.Module, ABC):
     event_shape: tuple[int | None, ...] | None = None
     latent_shape: tuple[int | None, ...] | None = None
     integer_data: bool = False
+
+    _turned_into: str | None = None  # the class that turned this layer round, for messages
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -182,13 +189,13 @@ class Transform(nn.Module, ABC):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Generate data from a latent: (B, *latent) -> (B, *event)."""
-        self._check_tensor(z, self.latent_shape or self.event_shape, "inverse", False)
+        self._check_tensor(z, self._shape_of_latent(), "inverse", False)
         self._check_context(context, z.shape[0], "inverse")
         return self._inverse(z, context)
 
     def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
-        self._check_tensor(z, self.latent_shape or self.event_shape, "inverse", False)
+        self._check_tensor(z, self._shape_of_latent(), "inverse", False)
         self._check_context(context, z.shape[0], "inverse")
         x, ldj = self._inverse_and_ldj(z, context)
         return x, contribution_dtype(ldj)
@@ -217,7 +224,14 @@ class Transform(nn.Module, ABC):
 
     def where(self, method: str) -> str:
         """The name of this layer in an error message."""
+        if self._turned_into is not None:
+            method = {"forward": "inverse", "inverse": "forward"}.get(method, method)
+            return f"{self._turned_into}.{method}"
         return f"{type(self).__name__}.{method}"
+
+    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
+        """The shape that z must have: a layer that does not say keeps the shape of x."""
+        return self.latent_shape or self.event_shape
 
     def _check_tensor(
         self,
@@ -242,7 +256,14 @@ class Transform(nn.Module, ABC):
             )
 
     def _check_context(self, context: Tensor | None, batch: int, method: str) -> None:
-        if context is not None and context.shape[0] != batch:
+        if context is None:
+            return
+        if not isinstance(context, Tensor):
+            raise ValueError(
+                f"{self.where(method)}: expected the context as a tensor, "
+                f"got {type(context).__name__}"
+            )
+        if context.dim() < 1 or context.shape[0] != batch:
             raise ValueError(
                 f"{self.where(method)}: expected a context of {batch} rows, "
                 f"got shape {tuple(context.shape)}"
@@ -326,10 +347,11 @@ class Sequential(Transform):
 
     @property
     def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        if not len(self):
-            return None
-        last = self.transforms[-1]
-        return last.latent_shape or last.event_shape
+        return self.transforms[-1]._shape_of_latent() if len(self) else None
+
+    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
+        # the last layer's own: where that takes any shape, the first layer's says nothing of z
+        return self.latent_shape
 
     @property
     def integer_data(self) -> bool:  # type: ignore[override]
@@ -414,6 +436,8 @@ class Inverse(Transform):
         if not isinstance(transform, Transform):
             raise TypeError(f"Inverse: expected a Transform, got {type(transform).__name__}")
         self.transform = transform
+        if type(self) is not Inverse:  # a message of the inner layer then names this one
+            transform._turned_into = type(self).__name__
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]
@@ -433,10 +457,13 @@ class Inverse(Transform):
 
     @property
     def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transform.latent_shape or self.transform.event_shape
+        return self.transform._shape_of_latent()
 
     @property
     def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transform.event_shape
+
+    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
         return self.transform.event_shape
 
     @property

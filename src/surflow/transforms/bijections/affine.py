@@ -83,6 +83,15 @@ class AdditiveMap(ElementwiseMap):
         return self.inverse(z, params), torch.zeros_like(z)
 
 
+def net_output_fits(out: Tensor, batch: int, expected: tuple[int, ...]) -> bool:
+    """Whether a net's output has its batch and channels, and broadcasts over the rest."""
+    return (
+        out.dim() == 1 + len(expected)
+        and tuple(out.shape[:2]) == (batch, expected[0])
+        and all(s in (1, e) for s, e in zip(out.shape[2:], expected[1:], strict=True))
+    )
+
+
 class Affine(Transform):
     r"""An elementwise affine bijection with fixed, learned or context-dependent parameters.
 
@@ -143,6 +152,12 @@ class Affine(Transform):
         if context is None:
             raise ValueError("Affine: expected a context, got none")
         out = self.net(context).to(self.shift.dtype)
+        expected = (2 * self.event_shape[0], *self.event_shape[1:])
+        if not net_output_fits(out, context.shape[0], expected):
+            raise ValueError(
+                f"Affine: expected the net to give shape (batch, "
+                f"{', '.join(map(str, expected))}), got {tuple(out.shape)}"
+            )
         extra = out.unflatten(1, (self.event_shape[0], 2))
         return self.log_scale + extra[:, :, 0], self.shift + extra[:, :, 1]
 

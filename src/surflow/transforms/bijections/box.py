@@ -40,22 +40,31 @@ class BoxToReal(Transform):
         self.event_shape = tuple(low_.shape)
         self.register_buffer("low", low_)
         self.register_buffer("high", high_)
-        finite_low, finite_high = low_.isfinite(), high_.isfinite()
+        for name in ("boxed", "half_open", "origin", "direction", "width"):
+            self.register_buffer(name, None, persistent=False)
+        self._derive()
+
+    def _derive(self) -> None:
+        """What follows from the edges."""
+        low, high = self.low, self.high
+        edges = zip(low.tolist(), high.tolist(), strict=True)
+        self._support = "values in " + " x ".join(f"({a:g}, {b:g})" for a, b in edges)
+        finite_low, finite_high = low.isfinite(), high.isfinite()
         # which of the four maps a box needs is known here, so that an unused one costs nothing
         self._boxed = bool((finite_low & finite_high).any())
         self._half_open = bool((finite_low ^ finite_high).any())
-        self.register_buffer("boxed", finite_low & finite_high, persistent=False)
-        self.register_buffer("half_open", finite_low ^ finite_high, persistent=False)
-        origin = torch.where(finite_low, low_, torch.where(finite_high, high_, 0.0))
+        self.boxed, self.half_open = finite_low & finite_high, finite_low ^ finite_high
         # x = origin + direction * width * y, y in (0, 1) or (0, inf)
-        self.register_buffer("origin", origin, persistent=False)
-        direction = torch.where(~finite_low & finite_high, -1.0, 1.0)
-        width = torch.where(self.boxed, high_ - low_, 1.0)
-        self.register_buffer("direction", direction, persistent=False)
-        self.register_buffer("width", width, persistent=False)
+        self.origin = torch.where(finite_low, low, torch.where(finite_high, high, 0.0))
+        self.direction = torch.where(~finite_low & finite_high, -torch.ones_like(low), 1.0)
+        self.width = torch.where(self.boxed, high - low, 1.0)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._derive()
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require((x > self.low) & (x < self.high), self.where("forward"), self._support(), x)
+        require((x > self.low) & (x < self.high), self.where("forward"), self._support, x)
         z, ldj = x, torch.zeros_like(x)
         y = (x - self.origin) * self.direction / self.width
         if self._boxed:
@@ -78,10 +87,6 @@ class BoxToReal(Transform):
             half = self.origin + self.direction * F.softplus(z * self.direction)
             x = torch.where(self.half_open, half, x)
         return x
-
-    def _support(self) -> str:
-        edges = zip(self.low.tolist(), self.high.tolist(), strict=True)
-        return "values in " + " x ".join(f"({a:g}, {b:g})" for a, b in edges)
 
     @classmethod
     def example(cls) -> Example:

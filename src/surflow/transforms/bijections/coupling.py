@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -235,7 +235,7 @@ class RationalQuadraticSplineCoupling(Coupling):
         self,
         net: nn.Module,
         num_bins: int = 8,
-        bound: float | None = 3.0,
+        bound: float | Sequence[float] | None = 3.0,
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
         split: str | int = "half",

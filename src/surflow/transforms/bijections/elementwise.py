@@ -303,6 +303,11 @@ class Elementwise(Transform):
         if context is None:
             raise ValueError("Elementwise: expected a context, got none")
         out = self.net(context).to(x.dtype)
+        expected = (x.shape[0], x.shape[1] * self.map.num_params, *x.shape[2:])
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"Elementwise: expected the net to give shape {expected}, got {tuple(out.shape)}"
+            )
         return out.unflatten(1, (self.event_shape[0], self.map.num_params)).movedim(2, -1)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -319,5 +324,5 @@ class Elementwise(Transform):
 
         wide = DiagonalNormal((3,), scale=2.0)
         transform = cls((3,), RationalQuadraticSpline(num_bins=5, bound=3.0))
-        nn.init.normal_(transform.params)
+        nn.init.normal_(transform.params, std=0.5)
         return Example(transform, wide.sample_and_log_prob, StandardNormal((3,)))

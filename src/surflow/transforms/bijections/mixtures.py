@@ -63,7 +63,8 @@ class LogisticMixtureMap(ElementwiseMap):
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         log_weight, loc, log_scale, a, b = self._unpack(params)
         y, log_slope = self._logit_cdf(x, log_weight, loc, log_scale)
-        return torch.exp(a) * y + b, a + log_slope
+        z = torch.exp(a) * y + b
+        return z.to(torch.promote_types(x.dtype, params.dtype)), a + log_slope
 
     def inverse(self, z: Tensor, params: Tensor) -> Tensor:
         log_weight, loc, log_scale, a, b = self._unpack(params)
@@ -79,4 +80,5 @@ class LogisticMixtureMap(ElementwiseMap):
                 low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
             x = 0.5 * (low + high)
         value, log_slope = self._logit_cdf(x, log_weight, loc, log_scale)
-        return x - (value - y) * torch.exp(-log_slope).detach()
+        x = x - (value - y) * torch.exp(-log_slope).detach()
+        return x.to(torch.promote_types(z.dtype, params.dtype))

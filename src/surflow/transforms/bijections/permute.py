@@ -158,14 +158,23 @@ class Rotation(Transform):
         self.register_buffer("basis", basis, persistent=False)
 
     def matrix(self) -> Tensor:
-        """R, (D, D)."""
-        return torch.linalg.matrix_exp(torch.einsum("k,kij->ij", self.values, self.basis))
+        """R, (D, D), float32 or better: in half precision it would be no rotation."""
+        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        with torch.autocast(self.values.device.type, enabled=False):
+            skew = torch.einsum("k,kij->ij", self.values.to(dtype), self.basis.to(dtype))
+            return torch.linalg.matrix_exp(skew)
+
+    def _multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, matrix.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            product = x.to(dtype) @ matrix.to(dtype)
+        return product.to(torch.promote_types(x.dtype, self.values.dtype))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x @ self.matrix().T, zero_ldj(x)
+        return self._multiply(x, self.matrix().T), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return z @ self.matrix()
+        return self._multiply(z, self.matrix())
 
     @classmethod
     def example(cls) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     Args:
         num_bins: K.
-        bound: the interval is [-bound, bound], with identity tails outside and slope 1 at both
-            ends (K - 1 slopes); None: the interval is [0, 1] onto itself, free slopes at both
-            ends (K + 1), and nothing outside.
+        bound: the interval, [-bound, bound] or, as a pair, [low, high], with identity tails
+            outside and slope 1 at both ends (K - 1 slopes); None: [0, 1] onto itself, free
+            slopes at both ends (K + 1), and nothing outside.
         min_bin, min_slope: floors, in units of the interval's length and of 1.
 
     Raises:
@@ -41,14 +42,18 @@ class RationalQuadraticSpline(ElementwiseMap):
     def __init__(
         self,
         num_bins: int = 8,
-        bound: float | None = 3.0,
+        bound: float | Sequence[float] | None = 3.0,
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
     ) -> None:
         if num_bins < 2:
             raise ValueError(f"RationalQuadraticSpline: expected num_bins >= 2, got {num_bins}")
-        if bound is not None and not bound > 0:
-            raise ValueError(f"RationalQuadraticSpline: expected bound > 0, got {bound}")
+        interval = (-bound, bound) if isinstance(bound, int | float) else tuple(bound or (0.0, 1.0))
+        if len(interval) != 2 or not interval[0] < interval[1]:
+            raise ValueError(
+                "RationalQuadraticSpline: expected bound > 0, or a pair low < high, "
+                f"got bound = {bound}"
+            )
         if not 0 < min_bin * num_bins < 1:
             raise ValueError(
                 f"RationalQuadraticSpline: expected 0 < min_bin < 1/num_bins, got {min_bin}"
@@ -59,7 +64,7 @@ class RationalQuadraticSpline(ElementwiseMap):
             )
         self.num_bins = num_bins
         self.tails = bound is not None
-        self.low, self.high = (-bound, bound) if bound is not None else (0.0, 1.0)
+        self.low, self.high = float(interval[0]), float(interval[1])
         self.min_bin, self.min_slope = min_bin, min_slope
         # softplus(0 + this) + min_slope = 1
         self.slope_offset = math.log(math.expm1(1.0 - min_slope))

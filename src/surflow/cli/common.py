@@ -1,0 +1,184 @@
+"""What every command shares: one clear line for a mistake, and building from a config."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from surflow.config import check_config, register_resolvers
+from surflow.errors import UserError
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """The text on one line, cut at ``limit`` characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _config_message(error: Exception) -> str:
+    """A config error of Hydra's or OmegaConf's as one line that says what would be right."""
+    text = one_line(error)
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None):
+        return f"config: {one_line(cause.msg or cause)} (at {cause.full_key})"
+    if "Key" in text and "is not in struct" in text:
+        return f"config: unknown key: {text}"
+    return f"config: {text}"
+
+
+def guarded(main: Callable[[], Any]) -> Callable[[], None]:
+    """Wrap a command: a user's mistake prints one line and exits with 2.
+
+    Set SURFLOW_DEBUG=1 to see the traceback instead.
+    """
+
+    def run() -> None:
+        register_resolvers()
+        # Hydra otherwise prints several lines and exits with 1
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        with one_line_errors():
+            main()
+
+    return run
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line and exit code 2; let bugs keep their traceback."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; give the same command again to resume", 130)
+    except (UserError, ValueError, HydraException, OmegaConfBaseException, OSError) as error:
+        if os.environ.get("SURFLOW_DEBUG"):
+            raise
+        root = user_error_behind(error)
+        if root is not None:
+            _fail(one_line(root))
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            _fail(_config_message(error))
+        _fail(one_line(error))
+
+
+def user_error_behind(error: BaseException | None) -> BaseException | None:
+    """The UserError or ValueError that another library wrapped, None if there is none."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, ValueError) and not isinstance(error, OmegaConfBaseException):
+            return error
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None
+
+
+def _fail(message: str, code: int = 2) -> None:
+    print(f"surflow: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def build_data(cfg: DictConfig) -> Any:
+    """The DataModule of a config, set up."""
+    from hydra.utils import instantiate
+
+    data = instantiate(cfg.data.module)
+    data.setup()
+    return data
+
+
+def build_flow(cfg: DictConfig, data: Any) -> Any:
+    """The flow of a config, for this data; the same seed gives the same initial weights."""
+    import torch
+    from hydra.utils import instantiate
+
+    torch.manual_seed(cfg.seed)
+    surjection = instantiate(cfg.surjection.transform) if cfg.surjection.transform else None
+    low, high = data.box
+    return instantiate(cfg.model.builder)(surjection=surjection, low=low, high=high)
+
+
+def load_flow(cfg: DictConfig) -> tuple[Any, Any, Path]:
+    """The trained flow of a config, its data, and the checkpoint it came from.
+
+    Raises:
+        UserError: where there is no checkpoint, or it is damaged or of another config.
+    """
+    from surflow.config import config_hash, run_dir
+    from surflow.training.checkpoint import check_same_config, flow_state, load_checkpoint
+
+    path = Path(cfg.checkpoint) if cfg.checkpoint else run_dir(cfg) / "last.ckpt"
+    checkpoint = load_checkpoint(path)
+    check_same_config(checkpoint, config_hash(cfg), relative(path))
+    data = build_data(cfg)
+    flow = build_flow(cfg, data)
+    flow.load_state_dict(flow_state(checkpoint))
+    return flow.eval(), data, path
+
+
+def check_hardware(cfg: DictConfig) -> None:
+    """Refuse a device, a precision or a number of threads that this machine cannot give."""
+    import torch
+
+    t = cfg.trainer
+    accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
+    if t.accelerator not in accelerators:
+        raise UserError(
+            f"trainer.accelerator: expected one of {', '.join(accelerators)}, got {t.accelerator!r}"
+        )
+    if t.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={t.accelerator}: no CUDA device on this machine; "
+            "use trainer.accelerator=cpu or auto"
+        )
+    if t.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "trainer.accelerator=mps: not available on this machine; use trainer.accelerator=cpu"
+        )
+    precisions = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+    if str(t.precision) not in precisions:
+        raise UserError(
+            f"trainer.precision: expected one of {', '.join(precisions)}, got {t.precision!r}"
+        )
+    on_cpu = t.accelerator == "cpu" or (t.accelerator == "auto" and not torch.cuda.is_available())
+    if str(t.precision) == "16-mixed" and on_cpu:
+        raise UserError(
+            "trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true"
+        )
+    devices = t.devices
+    if not (devices in ("auto", -1) or (isinstance(devices, int) and devices > 0)):
+        raise UserError(
+            f"trainer.devices: expected a positive whole number, -1 or auto, got {devices}"
+        )
+    if isinstance(devices, int) and devices > 0 and not on_cpu:
+        there = torch.cuda.device_count()
+        if there and devices > there:
+            raise UserError(f"trainer.devices={devices}: this machine has {there} GPU(s)")
+    if t.threads is not None and (not isinstance(t.threads, int) or t.threads < 1):
+        raise UserError(
+            f"trainer.threads: expected a positive whole number or null, got {t.threads}"
+        )
+    if t.compile not in ("auto", True, False):
+        raise UserError(f"trainer.compile: expected auto, true or false, got {t.compile!r}")
+
+
+def check_everything(cfg: DictConfig) -> None:
+    """All checks that need neither data nor a model."""
+    check_config(cfg)
+    check_hardware(cfg)
+
+
+def relative(path: Path) -> str:
+    """A path as a person would write it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

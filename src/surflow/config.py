@@ -1,0 +1,149 @@
+"""Configuration: where it lies, how it is composed, and what makes two runs the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from surflow.errors import UserError, close_match
+
+PROFILES = ("paper", "short", "smoke")
+
+# keys that change where and how a run is carried out, not what it computes
+RUNTIME_KEYS = (
+    "logger",
+    "run",
+    "checkpoint",
+    "split",
+    "n",
+    "temperature",
+    "out",
+    "data.root",
+    "data.eval_batch_size",
+    "data.module.root",
+    "data.module.eval_batch_size",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.compile",
+    "trainer.threads",
+    "trainer.deterministic",
+    "trainer.finite_check_every",
+    "trainer.log_every",
+)
+
+
+def _per_profile(values: DictConfig, *, _root_: DictConfig) -> Any:
+    """The entry for the profile, or for the nearest larger one that is given."""
+    profile = _root_.profile.name
+    order = PROFILES[: PROFILES.index(profile) + 1] if profile in PROFILES else ()
+    for name in reversed(order):
+        if name in values:
+            return values[name]
+    raise UserError(f"per_profile: no value for profile {profile!r} among {list(values)}")
+
+
+def _by(key: str, values: DictConfig, default: Any) -> Any:
+    """values[key] where it is there, else the default."""
+    return values[key] if key in values else default
+
+
+def register_resolvers() -> None:
+    """Make ``${per_profile:{paper: 10, smoke: 1}}`` and ``${by:key,{a: 1},default}`` known."""
+    OmegaConf.register_new_resolver("per_profile", _per_profile, replace=True)
+    OmegaConf.register_new_resolver("by", _by, replace=True)
+
+
+def project_root() -> Path:
+    """The folder that holds conf/ and experiments/: the checkout, or the installed package."""
+    here = Path(__file__).resolve().parent
+    for root in (here.parent.parent, here):
+        if (root / "conf").is_dir():
+            return root
+    raise UserError(f"no conf/ folder beside {here}: install surflow from its repository")
+
+
+def conf_dir() -> str:
+    """The folder of the YAML files."""
+    return str(project_root() / "conf")
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
+    """Compose a config as a command would from these overrides."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return hydra_compose(config_name, overrides=list(overrides))
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain containers, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """16 hex digits of what the run computes: the resolved config without its runtime keys."""
+    plain = resolved(cfg)
+    for key in RUNTIME_KEYS:
+        node: Any = plain
+        *parents, last = key.split(".")
+        for name in parents:
+            node = node.get(name, {})
+        node.pop(last, None)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>: it follows from the config."""
+    name = f"seed{cfg.seed}-{config_hash(cfg)[:8]}"
+    return Path(cfg.run.root) / cfg.profile.name / cfg.artefact / cfg.row / cfg.data.name / name
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Everything that can be known to be wrong before anything is built.
+
+    Raises:
+        UserError: one line: the key, what is wrong, what would be right.
+    """
+    if cfg.profile.name not in PROFILES:
+        raise UserError(
+            f"profile: expected one of {', '.join(PROFILES)}, got {cfg.profile.name!r}"
+            + close_match(cfg.profile.name, PROFILES)
+        )
+    positive = (
+        "trainer.max_epochs",
+        "trainer.accumulate_grad_batches",
+        "trainer.num_nodes",
+        "trainer.log_every",
+        "trainer.finite_check_every",
+        "data.batch_size",
+        "data.eval_batch_size",
+    )
+    for key in positive:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{key}: expected a positive whole number, got {value}")
+    lr = OmegaConf.select(cfg, "optimizer.lr")
+    if lr is not None and not (isinstance(lr, int | float) and lr > 0):
+        raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**31:
+        raise UserError(f"seed: expected a whole number from 0 to 2^31 - 1, got {cfg.seed}")
+    ema = cfg.trainer.ema_decay
+    if ema is not None and not 0 < ema < 1:
+        raise UserError(f"trainer.ema_decay: expected a number in (0, 1) or null, got {ema}")
+    clip = cfg.trainer.gradient_clip_val
+    if clip is not None and not clip > 0:
+        raise UserError(
+            f"trainer.gradient_clip_val: expected a positive number or null, got {clip}"
+        )

@@ -1,0 +1,16 @@
+"""Errors that a user caused or can mend; a command prints one line for them and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What is wrong, where, and what would be right, in one line."""
+
+
+def close_match(word: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' where a known word is close, else an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,153 @@
+"""Flows of couplings for vectors, behind any surjection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from surflow.distributions import Distribution, HalfNormal, StandardNormal, Uniform
+from surflow.errors import close_match
+from surflow.flow import Flow
+from surflow.nets import MLP, FourierFeatures
+from surflow.transforms import (
+    AbsGenerative,
+    AbsInference,
+    ActNorm,
+    Affine,
+    BoxToReal,
+    Coupling,
+    ElementwiseMap,
+    Transform,
+)
+
+Box = tuple[list[float], list[float]]
+"""Lower and upper edges of each coordinate, infinite where there are none."""
+
+
+def image_of(surjection: Transform | None, low: Sequence[float], high: Sequence[float]) -> Box:
+    """The box in which the latents of ``surjection`` lie, for data in the box low ... high."""
+    low, high = list(low), list(high)
+    if isinstance(surjection, AbsInference):
+        for d in surjection.element:
+            low[d], high[d] = 0.0, max(abs(low[d]), abs(high[d]))
+    elif isinstance(surjection, AbsGenerative):
+        raise ValueError(
+            "surjection: AbsGenerative takes data >= 0 and is for models of such data; "
+            "for signed data use AbsInference"
+        )
+    elif surjection is not None:
+        low, high = [-math.inf] * len(low), [math.inf] * len(high)
+    return low, high
+
+
+def real_line(low: list[float], high: list[float]) -> tuple[list[Transform], Distribution]:
+    """Every interval mapped onto the line, and a standard normal there."""
+    infinite = all(math.isinf(a) and math.isinf(b) for a, b in zip(low, high, strict=True))
+    return [] if infinite else [BoxToReal(low, high)], StandardNormal(len(low))
+
+
+def unmapped(low: list[float], high: list[float]) -> tuple[list[Transform], Distribution]:
+    """The latents as they are, and a standard normal."""
+    return [], StandardNormal(len(low))
+
+
+def unit_box(
+    low: list[float], high: list[float], reach: float = 5.0
+) -> tuple[list[Transform], Distribution]:
+    """A finite box scaled to the unit box, with a uniform base; half-lines x >= 0 scaled by
+    1/reach, with a half-normal base, so that the data's bulk lies in the unit box."""
+    if all(math.isfinite(a) and math.isfinite(b) for a, b in zip(low, high, strict=True)):
+        widths = [b - a for a, b in zip(low, high, strict=True)]
+        shift = [-a / w for a, w in zip(low, widths, strict=True)]
+        return [Affine(len(low), shift, [1 / w for w in widths])], Uniform(len(low))
+    if all(a == 0 and math.isinf(b) for a, b in zip(low, high, strict=True)):
+        return [Affine(len(low), scale=1 / reach)], HalfNormal(len(low), scale=2.0 / reach)
+    raise ValueError(
+        "model.support: expected a finite box or half-lines x >= 0 for 'unit_box', got edges "
+        f"{low} and {high}; choose 'real_line'"
+    )
+
+
+SUPPORTS: dict[str, Callable[[list[float], list[float]], tuple[list[Transform], Distribution]]] = {
+    "unmapped": unmapped,
+    "real_line": real_line,
+    "unit_box": unit_box,
+}
+
+
+def coupling_flow(
+    features: int,
+    map: ElementwiseMap,
+    net: Callable[..., nn.Module],
+    num_couplings: int,
+    support: str,
+    actnorm: bool = False,
+    surjection: Transform | None = None,
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+) -> Flow:
+    """surjection -> support -> couplings that take turns in the half they transform -> base.
+
+    Args:
+        features: D.
+        map: the couplings' elementwise map.
+        net: ``net(in_features, out_features)`` makes a coupling's net.
+        num_couplings: how many.
+        support: "unmapped", "real_line" or "unit_box": how the latents' box is mapped, and which
+            base that leaves; see the functions of these names.
+        actnorm: an activation normalisation before each coupling.
+        surjection: the first layer, None for a plain flow.
+        low, high: edges of the data, (D,) each; infinite if left out.
+
+    Raises:
+        ValueError: for an unknown support, a negative number of couplings, or a box that the
+            support cannot take.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, experiments on symmetric data.
+    """
+    if num_couplings < 0:
+        raise ValueError(f"model.num_couplings: expected >= 0, got {num_couplings}")
+    if features < 2:
+        raise ValueError(f"model.features: expected >= 2 for a coupling, got {features}")
+    if support not in SUPPORTS:
+        raise ValueError(
+            f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
+            + close_match(support, SUPPORTS)
+        )
+    low = list(low) if low is not None else [-math.inf] * features
+    high = list(high) if high is not None else [math.inf] * features
+    mapped, base = SUPPORTS[support](*image_of(surjection, low, high))
+    transforms = [surjection] if surjection is not None else []
+    transforms += mapped
+    first = features // 2
+    for i in range(num_couplings):
+        swap = bool(i % 2)
+        seen, changed = (features - first, first) if swap else (first, features - first)
+        if actnorm:
+            transforms.append(ActNorm(features))
+        transforms.append(Coupling(map, net(seen, changed * map.num_params), swap=swap))
+    return Flow(base, transforms)
+
+
+def coupling_net(
+    in_features: int,
+    out_features: int,
+    hidden_features: Sequence[int],
+    activation: str = "relu",
+    zero_init: bool = False,
+    num_frequencies: int = 0,
+    period: float = 1.0,
+) -> nn.Module:
+    """An MLP, behind Fourier features where ``num_frequencies`` is positive.
+
+    Args:
+        in_features, out_features, hidden_features, activation, zero_init: see :class:`MLP`.
+        num_frequencies, period: see :class:`FourierFeatures`.
+    """
+    if num_frequencies < 0:
+        raise ValueError(f"num_frequencies: expected >= 0, got {num_frequencies}")
+    width = in_features * (1 + 2 * num_frequencies)
+    net = MLP(width, out_features, hidden_features, activation, zero_init=zero_init)
+    return FourierFeatures(net, num_frequencies, period) if num_frequencies else net

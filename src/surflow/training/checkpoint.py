@@ -1,0 +1,80 @@
+"""Checkpoints: written whole or not at all, read without unpickling code, refused if not ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from surflow.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write to a temporary file, flush it to disk, rename; load tensors and plain values only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: the checkpoint could not be written ({error}); the one before it is "
+                "kept: free some space, then give the same command again to resume"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_checkpoint(path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU.
+
+    Raises:
+        UserError: where it is missing, truncated, or no checkpoint of a flow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train the run first, or name its .ckpt file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: damaged or truncated checkpoint ({first[:120]}); delete it and give the "
+            "same command again to start from the last good one"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: expected a checkpoint with a state_dict, found something else")
+    return checkpoint
+
+
+def check_same_config(checkpoint: dict[str, Any], config_hash: str, name: str) -> None:
+    """Refuse a checkpoint of another config."""
+    theirs = checkpoint.get("surflow", {}).get("config_hash")
+    if config_hash and theirs != config_hash:
+        raise UserError(
+            f"{name}: written by another config (its hash is {theirs}, this config's is "
+            f"{config_hash}); use the overrides it was trained with, or another folder"
+        )
+
+
+def flow_state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The flow's own parameters and buffers (averaged ones where the run kept an average)."""
+    prefix = "flow."
+    state = checkpoint["state_dict"]
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}

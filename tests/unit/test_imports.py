@@ -1,0 +1,123 @@
+"""Imports point one way, and the library loads none of the pipeline."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surflow
+
+SOURCE = Path(surflow.__file__).parent
+HEAVY = (
+    "pytorch_lightning",
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "torchvision",
+    "torchmetrics",
+    "torch_fidelity",
+    "matplotlib",
+)
+# room: the rooms of ours that it may import from
+ALLOWED = {
+    "checks": set(),
+    "nets": {"checks"},
+    "distributions": {"checks"},
+    "transforms": {"checks", "nets", "distributions"},
+    "flow": {"checks", "distributions", "transforms"},
+    "objectives": {"checks", "distributions", "transforms", "flow"},
+    "proofs": {"checks", "distributions", "transforms"},
+    "reporting": set(),
+}
+FORBIDDEN = {
+    "models": {"training", "cli", "reporting"},
+    "data": {"models", "training", "cli", "reporting"},
+    "metrics": {"models", "training", "cli", "reporting"},
+    "training": {"cli"},
+}
+
+
+def files(room: str) -> list[Path]:
+    single = SOURCE / f"{room}.py"
+    return [single] if single.exists() else sorted((SOURCE / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too, by its full name."""
+    package = ("surflow", *path.relative_to(SOURCE).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*up, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def rooms(path: Path) -> set[str]:
+    """The rooms of ours that a file imports from."""
+    known = {p.stem for p in SOURCE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    parts = (name.split(".") for name in imported(path))
+    return {p[1] for p in parts if p[0] == "surflow" and len(p) > 1} & known
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["surflow.transforms", "surflow.flow", "surflow.distributions", "surflow.proofs"],
+)
+def test_the_library_loads_nothing_heavy(module):
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert "torch" in loaded and "surflow" in loaded
+    assert loaded & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_from_what_lies_before_it(room):
+    assert files(room)
+    for path in files(room):
+        assert rooms(path) - {room} <= ALLOWED[room], path
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_does_not_import_from_what_lies_behind_it(room):
+    for path in files(room):
+        assert rooms(path) & FORBIDDEN[room] == set(), path
+
+
+@pytest.mark.parametrize("room", ["nets", "distributions", "transforms", "flow", "objectives"])
+def test_the_library_names_no_framework(room):
+    for path in files(room):
+        assert {name.split(".")[0] for name in imported(path)} & set(HEAVY) == set(), path
+
+
+def test_reporting_imports_nothing_of_torch():
+    for path in files("reporting"):
+        found = {name.split(".")[0] for name in imported(path)}
+        assert found & {"torch", "torchvision", "torchmetrics", "pytorch_lightning"} == set(), path
+
+
+def test_only_the_command_line_has_hydra_main():
+    for path in SOURCE.rglob("*.py"):
+        if path.relative_to(SOURCE).parts[0] == "cli":
+            continue
+        tree = ast.parse(path.read_text())
+        attributes = {
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        assert "hydra.main" not in attributes | imported(path), path
+
+
+def test_the_reader_of_imports_reads(tmp_path):
+    file = SOURCE / "transforms" / "surjections" / "abs.py"
+    assert {"surflow.checks", "surflow.checks.require", "torch.nn"} <= imported(file)
+    assert {"checks", "distributions", "nets", "transforms"} <= rooms(file)
