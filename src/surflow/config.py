@@ -124,6 +124,7 @@ def check_config(cfg: DictConfig) -> None:
     positive = (
         "trainer.max_epochs",
         "trainer.accumulate_grad_batches",
+        "trainer.ema_every",
         "trainer.num_nodes",
         "trainer.log_every",
         "trainer.finite_check_every",

@@ -84,6 +84,7 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
                 key = (row.name, column.name, int(seed))
                 overrides = [
                     f"experiment={row.experiment}",
+                    *row.overrides,
                     *column.overrides,
                     f"profile={cfg.profile.name}",
                     f"seed={seed}",
@@ -125,15 +126,22 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     (folder / "records").mkdir(parents=True, exist_ok=True)
     pictures = {}
     metric = {"metric": spec.metric}
-    if any(p for r in figures.run_files(table, "picture.npz").values() for p in r.values()):
-        cells_ = figures.run_files(table, "picture.npz")
+    cells_ = figures.run_files(table, "picture.npz")
+    if spec.figure == "each":
+        for row, files in cells_.items():
+            for file in files.values():
+                if file is not None:
+                    name = f"{load_record(file.parent).row}.png"
+                    figures.model_figure(file, folder / name, title=row, **metric)
+                    pictures[row] = name
+    elif any(file for files in cells_.values() for file in files.values()):
         figures.density_figure(cells_, folder / "density.png", **metric)
         figures.sample_figure(cells_, folder / "samples.png", **metric)
         pictures["Densities: data and models"] = "density.png"
         pictures["Samples: data and models"] = "samples.png"
     curves = figures.run_files(table, "metrics.csv")
     if any(p for r in curves.values() for p in r.values()):
-        column = "val/" + spec.metric.split("/", 1)[1]
+        column = _validation_column(curves)
         figures.learning_curve_figure(
             curves, folder / "learning_curves.png", column=column, **metric
         )
@@ -145,7 +153,9 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
             name = f"{cell.row.name}-{cell.column.name}-seed{record.seed}.json"
             write_bytes_atomic(folder / "records" / name, record.path.read_bytes())
     seeds = ",".join(map(str, cfg.seeds))
-    target = f"make reproduce-{cfg.artefact.replace('_', '-')} PROFILE={cfg.profile.name} SEEDS={seeds}"
+    target = (
+        f"make reproduce-{cfg.artefact.replace('_', '-')} PROFILE={cfg.profile.name} SEEDS={seeds}"
+    )
     write_csv(table, folder / "table.csv")
     write_markdown(table, folder / "table.md", command=target, figures=pictures)
     print(
@@ -153,6 +163,16 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     )
     _print_table(table)
     return folder
+
+
+def _validation_column(curves: dict) -> str:
+    """The validation metric that the runs have logged: the objective's, not always the table's."""
+    for files in curves.values():
+        for file in files.values():
+            if file is not None:
+                header = file.open().readline().strip().split(",")
+                return next(c for c in header if c.startswith("val/"))
+    raise AssertionError("called with at least one file")
 
 
 def _print_table(table: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import sys
 import time
 import warnings
@@ -75,8 +76,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()  # before Lightning, which imports torchvision
-    with locked(folder):
+    with locked(folder) if first_process() else contextlib.nullcontext():
         return _train_locked(cfg, digest, folder)
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the run, or the first of several: it keeps the folder."""
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return rank_zero_only.rank == 0 and node == "0"
 
 
 def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float]:
@@ -87,14 +96,19 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from surflow.training.callbacks import EMA, RunProgress
-    from surflow.training.checkpoint import AtomicCheckpointIO, check_same_config, load_checkpoint
+    from surflow.training.checkpoint import (
+        AtomicCheckpointIO,
+        check_same_config,
+        flow_state,
+        load_checkpoint,
+    )
     from surflow.training.logging import CSVMetrics, wandb_logger
     from surflow.training.module import FlowModule, Objective, can_compile
 
     quiet_lightning()
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
-    if cfg.run.force:
+    if cfg.run.force and first_process():
         for name in ("last.ckpt", "best.ckpt", "record.json", "metrics.csv", "picture.npz"):
             (folder / name).unlink(missing_ok=True)
     plain = resolved(cfg)
@@ -126,29 +140,30 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         checkpoint = load_checkpoint(last)
         check_same_config(checkpoint, digest, relative(last))
         resumed_step = int(checkpoint["global_step"])
-        print(
-            f"{relative(folder)}: resuming after epoch {int(checkpoint['epoch']) + 1}",
-            file=sys.stderr,
-        )
+        if first_process():
+            print(
+                f"{relative(folder)}: resuming after epoch {int(checkpoint['epoch']) + 1}",
+                file=sys.stderr,
+            )
     csv = CSVMetrics(folder / "metrics.csv", [module.train_key, module.val_key, "lr"])
     loggers: list[Any] = [csv]
     if cfg.logger.name == "wandb":
         loggers.append(wandb_logger(plain, folder, digest))
     title = f"{cfg.row} {cfg.data.name} seed {cfg.seed}"
+    saving: dict[str, Any] = {
+        "dirpath": folder,
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+    }
     callbacks: list[Any] = [
         RunProgress(title),
-        ModelCheckpoint(
-            dirpath=folder,
-            filename="best",
-            monitor=module.val_key,
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        # its own save_last skips the epochs that are not the best: so two of them, best first
+        ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
+        ModelCheckpoint(filename="last", **saving),
     ]
     if cfg.trainer.ema_decay is not None:
         # before the checkpoint, so that what is saved is this epoch's average
-        callbacks.insert(1, EMA(cfg.trainer.ema_decay))
+        callbacks.insert(1, EMA(cfg.trainer.ema_decay, cfg.trainer.ema_every))
     strategy = cfg.trainer.strategy
     trainer = pl.Trainer(
         max_epochs=cfg.trainer.max_epochs,
@@ -177,6 +192,8 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         raise KeyboardInterrupt
     if not trainer.is_global_zero:
         return {}
+    # what is scored is what the checkpoint holds, also where there was nothing left to train
+    flow.load_state_dict(flow_state(load_checkpoint(last)))
     return _finish(cfg, plain, digest, folder, module, data, loggers, start, train_time)
 
 
@@ -278,9 +295,11 @@ def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, 
     from surflow.training.evaluation import density_grid
 
     window = data.dataset.window
-    density = density_grid(flow, -window, window, GRID, box=data.box)
-    step = 2 * window / GRID
-    centres = -window + step * (torch.arange(GRID) + 0.5)
+    # a bound takes many draws a cell
+    size = GRID // 2 if flow.lower_bound else GRID
+    density = density_grid(flow, -window, window, size, box=data.box, lower_bound_samples=32)
+    step = 2 * window / size
+    centres = -window + step * (torch.arange(size) + 0.5)
     true = data.dataset.log_prob(torch.cartesian_prod(centres, centres)).exp()
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
@@ -291,7 +310,7 @@ def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, 
         grid_low=np.float64(-window),
         grid_high=np.float64(window),
         density=density.numpy().astype(np.float32),
-        true_density=true.reshape(GRID, GRID).numpy().astype(np.float32),
+        true_density=true.reshape(size, size).numpy().astype(np.float32),
         samples=samples.numpy().astype(np.float32),
         data_samples=data.splits["test"][:PICTURE_SAMPLES].numpy().astype(np.float32),
     )
@@ -324,7 +343,7 @@ def quiet_lightning() -> None:
     """Keep what Lightning says for itself out of a run's output; our own lines say what matters."""
     import logging
 
-    for name in ("pytorch_lightning", "lightning", "lightning.pytorch"):
+    for name in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", module="lightning_utilities")

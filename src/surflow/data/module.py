@@ -137,7 +137,8 @@ class SyntheticData(TensorDataModule):
     def box(self) -> tuple[list[float], list[float]]:
         """Edges that hold the whole support, infinite where there are none."""
         bound = self.edge if self.edge is not None else math.inf
-        return [-bound] * 2, [bound] * 2
+        low = 0.0 if self.dataset.positive else -bound
+        return [low] * 2, [bound] * 2
 
     def setup(self, stage: str | None = None) -> None:
         if not self.splits:

@@ -22,6 +22,7 @@ __all__ = [
     "Checkerboard",
     "Corners",
     "EightGaussians",
+    "FoldedMoons",
     "FourCircles",
     "Gaussian",
     "GaussianGrid",
@@ -53,6 +54,7 @@ class SyntheticDataset2d(ABC):
         window: half-width of the square to plot.
         extent: half-width of the square that holds all but a negligible part of the mass.
         step: grid step that resolves the density; used by the entropy quadrature.
+        positive: all samples lie in the positive quadrant.
         symmetry: "symmetric" (p is unchanged when the sign of either coordinate flips),
             "antisymmetric" (flipping one coordinate maps the support to its complement in the
             bounding square) or None.
@@ -64,6 +66,7 @@ class SyntheticDataset2d(ABC):
     window: ClassVar[float] = 4.0
     extent: ClassVar[float]
     step: ClassVar[float]
+    positive: ClassVar[bool] = False
     symmetry: ClassVar[str | None] = None
     entropy_method: ClassVar[str] = "quadrature"
 
@@ -510,6 +513,31 @@ class SwissRoll(_Curves):
         return torch.stack([t * t.cos(), t * t.sin()], dim=-1)[None] / 5
 
 
+# Folded
+
+
+class FoldedMoons(SyntheticDataset2d):
+    """x = |y|, y ~ two moons: p(x) = Σ_s p_moons(s ⊙ x) over the four sign vectors s, x >= 0.
+
+    Data for models of a generative absolute value. All of it lies in the positive quadrant.
+    """
+
+    name = "folded_moons"
+    positive = True
+    extent = TwoMoons.extent
+    step = TwoMoons.step
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return TwoMoons()._sample(n, generator).abs()
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        one = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device)
+        moons = TwoMoons()
+        parts = [moons._log_prob(x * s) for s in torch.cartesian_prod(one, one)]
+        inside = (x >= 0).all(-1)
+        return torch.where(inside, torch.stack(parts).logsumexp(0), -torch.inf)
+
+
 # Warped Gaussians
 
 
@@ -635,6 +663,7 @@ DATASETS: dict[str, type[SyntheticDataset2d]] = {
         EightGaussians,
         FourCircles,
         TwoMoons,
+        FoldedMoons,
         Spirals,
         Rings,
         Pinwheel,

@@ -140,6 +140,9 @@ class Distribution(nn.Module, ABC):
 
         Output channels alternate over the parameters: a0 b0 a1 b1 ... for count 2.
         """
+        weight = next(self.net.parameters(), None)
+        if weight is not None and context.is_floating_point():
+            context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
         out = self.net(context)
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()

@@ -18,7 +18,9 @@ from surflow.transforms import (
     Affine,
     BoxToReal,
     Coupling,
+    DihedralFold,
     ElementwiseMap,
+    Rotation,
     Transform,
 )
 
@@ -33,10 +35,15 @@ def image_of(surjection: Transform | None, low: Sequence[float], high: Sequence[
         for d in surjection.element:
             low[d], high[d] = 0.0, max(abs(low[d]), abs(high[d]))
     elif isinstance(surjection, AbsGenerative):
-        raise ValueError(
-            "surjection: AbsGenerative takes data >= 0 and is for models of such data; "
-            "for signed data use AbsInference"
-        )
+        for d in surjection.transform.element:
+            if low[d] < 0:
+                raise ValueError(
+                    "surjection: AbsGenerative is for data >= 0, and these reach down to "
+                    f"{low[d]:g}; choose abs (AbsInference)"
+                )
+            low[d] = -high[d]
+    elif isinstance(surjection, DihedralFold):
+        low, high = (list(edges) for edges in surjection.image)
     elif surjection is not None:
         low, high = [-math.inf] * len(low), [math.inf] * len(high)
     return low, high
@@ -84,6 +91,7 @@ def coupling_flow(
     num_couplings: int,
     support: str,
     actnorm: bool = False,
+    rotation: float | None = None,
     surjection: Transform | None = None,
     low: Sequence[float] | None = None,
     high: Sequence[float] | None = None,
@@ -98,6 +106,8 @@ def coupling_flow(
         support: "unmapped", "real_line" or "unit_box": how the latents' box is mapped, and which
             base that leaves; see the functions of these names.
         actnorm: an activation normalisation before each coupling.
+        rotation: initial angle, in radians, of a learned rotation between couplings (D = 2, latents
+            on the whole plane); None for none.
         surjection: the first layer, None for a plain flow.
         low, high: edges of the data, (D,) each; infinite if left out.
 
@@ -116,6 +126,8 @@ def coupling_flow(
             f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
             + close_match(support, SUPPORTS)
         )
+    if rotation is not None and support == "unit_box":
+        raise ValueError("model.rotation: a unit box has no rotations; use support real_line")
     low = list(low) if low is not None else [-math.inf] * features
     high = list(high) if high is not None else [math.inf] * features
     mapped, base = SUPPORTS[support](*image_of(surjection, low, high))
@@ -125,6 +137,8 @@ def coupling_flow(
     for i in range(num_couplings):
         swap = bool(i % 2)
         seen, changed = (features - first, first) if swap else (first, features - first)
+        if rotation is not None and i:
+            transforms.append(Rotation(features, angle=rotation))
         if actnorm:
             transforms.append(ActNorm(features))
         transforms.append(Coupling(map, net(seen, changed * map.num_params), swap=swap))

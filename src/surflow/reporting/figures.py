@@ -430,3 +430,53 @@ def scatter_figure(samples: np.ndarray, path: str | Path, low: float, high: floa
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="x₁", ylabel="x₂")
     axes.set_title(f"{len(samples)} samples")
     return _save(figure, path)
+
+
+def model_figure(
+    file: str | Path, path: str | Path, title: str, *, metric: str = "test/nll_nats"
+) -> Path:
+    """Draw one 2-D model from its `picture.npz`: data and model, density above samples.
+
+    The metric of the record beside the file, with its kind and unit, stands under the title.
+    """
+    picture = _load_picture(Path(file), "density", "true_density", "samples", "data_samples")
+    record = _record(file)
+    figure = Figure(figsize=(6.4, 6.9), dpi=120, layout="constrained")
+    found = record.metrics.get(metric) if record is not None else None
+    lines = [title]
+    if found is not None:
+        kind = "NLL" if found.kind == "likelihood" else "bound on NLL"
+        floor = record.floor.get(metric)
+        entropy = f", entropy {floor.value:.3f}" if floor is not None else ""
+        lines.append(f"{kind} {found.value:.3f} {found.unit}{entropy} ({found.estimator})")
+    caution = _caution([record])
+    figure.suptitle("\n".join(lines), fontsize=10)
+    if caution:
+        figure.supxlabel(caution, fontsize=8, color="#b00020")
+    panels = figure.subplots(2, 2)
+    extent = _extent(picture)
+    left, right, low, high = extent
+    top = float(np.nanmax(picture["true_density"])) or 1.0
+    for axes, name, label in zip(
+        panels[0], ("true_density", "density"), ("Data, density", "Model, density"), strict=True
+    ):
+        axes.imshow(
+            np.ma.masked_invalid(picture[name].T),
+            origin="lower",
+            extent=extent,
+            cmap=COLORMAP,
+            vmin=0.0,
+            vmax=top,
+            interpolation="nearest",
+        )
+        axes.set_title(label, fontsize=9)
+    for axes, name, label in zip(
+        panels[1], ("data_samples", "samples"), ("Data, samples", "Model, samples"), strict=True
+    ):
+        axes.scatter(*picture[name][:5000].T, s=1.6, alpha=0.45, color="#3b2a6b", linewidths=0)
+        axes.set_title(label, fontsize=9)
+        axes.set_aspect("equal")
+    for axes in panels.flat:
+        axes.set(xlim=(left, right), ylim=(low, high))
+        axes.tick_params(labelsize=7)
+    return _save(figure, path)

@@ -79,7 +79,11 @@ class Ordering:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """The content of one `table.yaml`; `tolerance` and all values are in `unit`."""
+    """The content of one `table.yaml`; `tolerance` and all values are in `unit`.
+
+    `figure` is "comparison" (models side by side, a row of panels a column of the table) or "each"
+    (a picture of its own for every cell, where the cells have data of their own).
+    """
 
     path: Path
     artefact: str
@@ -95,6 +99,7 @@ class TableSpec:
     quoted: tuple[Quote, ...] = ()
     orderings: tuple[Ordering, ...] = ()
     notes: tuple[str, ...] = ()
+    figure: str = "comparison"
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,7 @@ _TABLE_KEYS = (
     "quoted",
     "orderings",
     "notes",
+    "figure",
 )
 _ROW_KEYS = ("name", "label", "experiment", "overrides", "target_above_floor")
 _COLUMN_KEYS = ("name", "label", "overrides")
@@ -257,6 +263,9 @@ def load_spec(path: str | Path) -> TableSpec:
     direction = top.text("direction")
     if direction not in ("lower", "higher"):
         raise top.error(f"'direction' must be lower or higher, got {direction!r}")
+    figure = top.text("figure") if "figure" in top.value else "comparison"
+    if figure not in ("comparison", "each"):
+        raise top.error(f"'figure' must be comparison or each, got {figure!r}")
 
     rows = []
     for index, item in enumerate(top.items("rows", required=True)):
@@ -347,6 +356,7 @@ def load_spec(path: str | Path) -> TableSpec:
         quoted=quotes("quoted"),
         orderings=tuple(orderings),
         notes=tuple(note.strip() for note in top.texts("notes")),
+        figure=figure,
     )
 
 

@@ -105,7 +105,12 @@ class EMA(WeightAveraging):
 
     Args:
         decay: in (0, 1); the average reaches back about 1/(1 - decay) steps.
+        every: steps between updates, each then with decay^every: the same reach for less work.
     """
 
-    def __init__(self, decay: float) -> None:
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+    def __init__(self, decay: float, every: int = 1) -> None:
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay**every))
+        self.every = every
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and (step_idx + 1) % self.every == 0

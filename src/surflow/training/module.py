@@ -132,12 +132,18 @@ class FlowModule(pl.LightningModule):
             self.flow.log_prob(x)
         self.flow.train(training)
 
+    def _whole_batch(self, batch: Tensor) -> Tensor:
+        """The shares of all processes, so that each of them initialises alike."""
+        if self.trainer.world_size == 1:
+            return batch
+        return self.all_gather(batch).flatten(0, 1)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if not self._checked_values:
             # once, eagerly: values outside a layer's support are named here
             self._checked_values = True
             if any(isinstance(m, ActNorm) and not m.initialised for m in self.flow.modules()):
-                self.initialise(batch)
+                self.initialise(self._whole_batch(batch))
             else:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     self.flow.log_prob(batch)
@@ -150,20 +156,22 @@ class FlowModule(pl.LightningModule):
         if (batch_idx + 1) % every == 0 and not math.isfinite(self._sum.item()):
             self._stop(batch, batch_idx)
         if (batch_idx + 1) % self.log_every == 0:
-            self._log_train()
+            self._log_train(self.global_step + 1)  # this batch's step is still to come
         return loss * self.objective.scale
 
-    def _log_train(self) -> None:
+    def _log_train(self, step: int) -> None:
         if self._count:
             self.last_train = self._sum.item() / self._count * self.objective.scale
             lr = self.optimizers().param_groups[0]["lr"]
-            values = {self.train_key: self.last_train, "lr": lr, "epoch": self.current_epoch}
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.global_step + 1)
+            self._log({self.train_key: self.last_train, "lr": lr}, step)
         self._sum, self._count = None, 0
 
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=step)
+
     def on_train_epoch_end(self) -> None:
-        self._log_train()
+        self._log_train(self.global_step)
 
     def _stop(self, batch: Tensor, batch_idx: int) -> None:
         was_training = self.flow.training
@@ -186,11 +194,20 @@ class FlowModule(pl.LightningModule):
         if self.objective.num_samples > 1:
             bound = iwbo(self.flow, batch, num_samples=self.objective.num_samples)
             value = -bound.double().mean() * self.objective.scale
-        self.log(self.val_key, value.float(), on_epoch=True, batch_size=len(batch), sync_dist=True)
+        self.log(
+            self.val_key,
+            value.float(),
+            on_epoch=True,
+            batch_size=len(batch),
+            sync_dist=True,
+            logger=False,  # Lightning would name the step before the one it belongs to
+        )
 
     def on_validation_epoch_end(self) -> None:
         value = self.trainer.callback_metrics.get(self.val_key)
         self.last_val = None if value is None else float(value)
+        if self.last_val is not None and not self.trainer.sanity_checking:
+            self._log({self.val_key: self.last_val}, self.global_step)
 
     # Checkpoints -------------------------------------------------------------------------------
 

@@ -33,9 +33,12 @@ from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.permute import Permute, Reverse, Rotation
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.maps import ElementwiseMap
+from surflow.transforms.stochastic.vae import VAE
 from surflow.transforms.surjections.abs import AbsGenerative, AbsInference
+from surflow.transforms.surjections.dihedral import DihedralFold
 
 __all__ = [
+    "VAE",
     "AbsGenerative",
     "AbsInference",
     "ActNorm",
@@ -46,6 +49,7 @@ __all__ = [
     "AffineMap",
     "BoxToReal",
     "Coupling",
+    "DihedralFold",
     "Elementwise",
     "ElementwiseMap",
     "Example",

@@ -1,0 +1,67 @@
+# Every target makes its own virtual environment first: nothing to do by hand on a fresh machine.
+#   make help
+
+PROFILE  ?= paper
+SEEDS    ?= 0
+LAUNCHER ?= local
+WORKERS  ?= auto
+PYTHON   ?= $(shell for p in python3 python3.12 python3.11; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))' 2>/dev/null && { echo $$p; break; }; done)
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN   := $(BIN)/python -m surflow.cli
+REPRODUCE = $(RUN).reproduce profile=$(PROFILE) 'seeds=[$(SEEDS)]' launcher=$(LAUNCHER) workers=$(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test test-all bench reproduce-synthetic figure-compositions report-synthetic lock clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
+		awk -F'\t' '{printf "  %-22s %s\n", $$1, $$2}'
+	@echo; echo "  PROFILE=paper|short|smoke  SEEDS=0,1,2  LAUNCHER=local|submitit_local|submitit_slurm  WORKERS=auto|n"
+
+setup: $(STAMP)  ## Make the virtual environment from the lock file
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "surflow: error: Python 3.11, 3.12 or 3.13 not found; install one, or give its path: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lint: $(STAMP)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)  ## Run the tests (about 5 minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(STAMP)  ## Run the tests, slow ones included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+
+bench: $(STAMP)  ## Time a training step against a plain implementation, side by side
+	$(RUN).bench
+
+reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D data: table and figures
+	$(REPRODUCE) artefact=synthetic
+
+report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
+	$(RUN).report artefact=synthetic profile=$(PROFILE) 'seeds=[$(SEEDS)]'
+
+figure-compositions: $(STAMP)  ## Two composed surjections: density and samples
+	$(REPRODUCE) artefact=compositions
+
+lock: $(STAMP)  ## Pin what is installed now in requirements.lock (after changing pyproject.toml)
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy only-if-needed -e '.[dev]'
+	@{ echo "# Pinned by 'make lock'. environment.yml and the Makefile install from this file."; \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed -E '/^(nvidia|triton|cuda)/d; s/^(torch[a-z]*==[0-9.]+)\+.*/\1/'; } > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+
+clean:  ## Remove caches and the virtual environment; runs/ and results/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

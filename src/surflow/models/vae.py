@@ -1,0 +1,50 @@
+"""A VAE of vectors, behind any surjection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.flow import Flow
+from surflow.models.coupling_flow import SUPPORTS, image_of
+from surflow.transforms import VAE, Transform
+
+
+def vae_flow(
+    features: int,
+    latent_features: int,
+    net: Callable[..., nn.Module],
+    support: str = "unmapped",
+    surjection: Transform | None = None,
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+) -> Flow:
+    """surjection -> support -> VAE layer with diagonal-normal encoder and decoder -> normal base.
+
+    Args:
+        features: D, the size of x.
+        latent_features: the size of z.
+        net: ``net(in_features, out_features)`` makes the nets of encoder and decoder.
+        support, surjection, low, high: see :func:`surflow.models.coupling_flow`.
+
+    Raises:
+        ValueError: for sizes that are not positive, or an unknown support.
+
+    Source: Kingma & Welling 2014, arXiv 1312.6114.
+    """
+    if latent_features < 1:
+        raise ValueError(f"model.latent_features: expected >= 1, got {latent_features}")
+    if support not in SUPPORTS:
+        raise ValueError(f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}")
+    infinity = float("inf")
+    low = list(low) if low is not None else [-infinity] * features
+    high = list(high) if high is not None else [infinity] * features
+    mapped, _ = SUPPORTS[support](*image_of(surjection, low, high))
+    vae = VAE(
+        encoder=DiagonalNormal(latent_features, net=net(features, 2 * latent_features)),
+        decoder=DiagonalNormal(features, net=net(latent_features, 2 * features)),
+    )
+    transforms = [*([surjection] if surjection is not None else []), *mapped, vae]
+    return Flow(StandardNormal(latent_features), transforms)

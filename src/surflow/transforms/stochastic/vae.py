@@ -1,0 +1,70 @@
+"""The VAE as a stochastic layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surflow.distributions.base import Distribution
+from surflow.transforms.base import Example, Transform
+
+
+class VAE(Transform):
+    r"""A stochastic layer in both directions: encoder q(z|x), decoder p(x|z).
+
+    .. math:: z \sim q(z \mid x), \quad x \sim p(x \mid z), \qquad
+              V = \log p(x \mid z) - \log q(z \mid x)
+
+    A lower bound: with a base p(z), the expectation of log p(z) + V over q is the ELBO.
+
+    Args:
+        encoder: q, a distribution of z whose net takes x.
+        decoder: p, a distribution of x whose net takes z.
+
+    Raises:
+        ValueError: for an encoder or a decoder without a net, or an x of a wrong shape.
+
+    Source: Kingma & Welling 2014, arXiv 1312.6114; as a layer, Nielsen et al. 2020, arXiv
+    2007.02731, Sec. 2.
+    """
+
+    bijective = False
+    stochastic_forward = True
+    stochastic_inverse = True
+
+    def __init__(self, encoder: Distribution, decoder: Distribution) -> None:
+        super().__init__()
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(part, Distribution) or not part.conditional:
+                raise ValueError(f"VAE: expected a conditional distribution as {name}, got {part}")
+        self.encoder = encoder
+        self.decoder = decoder
+        self.event_shape = decoder.event_shape
+        self.latent_shape = encoder.event_shape
+
+    @property
+    def conditional(self) -> bool:
+        return False  # encoder and decoder are conditioned on x and z, not on the flow's context
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, log_q = self.encoder.sample_and_log_prob(context=x)
+        return z, self.decoder.log_prob(x, z) - log_q
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.decoder.sample(context=z)
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, log_p = self.decoder.sample_and_log_prob(context=z)
+        return x, log_p - self.encoder.log_prob(z, x)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import DiagonalNormal, StandardNormal
+        from surflow.nets import MLP
+
+        encoder = DiagonalNormal((1,), net=MLP(2, 2, [8], "tanh"))
+        decoder = DiagonalNormal((2,), net=MLP(1, 4, [8], "tanh"))
+        with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
+            encoder.net.layers[-1].bias.copy_(torch.tensor([0.0, 0.4]))
+        wide = DiagonalNormal((2,), scale=2.0)
+        return Example(cls(encoder, decoder), wide.sample_and_log_prob, StandardNormal((1,)))
