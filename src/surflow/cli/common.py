@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from surflow.config import check_config, register_resolvers
-from surflow.errors import UserError
+from surflow.config import check_config, conf_dir, register_resolvers
+from surflow.errors import UserError, close_match
 
 
 def one_line(text: str, limit: int = 400) -> str:
@@ -22,15 +23,42 @@ def one_line(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _config_message(error: Exception) -> str:
+def _config_message(error: BaseException) -> str:
     """A config error of Hydra's or OmegaConf's as one line that says what would be right."""
-    text = one_line(error)
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        return (
+            f"config: cannot read {error.override!r}; quote a value that holds = or spaces twice, "
+            """such as 'overrides=["logger=csv"]'"""
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.partition("/")
+        known = _group_options(group)
+        if known:
+            return f"{group}: unknown option {name!r}{_expected(name, known)}"
+    key_error: BaseException | None = error
+    while key_error is not None and not isinstance(key_error, ConfigAttributeError | ConfigKeyError):
+        key_error = key_error.__cause__
+    if key_error is not None and isinstance(key_error.parent_node, DictConfig):
+        known = [str(key) for key in key_error.parent_node if str(key) != "hydra"]
+        return f"{key_error.full_key}: unknown key{_expected(str(key_error.key), known)}"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None):
         return f"config: {one_line(cause.msg or cause)} (at {cause.full_key})"
-    if "Key" in text and "is not in struct" in text:
-        return f"config: unknown key: {text}"
-    return f"config: {text}"
+    return f"config: {one_line(error)}"
+
+
+def _expected(word: str, known: list[str]) -> str:
+    match = close_match(word, known)
+    return f"{match} Known: {', '.join(known)}" if match else f"; known: {', '.join(known)}"
+
+
+def _group_options(group: str) -> list[str]:
+    """What can be chosen in a group of conf/: data, model, experiment, and so on."""
+    folder = Path(conf_dir()) / group
+    files = [p.relative_to(folder).with_suffix("") for p in sorted(folder.rglob("*.yaml"))]
+    return [p.as_posix() for p in files if not p.name.startswith("_")]
 
 
 def guarded(main: Callable[[], Any]) -> Callable[[], None]:
@@ -66,7 +94,15 @@ def one_line_errors() -> Iterator[None]:
             _fail(one_line(root))
         if isinstance(error, HydraException | OmegaConfBaseException):
             _fail(_config_message(error))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(
+                f"{one_line(error)}: free some space, then give the same command again to resume"
+            )
         _fail(one_line(error))
+    except TypeError as error:  # what Python says of a key that nothing takes
+        if os.environ.get("SURFLOW_DEBUG") or "unexpected keyword argument" not in str(error):
+            raise
+        _fail(f"config: {one_line(error)}; leave that key out")
 
 
 def user_error_behind(error: BaseException | None) -> BaseException | None:
@@ -154,6 +190,11 @@ def check_hardware(cfg: DictConfig) -> None:
             "trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true"
         )
     devices = t.devices
+    if on_cpu and devices == -1:
+        raise UserError(
+            "trainer.devices=-1: all devices, but there is no accelerator; on a CPU give the "
+            "number of processes, such as trainer.devices=2"
+        )
     if not (devices in ("auto", -1) or (isinstance(devices, int) and devices > 0)):
         raise UserError(
             f"trainer.devices: expected a positive whole number, -1 or auto, got {devices}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,6 +51,10 @@ def check_request(cfg: DictConfig) -> None:
             f"launcher: expected one of {', '.join(LAUNCHERS)}, got {cfg.launcher!r}"
             + close_match(str(cfg.launcher), LAUNCHERS)
         )
+    for key in ("seeds", "rows", "columns", "overrides"):
+        value = cfg[key]
+        if not (OmegaConf.is_list(value) or (value is None and key in ("rows", "columns"))):
+            raise UserError(f"{key}: expected a list, such as {key}=[{value}], got {value}")
     seeds = list(cfg.seeds)
     if not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"seeds: expected whole numbers >= 0, such as [0,1,2], got {seeds}")
@@ -164,7 +168,6 @@ def _start(job: Job, slot: int, workers: int) -> None:
 def run_submitit(jobs: Sequence[Job], cluster: str, cfg: DictConfig) -> None:
     """Run the jobs through submitit: on a Slurm cluster, or as its local processes."""
     import submitit
-    from omegaconf import OmegaConf
 
     folder = Path(cfg.run_root) / ".submitit"
     executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)

@@ -34,8 +34,15 @@ PICTURE_SAMPLES = 50_000
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder; a second process is told so instead of writing into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"run.root: cannot write to {relative(folder)} ({error.strerror}); choose a folder "
+            "that can be written to: run.root=<folder>"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -24,7 +24,7 @@ class TensorBatches:
 
     Raises:
         ValueError: for a batch that is not positive, does not divide over the ranks, or (with
-            ``drop_last``) is larger than the data.
+            ``drop_last``) is larger than the data; for fewer rows than ranks.
     """
 
     def __init__(
@@ -43,6 +43,11 @@ class TensorBatches:
             raise ValueError(
                 f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
             )
+        if len(data) < world_size:
+            raise ValueError(
+                f"data: expected at least a row for each of the {world_size} processes, "
+                f"got {len(data)}"
+            )
         if drop_last and batch_size > len(data):
             raise ValueError(
                 f"batch_size: expected at most the {len(data)} training points, got {batch_size}"
@@ -56,7 +61,8 @@ class TensorBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.data), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        # a rest too small for every process to have a row of it joins the batch before it
+        return full if self.drop_last else full + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         data = self.data
@@ -65,10 +71,11 @@ class TensorBatches:
             order = torch.randperm(len(data), generator=generator).to(data.device)
         else:
             order = None
-        share = self.batch_size // self.world_size
         for i in range(len(self)):
-            start = i * self.batch_size + self.rank * share
-            stop = min(start + share, len(data))
-            if start >= stop:  # the last, incomplete batch does not reach this rank
-                continue
-            yield data[start:stop] if order is None else data[order[start:stop]]
+            start = i * self.batch_size
+            whole = self.drop_last or i < len(self) - 1
+            rows = self.batch_size if whole else len(data) - start
+            # as many batches for every process, else one waits for another for ever
+            first = start + rows * self.rank // self.world_size
+            stop = start + rows * (self.rank + 1) // self.world_size
+            yield data[first:stop] if order is None else data[order[first:stop]]

@@ -15,6 +15,7 @@ from surflow.transforms import (
     AbsGenerative,
     AbsInference,
     ActNorm,
+    AdditiveCoupling,
     Affine,
     BoxToReal,
     Coupling,
@@ -43,7 +44,7 @@ def image_of(surjection: Transform | None, low: Sequence[float], high: Sequence[
                 )
             low[d] = -high[d]
     elif isinstance(surjection, DihedralFold):
-        low, high = (list(edges) for edges in surjection.image)
+        low, high = [0.0, 0.0], [math.inf, math.inf]
     elif surjection is not None:
         low, high = [-math.inf] * len(low), [math.inf] * len(high)
     return low, high
@@ -92,6 +93,7 @@ def coupling_flow(
     support: str,
     actnorm: bool = False,
     rotation: float | None = None,
+    shear: float | None = None,
     surjection: Transform | None = None,
     low: Sequence[float] | None = None,
     high: Sequence[float] | None = None,
@@ -106,6 +108,8 @@ def coupling_flow(
         support: "unmapped", "real_line" or "unit_box": how the latents' box is mapped, and which
             base that leaves; see the functions of these names.
         actnorm: an activation normalisation before each coupling.
+        shear: initial coefficient k of a learned shear z2 + k z1 behind the support (D = 2,
+            latents on the whole plane); None for none.
         rotation: initial angle, in radians, of a learned rotation between couplings (D = 2, latents
             on the whole plane); None for none.
         surjection: the first layer, None for a plain flow.
@@ -126,13 +130,20 @@ def coupling_flow(
             f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
             + close_match(support, SUPPORTS)
         )
-    if rotation is not None and support == "unit_box":
-        raise ValueError("model.rotation: a unit box has no rotations; use support real_line")
+    if (rotation is not None or shear is not None) and (support == "unit_box" or features != 2):
+        raise ValueError(
+            "model.rotation, model.shear: for two features on the whole plane (support real_line "
+            f"or unmapped), got {features} features and support {support}"
+        )
     low = list(low) if low is not None else [-math.inf] * features
     high = list(high) if high is not None else [math.inf] * features
     mapped, base = SUPPORTS[support](*image_of(surjection, low, high))
     transforms = [surjection] if surjection is not None else []
     transforms += mapped
+    if shear is not None:
+        slope = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(slope.weight, shear)
+        transforms.append(AdditiveCoupling(slope))
     first = features // 2
     for i in range(num_couplings):
         swap = bool(i % 2)

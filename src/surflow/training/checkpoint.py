@@ -55,8 +55,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a damaged file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: damaged or truncated checkpoint ({first[:120]}); delete it and give the "
-            "same command again to start from the last good one"
+            f"{path}: damaged or truncated checkpoint ({first[:120]}); delete it and train "
+            "the run again, from its start"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: expected a checkpoint with a state_dict, found something else")

@@ -161,7 +161,8 @@ class FlowModule(pl.LightningModule):
 
     def _log_train(self, step: int) -> None:
         if self._count:
-            self.last_train = self._sum.item() / self._count * self.objective.scale
+            total = self.trainer.strategy.reduce(self._sum, reduce_op="mean")  # over processes
+            self.last_train = total.item() / self._count * self.objective.scale
             lr = self.optimizers().param_groups[0]["lr"]
             self._log({self.train_key: self.last_train, "lr": lr}, step)
         self._sum, self._count = None, 0
@@ -178,13 +179,14 @@ class FlowModule(pl.LightningModule):
         with check_values(False):
             layer = self.flow.first_non_finite(batch)
         self.flow.train(was_training)
-        where = f"epoch {self.current_epoch}, step {batch_idx + 1}"
+        epoch = self.current_epoch
+        where = f"epoch {epoch + 1}, step {batch_idx + 1}"
+        kept = f"; the checkpoint of epoch {epoch} is kept" if epoch else ""
         if layer is None:
             layer = "none in a second pass over the same batch (stochastic layers draw anew)"
         raise UserError(
             f"the loss is not finite at {where}; first layer that is not finite: {layer}. "
-            "Try a smaller optimizer.lr or trainer.gradient_clip_val; the last epoch's "
-            "checkpoint is kept"
+            f"Try a smaller optimizer.lr or trainer.gradient_clip_val{kept}"
         )
 
     # Validation --------------------------------------------------------------------------------
