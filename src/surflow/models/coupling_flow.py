@@ -85,6 +85,28 @@ SUPPORTS: dict[str, Callable[[list[float], list[float]], tuple[list[Transform], 
 }
 
 
+def support_of(
+    support: str, surjection: Transform | None, low: Sequence[float], high: Sequence[float]
+) -> tuple[list[Transform], Distribution]:
+    """The layers that map the latents of ``surjection``, and the base that a support leaves.
+
+    Raises:
+        ValueError: for an unknown support, or one that does not fit the latents.
+    """
+    if support not in SUPPORTS:
+        raise ValueError(
+            f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
+            + close_match(support, SUPPORTS)
+        )
+    if support == "unmapped" and isinstance(surjection, AbsInference | DihedralFold):
+        raise ValueError(
+            f"model.support: expected real_line or unit_box behind {type(surjection).__name__}, "
+            "got 'unmapped': the latents are >= 0, and a model of the whole space would put mass "
+            "where no data come from"
+        )
+    return SUPPORTS[support](*image_of(surjection, low, high))
+
+
 def coupling_flow(
     features: int,
     map: ElementwiseMap,
@@ -125,11 +147,6 @@ def coupling_flow(
         raise ValueError(f"model.num_couplings: expected >= 0, got {num_couplings}")
     if features < 2:
         raise ValueError(f"model.features: expected >= 2 for a coupling, got {features}")
-    if support not in SUPPORTS:
-        raise ValueError(
-            f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
-            + close_match(support, SUPPORTS)
-        )
     if (rotation is not None or shear is not None) and (support == "unit_box" or features != 2):
         raise ValueError(
             "model.rotation, model.shear: for two features on the whole plane (support real_line "
@@ -137,7 +154,7 @@ def coupling_flow(
         )
     low = list(low) if low is not None else [-math.inf] * features
     high = list(high) if high is not None else [math.inf] * features
-    mapped, base = SUPPORTS[support](*image_of(surjection, low, high))
+    mapped, base = support_of(support, surjection, low, high)
     transforms = [surjection] if surjection is not None else []
     transforms += mapped
     if shear is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.flow import Flow
-from surflow.models.coupling_flow import SUPPORTS, image_of
+from surflow.models.coupling_flow import support_of
 from surflow.transforms import VAE, Transform
 
 
@@ -36,12 +36,10 @@ def vae_flow(
     """
     if latent_features < 1:
         raise ValueError(f"model.latent_features: expected >= 1, got {latent_features}")
-    if support not in SUPPORTS:
-        raise ValueError(f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}")
     infinity = float("inf")
     low = list(low) if low is not None else [-infinity] * features
     high = list(high) if high is not None else [infinity] * features
-    mapped, _ = SUPPORTS[support](*image_of(surjection, low, high))
+    mapped, _ = support_of(support, surjection, low, high)
     vae = VAE(
         encoder=DiagonalNormal(latent_features, net=net(features, 2 * latent_features)),
         decoder=DiagonalNormal(features, net=net(latent_features, 2 * features)),
