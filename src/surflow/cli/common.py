@@ -38,7 +38,9 @@ def _config_message(error: BaseException) -> str:
         if known:
             return f"{group}: unknown option {name!r}{_expected(name, known)}"
     key_error: BaseException | None = error
-    while key_error is not None and not isinstance(key_error, ConfigAttributeError | ConfigKeyError):
+    while key_error is not None and not isinstance(
+        key_error, ConfigAttributeError | ConfigKeyError
+    ):
         key_error = key_error.__cause__
     if key_error is not None and isinstance(key_error.parent_node, DictConfig):
         known = [str(key) for key in key_error.parent_node if str(key) != "hydra"]
@@ -95,9 +97,7 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, HydraException | OmegaConfBaseException):
             _fail(_config_message(error))
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _fail(
-                f"{one_line(error)}: free some space, then give the same command again to resume"
-            )
+            _fail(f"{one_line(error)}: free some space, then give the same command again to resume")
         _fail(one_line(error))
     except TypeError as error:  # what Python says of a key that nothing takes
         if os.environ.get("SURFLOW_DEBUG") or "unexpected keyword argument" not in str(error):
@@ -156,6 +156,8 @@ def load_flow(cfg: DictConfig) -> tuple[Any, Any, Path]:
     check_same_config(checkpoint, config_hash(cfg), relative(path))
     data = build_data(cfg)
     flow = build_flow(cfg, data)
+    if str(cfg.trainer.precision) == "64-true":
+        flow.double()
     flow.load_state_dict(flow_state(checkpoint))
     return flow.eval(), data, path
 

@@ -193,7 +193,12 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     )
     csv.start(resumed_step)
     fit_start = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    except SystemExit:  # what Lightning makes of ctrl-c
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     train_time = time.monotonic() - fit_start
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -50,19 +50,23 @@ def image_of(surjection: Transform | None, low: Sequence[float], high: Sequence[
     return low, high
 
 
-def real_line(low: list[float], high: list[float]) -> tuple[list[Transform], Distribution]:
+def real_line(
+    low: list[float], high: list[float], sharpness: float
+) -> tuple[list[Transform], Distribution]:
     """Every interval mapped onto the line, and a standard normal there."""
     infinite = all(math.isinf(a) and math.isinf(b) for a, b in zip(low, high, strict=True))
-    return [] if infinite else [BoxToReal(low, high)], StandardNormal(len(low))
+    return [] if infinite else [BoxToReal(low, high, sharpness)], StandardNormal(len(low))
 
 
-def unmapped(low: list[float], high: list[float]) -> tuple[list[Transform], Distribution]:
+def unmapped(
+    low: list[float], high: list[float], sharpness: float
+) -> tuple[list[Transform], Distribution]:
     """The latents as they are, and a standard normal."""
     return [], StandardNormal(len(low))
 
 
 def unit_box(
-    low: list[float], high: list[float], reach: float = 5.0
+    low: list[float], high: list[float], sharpness: float, reach: float = 5.0
 ) -> tuple[list[Transform], Distribution]:
     """A finite box scaled to the unit box, with a uniform base; half-lines x >= 0 scaled by
     1/reach, with a half-normal base, so that the data's bulk lies in the unit box."""
@@ -78,7 +82,7 @@ def unit_box(
     )
 
 
-SUPPORTS: dict[str, Callable[[list[float], list[float]], tuple[list[Transform], Distribution]]] = {
+SUPPORTS: dict[str, Callable[..., tuple[list[Transform], Distribution]]] = {
     "unmapped": unmapped,
     "real_line": real_line,
     "unit_box": unit_box,
@@ -86,7 +90,11 @@ SUPPORTS: dict[str, Callable[[list[float], list[float]], tuple[list[Transform], 
 
 
 def support_of(
-    support: str, surjection: Transform | None, low: Sequence[float], high: Sequence[float]
+    support: str,
+    surjection: Transform | None,
+    low: Sequence[float],
+    high: Sequence[float],
+    sharpness: float = 1.0,
 ) -> tuple[list[Transform], Distribution]:
     """The layers that map the latents of ``surjection``, and the base that a support leaves.
 
@@ -104,7 +112,7 @@ def support_of(
             "got 'unmapped': the latents are >= 0, and a model of the whole space would put mass "
             "where no data come from"
         )
-    return SUPPORTS[support](*image_of(surjection, low, high))
+    return SUPPORTS[support](*image_of(surjection, low, high), sharpness)
 
 
 def coupling_flow(
@@ -113,6 +121,7 @@ def coupling_flow(
     net: Callable[..., nn.Module],
     num_couplings: int,
     support: str,
+    sharpness: float = 1.0,
     actnorm: bool = False,
     rotation: float | None = None,
     shear: float | None = None,
@@ -129,6 +138,7 @@ def coupling_flow(
         num_couplings: how many.
         support: "unmapped", "real_line" or "unit_box": how the latents' box is mapped, and which
             base that leaves; see the functions of these names.
+        sharpness: of the map of half-lines in "real_line"; see :class:`BoxToReal`.
         actnorm: an activation normalisation before each coupling.
         shear: initial coefficient k of a learned shear z2 + k z1 behind the support (D = 2,
             latents on the whole plane); None for none.
@@ -154,7 +164,7 @@ def coupling_flow(
         )
     low = list(low) if low is not None else [-math.inf] * features
     high = list(high) if high is not None else [math.inf] * features
-    mapped, base = support_of(support, surjection, low, high)
+    mapped, base = support_of(support, surjection, low, high, sharpness)
     transforms = [surjection] if surjection is not None else []
     transforms += mapped
     if shear is not None:

@@ -109,7 +109,8 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float, every: int = 1) -> None:
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay**every))
+        # buffers are copied, not averaged: a mean of infinite edges is not a number
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay**every))
         self.every = every
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:

@@ -79,13 +79,14 @@ def evaluate(
         wanted["elbo"] = lambda x: elbo(flow, x, num_samples=eval_samples)
         if iwbo_samples:
             wanted["iwbo"] = lambda x: iwbo(flow, x, num_samples=iwbo_samples)
+    dtype = next(flow.parameters(), data).dtype
     block = STOCHASTIC_BLOCK if flow.lower_bound else batch_size
     values: dict[str, list[Tensor]] = {name: [] for name in wanted}
     ledgers = []
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     for start in range(0, len(data), block):
-        x = data[start : start + block]
+        x = data[start : start + block].to(dtype)
         for name, function in wanted.items():
             values[name].append(function(x).double())
         ledgers.append(flow.ledger(x))
@@ -132,7 +133,8 @@ def density_grid(
     flow.eval()
     step = (high - low) / size
     centres = low + step * (torch.arange(size) + 0.5)
-    x = torch.cartesian_prod(centres, centres).to(next(flow.buffers(), centres).device)
+    # a thousandth of a cell off, so that no point lies on a diagonal, the edge of a folded model
+    x = torch.cartesian_prod(centres + 1e-3 * step, centres).to(next(flow.parameters(), centres))
     inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if box is not None:
         edges = x.new_tensor(box[0]), x.new_tensor(box[1])

@@ -91,7 +91,7 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    logger = WandbLogger(
         project=config["logger"]["project"],
         entity=config["logger"]["entity"],
         offline=config["logger"]["offline"],
@@ -104,6 +104,9 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
         tags=[config["profile"]["name"], config["data"]["name"], config["surjection"]["name"]],
         config=dict(config),
     )
+    # Lightning always hands it on, and wandb warns of it
+    vars(logger).get("_wandb_init", {}).pop("anonymous", None)
+    return logger
 
 
 def ledger_table(ledger: Ledger) -> Any:

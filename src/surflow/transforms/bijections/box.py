@@ -17,23 +17,28 @@ class BoxToReal(Transform):
 
     .. math:: z_d = \begin{cases}
         \mathrm{logit}((x_d - l_d)/(h_d - l_d)) & l_d, h_d \text{ finite} \\
-        \mathrm{softplus}^{-1}(x_d - l_d) & h_d = \infty \\
-        -\mathrm{softplus}^{-1}(h_d - x_d) & l_d = -\infty \\
+        s_\beta(x_d - l_d) & h_d = \infty \\
+        -s_\beta(h_d - x_d) & l_d = -\infty \\
         x_d & \text{both infinite}\end{cases}
+        \qquad s_\beta(y) = \mathrm{softplus}^{-1}(\beta y)/\beta
 
     Args:
         low, high: the edges, (D,) each; infinite ones are allowed.
+        sharpness: β. A half-line is left as it is but for a zone of width about 1/β at its edge.
 
     Raises:
-        ValueError: unless low < high everywhere; for x on or outside an edge.
+        ValueError: unless low < high everywhere and β > 0; for x on or outside an edge.
     """
 
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
 
-    def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
+    def __init__(self, low: Sequence[float], high: Sequence[float], sharpness: float = 1.0) -> None:
         super().__init__()
+        if not sharpness > 0:
+            raise ValueError(f"BoxToReal: expected sharpness > 0, got {sharpness}")
+        self.sharpness = float(sharpness)
         low_, high_ = (torch.as_tensor(t, dtype=torch.get_default_dtype()) for t in (low, high))
         if low_.dim() != 1 or low_.shape != high_.shape or not bool((low_ < high_).all()):
             raise ValueError(f"BoxToReal: expected low < high, (D,) each, got {low} and {high}")
@@ -74,8 +79,9 @@ class BoxToReal(Transform):
             ldj = torch.where(self.boxed, -log_y - log_rest - self.width.log(), ldj)
         if self._half_open:
             inner = torch.where(self.half_open, y, 1.0)
-            log_slope = torch.log(-torch.expm1(-inner))
-            z = torch.where(self.half_open, self.direction * (inner + log_slope), z)
+            log_slope = torch.log(-torch.expm1(-self.sharpness * inner))
+            half = self.direction * (inner + log_slope / self.sharpness)
+            z = torch.where(self.half_open, half, z)
             ldj = torch.where(self.half_open, -log_slope, ldj)
         return z, sum_event(ldj)
 
@@ -84,7 +90,8 @@ class BoxToReal(Transform):
         if self._boxed:
             x = torch.where(self.boxed, self.origin + self.width * torch.sigmoid(z), x)
         if self._half_open:
-            half = self.origin + self.direction * F.softplus(z * self.direction)
+            length = F.softplus(self.sharpness * self.direction * z) / self.sharpness
+            half = self.origin + self.direction * length
             x = torch.where(self.half_open, half, x)
         return x
 
@@ -92,7 +99,8 @@ class BoxToReal(Transform):
     def example(cls) -> Example:
         from surflow.distributions import StandardNormal
 
-        transform = cls([-1.0, 0.5, -math.inf, -math.inf], [2.0, math.inf, 1.0, math.inf])
+        low, high = [-1.0, 0.5, -math.inf, -math.inf], [2.0, math.inf, 1.0, math.inf]
+        transform = cls(low, high, sharpness=2.0)
         normal = StandardNormal((4,))
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
@@ -102,13 +110,14 @@ class BoxToReal(Transform):
             x = torch.stack(
                 [
                     -1.0 + 3.0 / (1 + torch.exp(-z[:, 0])),
-                    0.5 + torch.log1p(torch.exp(z[:, 1])),
-                    1.0 - torch.log1p(torch.exp(-z[:, 2])),
+                    0.5 + torch.log1p(torch.exp(2 * z[:, 1])) / 2,
+                    1.0 - torch.log1p(torch.exp(-2 * z[:, 2])) / 2,
                     z[:, 3],
                 ],
                 dim=1,
             )
-            s0, s1, s2 = torch.sigmoid(z[:, 0]), torch.sigmoid(z[:, 1]), torch.sigmoid(-z[:, 2])
+            s0 = torch.sigmoid(z[:, 0])
+            s1, s2 = torch.sigmoid(2 * z[:, 1]), torch.sigmoid(-2 * z[:, 2])
             return x, log_r - torch.log(3.0 * s0 * (1 - s0)) - torch.log(s1) - torch.log(s2)
 
         return Example(transform, sample, normal)

@@ -23,7 +23,8 @@ class DihedralFold(Transform):
     Three absolute values in a row, of both coordinates and of their difference, in coordinates in
     which the image is the positive quadrant and the volume is kept. The eight preimages (two
     signs, one exchange) are equally likely, so a model behind it is symmetric under the dihedral
-    group D4. Exact: forward is deterministic.
+    group D4. Exact: forward is deterministic. A difference below the rounding error of a and b
+    counts as that error, so that a point on a diagonal stays inside the quadrant.
 
     Raises:
         ValueError: for an x that is not (B, 2); from ``inverse``, for a negative z.
@@ -38,7 +39,10 @@ class DihedralFold(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b = x.abs().unbind(1)
-        z = torch.stack([(a - b).abs() / ROOT_2, ROOT_2 * torch.minimum(a, b)], dim=1)
+        # a and b carry a rounding error; a difference below it is not known to be smaller
+        floor = torch.finfo(x.dtype).eps * torch.maximum(a, b)
+        difference = torch.maximum((a - b).abs(), floor)
+        z = torch.stack([difference / ROOT_2, ROOT_2 * torch.minimum(a, b)], dim=1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return z, torch.full((len(x),), -LOG_8, dtype=dtype, device=x.device)
 
