@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from surflow.training.module import FlowModule
@@ -38,9 +38,8 @@ class RunProgress(Callback):
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("epoch {task.fields[epoch]}  {task.fields[loss]}"),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             auto_refresh=False,
@@ -90,14 +89,12 @@ class RunProgress(Callback):
 
     @staticmethod
     def _losses(module: FlowModule) -> str:
-        parts = []
-        for key, value in (
-            (module.train_key, module.last_train),
-            (module.val_key, module.last_val),
-        ):
-            if value is not None:
-                parts.append(f"{key.rsplit('_', 1)[0]} {value:.4f}")
-        return "  ".join(parts) + (f" {module.objective.unit}" if parts else "")
+        """Such as "nll 3.5132 (val 3.4907) nats"; empty before the first loss."""
+        if module.last_train is None:
+            return ""
+        estimator = module.train_key.split("/")[1].rsplit("_", 1)[0]
+        val = "" if module.last_val is None else f" (val {module.last_val:.4f})"
+        return f"{estimator} {module.last_train:.4f}{val} {module.objective.unit}"
 
 
 class EMA(WeightAveraging):

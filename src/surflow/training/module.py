@@ -143,7 +143,7 @@ class FlowModule(pl.LightningModule):
             # once, eagerly: values outside a layer's support are named here
             self._checked_values = True
             if any(isinstance(m, ActNorm) and not m.initialised for m in self.flow.modules()):
-                self.initialise(batch)
+                self.initialise(self._whole_batch(batch))
             else:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     self.flow.log_prob(batch)
