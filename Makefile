@@ -15,7 +15,7 @@ RUN   := $(BIN)/python -m surflow.cli
 REPRODUCE = $(RUN).reproduce profile=$(PROFILE) 'seeds=[$(SEEDS)]' launcher=$(LAUNCHER) workers=$(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all bench reproduce-synthetic figure-compositions report-synthetic lock clean
+.PHONY: help setup lint format test test-all bench reproduce-synthetic reproduce-compositions figure-compositions report-synthetic lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
@@ -54,8 +54,10 @@ reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D 
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
 	$(RUN).report artefact=synthetic profile=$(PROFILE) 'seeds=[$(SEEDS)]'
 
-figure-compositions: $(STAMP)  ## Two composed surjections: density and samples
+reproduce-compositions: $(STAMP)
 	$(REPRODUCE) artefact=compositions
+
+figure-compositions: reproduce-compositions  ## Two composed surjections: density and samples
 
 lock: $(STAMP)  ## Pin what is installed now in requirements.lock (after changing pyproject.toml)
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy only-if-needed -e '.[dev]'

@@ -68,7 +68,7 @@ def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd
     assert "1 runs, 0 complete, 1 to do" in out
     assert "nothing written below is a reproduction" in out
     _, cells = cells_of(cfg)
-    (folder,) = (cells.folder(key) for key in cells.configs)
+    (folder,) = (cells.folder(key) for key in cells.chosen)
     assert folder == run_dir(cells.configs["flow", "corners", 0])
     record = json.loads((folder / "record.json").read_text())
     found = table()
@@ -133,7 +133,7 @@ def test_run_with_other_overrides_is_refused(request_of, table, tmp_path):
 def test_seeds_are_averaged(request_of, table):
     cfg = request_of("seeds=[0,1]")
     spec, cells = cells_of(cfg)
-    values = [train(c)["test/nll_nats"] for c in cells.configs.values()]
+    values = [train(cells.configs[key])["test/nll_nats"] for key in cells.chosen]
     assert len(values) == 2
     write_report(cfg, spec, cells)
     cell = table()["flow", "corners"]
@@ -215,3 +215,18 @@ def test_sweep_launcher_with_a_failing_run(launcher, command, tiny, root):
     assert done.code != 0
     assert "optimizer.lr: expected a positive number, got -1" in done.err + done.out
     assert len(list(root.rglob("record.json"))) <= 1
+
+
+def test_paper_profile_refuses_overrides_that_change_results(call, tmp_path):
+    done = call(
+        "reproduce",
+        "artefact=synthetic",
+        "rows=[flow]",
+        "columns=[corners]",
+        f"run_root={tmp_path / 'runs'}",
+        f"results_root={tmp_path / 'results'}",
+        'overrides=["trainer.max_epochs=1"]',
+    )
+    assert done.code == 2
+    assert "change what the published protocol computes" in done.err
+    assert not (tmp_path / "runs").exists()

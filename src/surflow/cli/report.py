@@ -36,11 +36,15 @@ Key = tuple[str, str, int]
 
 @dataclass
 class Cells:
-    """The runs of a table: for every row, column and seed its overrides and its config."""
+    """The runs of a table: for every row, column and seed its overrides and its config.
+
+    `chosen` are those to run; all are reported.
+    """
 
     overrides: dict[Key, list[str]]
     configs: dict[Key, DictConfig]
     hashes: dict[Key, str]
+    chosen: list[Key]
 
     def folder(self, key: Key) -> Path:
         """Where the run of a cell lies."""
@@ -55,8 +59,8 @@ class Cells:
         return record.status == "complete" and record.config_hash == self.hashes[key]
 
     def missing(self) -> list[Key]:
-        """The cells without a record, in the table's order, seed by seed."""
-        return [key for key in self.configs if not self.complete(key)]
+        """The chosen cells without a record, in the table's order, seed by seed."""
+        return [key for key in self.chosen if not self.complete(key)]
 
 
 def load_table_spec(artefact: str) -> TableSpec:
@@ -72,30 +76,44 @@ def load_table_spec(artefact: str) -> TableSpec:
 
 
 def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
-    """Compose the config of every cell; a mistake in any of them shows before one runs."""
+    """Compose the config of every cell; a mistake in any of them shows before one runs.
+
+    Cells that are not chosen are not run, but what they have is reported.
+    """
     rows = _chosen("rows", cfg.rows, [r.name for r in spec.rows])
     columns = _chosen("columns", cfg.columns, [c.name for c in spec.columns])
-    cells = Cells({}, {}, {})
+    cells = Cells({}, {}, {}, [])
     for seed in cfg.seeds:
         for row in spec.rows:
             for column in spec.columns:
-                if row.name not in rows or column.name not in columns:
-                    continue
                 key = (row.name, column.name, int(seed))
-                overrides = [
+                published = [
                     f"experiment={row.experiment}",
                     *row.overrides,
                     *column.overrides,
                     f"profile={cfg.profile.name}",
                     f"seed={seed}",
                     f"run.root={cfg.run_root}",
-                    *cfg.overrides,
                 ]
-                config = compose(overrides)
-                cells.overrides[key] = overrides
+                cells.overrides[key] = [*published, *cfg.overrides]
+                config = compose(cells.overrides[key])
                 cells.configs[key] = config
                 cells.hashes[key] = config_hash(config)
+                if row.name in rows and column.name in columns:
+                    cells.chosen.append(key)
+                if cfg.overrides and cfg.profile.name == "paper":
+                    _refuse_changed(cells.hashes[key], published, cfg.overrides)
     return cells
+
+
+def _refuse_changed(digest: str, published: list[str], overrides: list[str]) -> None:
+    """Under the paper's profile nothing may change what is computed: its cells get a verdict."""
+    if digest != config_hash(compose(published)):
+        raise UserError(
+            f"overrides: {list(overrides)} change what the published protocol computes; keep to "
+            "keys such as logger or trainer.compile, choose profile=short, or train the run by "
+            "itself with surflow-train"
+        )
 
 
 def _chosen(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:

@@ -86,8 +86,8 @@ def reproduce(cfg: DictConfig) -> int:
     missing = cells.missing()
     seeds = ",".join(map(str, cfg.seeds))
     print(
-        f"{cfg.artefact}: profile {cfg.profile.name}, seeds {seeds}: {len(cells.configs)} runs, "
-        f"{len(cells.configs) - len(missing)} complete, {len(missing)} to do",
+        f"{cfg.artefact}: profile {cfg.profile.name}, seeds {seeds}: {len(cells.chosen)} runs, "
+        f"{len(cells.chosen) - len(missing)} complete, {len(missing)} to do",
         flush=True,
     )
     if cfg.profile.name != "paper":
