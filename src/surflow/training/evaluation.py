@@ -133,8 +133,8 @@ def density_grid(
     flow.eval()
     step = (high - low) / size
     centres = low + step * (torch.arange(size) + 0.5)
-    # a thousandth of a cell off, so that no point lies on a diagonal, the edge of a folded model
-    x = torch.cartesian_prod(centres + 1e-3 * step, centres).to(next(flow.parameters(), centres))
+    # a fifth of a cell off, so that no point lies on a diagonal, the edge of a folded model
+    x = torch.cartesian_prod(centres + 0.2 * step, centres).to(next(flow.parameters(), centres))
     inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if box is not None:
         edges = x.new_tensor(box[0]), x.new_tensor(box[1])
