@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from surflow.cli.common import guarded, one_line_errors, relative
 from surflow.config import (
+    check_config,
     compose,
     conf_dir,
     config_hash,
@@ -101,6 +102,7 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
                 cells.hashes[key] = config_hash(config)
                 if row.name in rows and column.name in columns:
                     cells.chosen.append(key)
+                check_config(config)
                 if cfg.overrides and cfg.profile.name == "paper":
                     _refuse_changed(cells.hashes[key], published, cfg.overrides)
     return cells

@@ -111,8 +111,10 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     )
     from surflow.training.logging import CSVMetrics, wandb_logger
     from surflow.training.module import FlowModule, Objective, can_compile
+    from surflow.training.record import commit
 
     quiet_lightning()
+    commit()  # of the code that runs, whatever is there when it ends
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
     if cfg.run.force and first_process():
