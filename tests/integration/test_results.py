@@ -1,0 +1,50 @@
+"""What is committed under results/ belongs to the configs there are, and README quotes it rightly."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from surflow.config import compose, config_hash
+from surflow.reporting import load_spec
+
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted((ROOT / "results" / "paper").glob("*/records/*.json"))
+
+
+def test_there_are_records():
+    assert len(RECORDS) >= 36
+
+
+@pytest.mark.parametrize("artefact", sorted({p.parts[-3] for p in RECORDS}))
+def test_records_are_of_the_experiments(artefact):
+    for path in RECORDS:
+        if path.parts[-3] != artefact:
+            continue
+        record = json.loads(path.read_text())
+        now = compose(
+            [
+                f"experiment={record['experiment']}",
+                f"data={record['data']}",
+                f"profile={record['profile']}",
+                f"seed={record['seed']}",
+            ]
+        )
+        assert config_hash(now) == record["config_hash"], path.name
+        assert record["dirty"] is False, path.name
+
+
+def test_readme_quotes_the_table():
+    spec = load_spec(ROOT / "experiments/synthetic/table.yaml")
+    with open(ROOT / "results/paper/synthetic/table.csv", newline="") as file:
+        cells = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for row in spec.rows:
+        (line,) = [text for text in lines if text.startswith(f"| {row.label} |")]
+        shown = [part.strip() for part in line.strip("|").split("|")][1:]
+        for column, text in zip(spec.columns, shown, strict=True):
+            cell = cells[row.name, column.name]
+            assert text.startswith(f"{cell['ours']} ± {cell['std']}")
+            if cell["published"]:
+                assert float(text.split("(")[1].rstrip(")")) == float(cell["published"])
