@@ -190,7 +190,8 @@ def _validation_column(curves: dict) -> str:
     for files in curves.values():
         for file in files.values():
             if file is not None:
-                header = file.open().readline().strip().split(",")
+                with file.open() as lines:
+                    header = lines.readline().strip().split(",")
                 return next(c for c in header if c.startswith("val/"))
     raise AssertionError("called with at least one file")
 

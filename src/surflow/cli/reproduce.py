@@ -70,9 +70,11 @@ def number_of_workers(wanted: int | str) -> int:
         return int(wanted)
     import torch
 
+    from surflow.training.record import cores
+
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def reproduce(cfg: DictConfig) -> int:
@@ -114,7 +116,7 @@ def _job(cells: Cells, key: tuple[str, str, int]) -> Job:
 
 
 def run_local(jobs: Sequence[Job], workers: int) -> None:
-    """Run the jobs in processes here, ``workers`` at a time, each GPU's to itself."""
+    """Run the jobs in processes here, ``workers`` at a time."""
     waiting, running = list(jobs), []
     console = Console(stderr=True)
     live = sys.stderr.isatty()
@@ -131,7 +133,7 @@ def run_local(jobs: Sequence[Job], workers: int) -> None:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
-                    _start(job, slot=len(jobs) - len(waiting) - 1, workers=workers)
+                    _start(job, workers)
                     running.append(job)
                 time.sleep(0.2)
                 for job in list(running):
@@ -152,11 +154,10 @@ def run_local(jobs: Sequence[Job], workers: int) -> None:
         raise
 
 
-def _start(job: Job, slot: int, workers: int) -> None:
+def _start(job: Job, workers: int) -> None:
     environment = dict(os.environ)
     if workers > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
-        environment["SURFLOW_SLOT"] = str(slot % workers)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.started = time.monotonic()
     with open(job.log, "w") as log:

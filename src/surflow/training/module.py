@@ -15,7 +15,7 @@ from torch import Tensor
 from surflow.checks import check_values
 from surflow.errors import UserError
 from surflow.flow import Flow
-from surflow.objectives import elbo, iwbo
+from surflow.objectives import iwbo
 from surflow.transforms import ActNorm
 
 
@@ -192,10 +192,8 @@ class FlowModule(pl.LightningModule):
     # Validation --------------------------------------------------------------------------------
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        value = -elbo(self.flow, batch).double().mean() * self.objective.scale
-        if self.objective.num_samples > 1:
-            bound = iwbo(self.flow, batch, num_samples=self.objective.num_samples)
-            value = -bound.double().mean() * self.objective.scale
+        score = iwbo(self.flow, batch, num_samples=self.objective.num_samples)
+        value = -score.double().mean() * self.objective.scale
         self.log(
             self.val_key,
             value.float(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -73,7 +74,7 @@ def machine() -> dict[str, Any]:
     info: dict[str, Any] = {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
     }
     try:
@@ -87,10 +88,9 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:
