@@ -236,3 +236,71 @@ class Flow(nn.Module):
                 if not bool(z.isfinite().all()):
                     return f"{name} (output)"
         return None
+
+
+class FlowDistribution(Distribution):
+    r"""A flow as a distribution: the posterior of a VAE layer, a dequantizer, a prior.
+
+    .. math:: \log q(x \mid c) = \log p(z \mid c) + \sum_i V_i
+
+    Sampling scores the very draw it made, so an autoregressive or planar flow whose other
+    direction is slow, or has no closed form, is never asked for it.
+
+    Args:
+        flow: an exact flow (not a lower bound), conditional or not.
+        event_shape: the shape of x; None: the flow's own, as its first layer or its base say.
+        embed: a net through which the context goes once, before every layer and the base.
+
+    Raises:
+        ValueError: for a flow whose density is only a bound, or of unknown event shape.
+
+    Source: Rezende & Mohamed 2015, arXiv 1505.05770 (as a posterior); Ho et al. 2019, arXiv
+    1902.00275 (as a dequantizer).
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        event_shape: int | Sequence[int] | None = None,
+        embed: nn.Module | None = None,
+    ) -> None:
+        if flow.lower_bound:
+            raise ValueError("FlowDistribution: expected an exact flow, got one that gives a bound")
+        if event_shape is None:
+            event_shape = flow.transforms.event_shape
+            if event_shape is None:
+                event_shape = flow.base.event_shape
+            if any(s is None for s in event_shape):
+                raise ValueError("FlowDistribution: the flow takes any shape: give event_shape")
+        super().__init__(event_shape, net=embed)
+        self.flow = flow
+
+    @property
+    def conditional(self) -> bool:
+        return self.flow.conditional
+
+    def _embed(self, context: Tensor | None) -> Tensor | None:
+        if context is None or self.net is None:
+            return context
+        weight = next(self.net.parameters(), None)
+        if weight is not None and context.is_floating_point():
+            context = context.to(weight.dtype)
+        return self.net(context)
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.flow.log_prob(x, self._embed(context))
+
+    def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
+        return self.flow.sample(n, self._embed(context), temperature)
+
+    def sample_and_log_prob(
+        self, n: int | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if n is None:
+            if context is None:
+                raise ValueError("FlowDistribution.sample_and_log_prob: expected n or a context")
+            n = context.shape[0]
+        context = self._embed(self._context(context, n, "sample_and_log_prob"))
+        z, log_p = self.flow.base.sample_and_log_prob(n, context)
+        x, ldj = self.flow.transforms.inverse_and_ldj(z, context)
+        return x, log_p + ldj

@@ -117,6 +117,7 @@ class Transform(nn.Module, ABC):
             None stands for any size.
         latent_shape: the same for z.
         integer_data: x is an integer tensor.
+        integer_latent: z is an integer tensor.
     """
 
     bijective: ClassVar[bool]
@@ -126,6 +127,7 @@ class Transform(nn.Module, ABC):
     event_shape: tuple[int | None, ...] | None = None
     latent_shape: tuple[int | None, ...] | None = None
     integer_data: bool = False
+    integer_latent: bool = False
 
     _turned_into: str | None = None  # the class that turned this layer round, for messages
 
@@ -189,13 +191,13 @@ class Transform(nn.Module, ABC):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Generate data from a latent: (B, *latent) -> (B, *event)."""
-        self._check_tensor(z, self._shape_of_latent(), "inverse", False)
+        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
         self._check_context(context, z.shape[0], "inverse")
         return self._inverse(z, context)
 
     def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
-        self._check_tensor(z, self._shape_of_latent(), "inverse", False)
+        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
         self._check_context(context, z.shape[0], "inverse")
         x, ldj = self._inverse_and_ldj(z, context)
         return x, contribution_dtype(ldj)
@@ -357,6 +359,10 @@ class Sequential(Transform):
     def integer_data(self) -> bool:  # type: ignore[override]
         return self.transforms[0].integer_data if len(self) else False
 
+    @property
+    def integer_latent(self) -> bool:  # type: ignore[override]
+        return self.transforms[-1].integer_latent if len(self) else False
+
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         ldj: Tensor | None = None
         for transform in self.transforms:
@@ -465,6 +471,14 @@ class Inverse(Transform):
 
     def _shape_of_latent(self) -> tuple[int | None, ...] | None:
         return self.transform.event_shape
+
+    @property
+    def integer_data(self) -> bool:  # type: ignore[override]
+        return self.transform.integer_latent
+
+    @property
+    def integer_latent(self) -> bool:  # type: ignore[override]
+        return self.transform.integer_data
 
     @property
     def label(self) -> str:
