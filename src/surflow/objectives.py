@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from surflow.flow import Flow
+from surflow.scores import close_tape, open_tape
 
 
 def elbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int = 1) -> Tensor:
     r"""The evidence lower bound, or the log-likelihood where the flow is exact.
 
     .. math:: \mathcal L(x) = \frac1S \sum_{s=1}^S \log p(z_s) + V(x, z_s),\quad z_s \sim q(z|x)
+
+    Its gradient is unbiased where layers draw from learned discrete distributions too.
 
     Args:
         flow: the model.
@@ -26,17 +29,25 @@ def elbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int 
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 2.
     """
-    if flow.lower_bound is False or num_samples == 1:
-        if num_samples < 1:
-            raise ValueError(f"elbo: expected num_samples >= 1, got {num_samples}")
-        return flow.log_prob(x, context)
-    return _samples(flow, x, context, num_samples).mean(0)
+    values, score = _samples(flow, x, context, num_samples)
+    bound = values.mean(0)
+    if score is None:
+        return bound
+    with torch.no_grad():
+        if num_samples > 1:
+            signal = (values - bound) / (num_samples - 1)
+        else:
+            signal = _less_other_rows(values)
+    return bound + (_zero_valued(score) * signal).sum(0)
 
 
 def iwbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int = 10) -> Tensor:
     r"""The importance-weighted bound; equal to the log-likelihood where the flow is exact.
 
     .. math:: \mathcal L_K(x) = \log \frac1K \sum_{k=1}^K p(z_k)\, e^{V(x, z_k)}
+
+    Its gradient is unbiased where layers draw from learned discrete distributions too, with the
+    leave-one-out baselines of Mnih & Rezende 2016, arXiv 1602.06725.
 
     Args:
         flow: the model.
@@ -49,19 +60,65 @@ def iwbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int 
 
     Source: Burda et al. 2016, arXiv 1509.00519, Sec. 3.
     """
-    if not flow.lower_bound:
-        return flow.log_prob(x, context)
-    return torch.logsumexp(_samples(flow, x, context, num_samples), 0) - math.log(num_samples)
+    values, score = _samples(flow, x, context, num_samples)
+    bound = torch.logsumexp(values, 0) - math.log(values.shape[0])
+    if score is None:
+        return bound
+    with torch.no_grad():
+        if num_samples > 1:
+            signal = bound - _leave_one_out(values)
+        else:
+            signal = _less_other_rows(values)
+    return bound + (_zero_valued(score) * signal).sum(0)
 
 
-def _samples(flow: Flow, x: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
-    """Independent draws of the bound, (K, B)."""
+def _samples(
+    flow: Flow, x: Tensor, context: Tensor | None, num_samples: int
+) -> tuple[Tensor, Tensor | None]:
+    """Independent draws of the bound, (K, B), and the log-probability of the discrete draws in
+    them, (K, B); None where there are none to be learned. One draw of an exact flow."""
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
-    x = x.expand(num_samples, *x.shape).flatten(0, 1)
-    if context is not None:
-        context = context.expand(num_samples, *context.shape).flatten(0, 1)
-    return flow.log_prob(x, context).unflatten(0, (num_samples, -1))
+    if not flow.lower_bound:
+        return flow.log_prob(x, context).unsqueeze(0), None
+    if num_samples > 1:
+        x = x.expand(num_samples, *x.shape).flatten(0, 1)
+        if context is not None:
+            context = context.expand(num_samples, *context.shape).flatten(0, 1)
+    tape = open_tape()
+    try:
+        values = flow.log_prob(x, context)
+    finally:
+        close_tape()
+    score = None
+    for log_q in tape:
+        if log_q.shape == values.shape:
+            score = log_q if score is None else score + log_q
+    values = values.unflatten(0, (num_samples, -1))
+    return values, None if score is None else score.unflatten(0, (num_samples, -1))
+
+
+def _zero_valued(score: Tensor) -> Tensor:
+    """Zero, with the gradient of ``score``."""
+    return score - score.detach()
+
+
+def _less_other_rows(values: Tensor) -> Tensor:
+    """Each value less the mean of the other rows', which no draw of this row has touched."""
+    count = values.shape[1]
+    if count == 1:
+        return values
+    return (values - values.mean(1, keepdim=True)) * (count / (count - 1))
+
+
+def _leave_one_out(values: Tensor) -> Tensor:
+    """The bound with draw k's weight replaced by the geometric mean of the others, (K, B)."""
+    count = values.shape[0]
+    others = ~torch.eye(count, dtype=torch.bool, device=values.device)
+    table = values.unsqueeze(0).expand(count, *values.shape)  # (K, K, B)
+    mean = (values.sum(0) - values) / (count - 1)
+    filled = torch.where(others.unsqueeze(-1), table, mean.unsqueeze(1))
+    return torch.logsumexp(filled, 1) - math.log(count)
 
 
 def bits_per_dim(nats: Tensor, num_dims: int) -> Tensor:

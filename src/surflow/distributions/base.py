@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.scores import record_score
+
 
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """A tuple of positive sizes from an int or a sequence; ValueError otherwise."""
@@ -119,7 +121,10 @@ class Distribution(nn.Module, ABC):
         x = self.sample(n, context)
         if context is not None and context.shape[0] != x.shape[0]:
             context = context.expand(x.shape[0], *context.shape[1:])
-        return x, self.log_prob(x, context)
+        log_prob = self.log_prob(x, context)
+        if self.discrete:
+            record_score(log_prob)
+        return x, log_prob
 
     def _context(self, context: Tensor | None, n: int, method: str) -> Tensor | None:
         if not self.conditional:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surflow.checks import require
 from surflow.distributions.base import as_shape
+from surflow.scores import record_score
 from surflow.transforms.base import Example, Inverse, Transform, run_net, sum_event
 
 
@@ -124,7 +125,9 @@ class AbsInference(Transform):
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # scored by the sign that was drawn, which at z = 0 the product no longer shows
         x, positive, logits = self._draw(z, context)
-        return x, sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
+        log_probability = sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
+        record_score(log_probability)
+        return x, log_probability
 
     @classmethod
     def example(cls) -> Example:
