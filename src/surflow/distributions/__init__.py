@@ -2,6 +2,7 @@
 
 from surflow.distributions.base import Distribution
 from surflow.distributions.discrete import Bernoulli, Categorical
+from surflow.distributions.gumbel import Gumbel
 from surflow.distributions.location_scale import (
     DiagonalNormal,
     HalfNormal,
@@ -10,7 +11,10 @@ from surflow.distributions.location_scale import (
     StandardNormal,
 )
 from surflow.distributions.mixture import DiagonalNormalMixture, Mixture
+from surflow.distributions.order import OrderStatistics, PlackettLuce
+from surflow.distributions.truncated import Exponential, TruncatedNormal, ZeroInflated
 from surflow.distributions.uniform import Uniform
+from surflow.distributions.unit_interval import LogitLogistic
 
 __all__ = [
     "Bernoulli",
@@ -18,10 +22,17 @@ __all__ = [
     "DiagonalNormal",
     "DiagonalNormalMixture",
     "Distribution",
+    "Exponential",
+    "Gumbel",
     "HalfNormal",
     "LocationScale",
     "Logistic",
+    "LogitLogistic",
     "Mixture",
+    "OrderStatistics",
+    "PlackettLuce",
     "StandardNormal",
+    "TruncatedNormal",
     "Uniform",
+    "ZeroInflated",
 ]

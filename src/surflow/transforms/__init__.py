@@ -10,7 +10,16 @@ from surflow.checks import check_values
 from surflow.transforms.base import Example, Inverse, Sequential, Transform
 from surflow.transforms.bijections.actnorm import ActNorm
 from surflow.transforms.bijections.affine import AdditiveMap, Affine, AffineMap
+from surflow.transforms.bijections.autoregressive import (
+    Autoregressive,
+    MaskedAffineAutoregressive,
+    MaskedLogisticMixtureAutoregressive,
+    MaskedSplineAutoregressive,
+)
+from surflow.transforms.bijections.batch_norm import BatchNorm
 from surflow.transforms.bijections.box import BoxToReal
+from surflow.transforms.bijections.continuous import Continuous
+from surflow.transforms.bijections.convolution import Conv1x1, PeriodicConv2d
 from surflow.transforms.bijections.coupling import (
     AdditiveCoupling,
     AffineCoupling,
@@ -29,13 +38,37 @@ from surflow.transforms.bijections.elementwise import (
     SoftplusInverse,
     Tanh,
 )
+from surflow.transforms.bijections.linear import FullLinear, HouseholderLinear, PLULinear, QRLinear
+from surflow.transforms.bijections.masks import channel_mask, checkerboard_mask
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.permute import Permute, Reverse, Rotation
+from surflow.transforms.bijections.planar import Planar
+from surflow.transforms.bijections.radial import Radial
+from surflow.transforms.bijections.residual import Residual
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
+from surflow.transforms.bijections.squeeze import Squeeze, Unsqueeze
+from surflow.transforms.bijections.sylvester import Sylvester
 from surflow.transforms.maps import ElementwiseMap
+from surflow.transforms.stochastic.indexed import DiscretelyIndexed
+from surflow.transforms.stochastic.permutation import StochasticPermutation
 from surflow.transforms.stochastic.vae import VAE
 from surflow.transforms.surjections.abs import AbsGenerative, AbsInference
+from surflow.transforms.surjections.argmax import (
+    ArgmaxGenerative,
+    ArgmaxInference,
+    BinaryArgmaxGenerative,
+    BinaryArgmaxInference,
+    GumbelArgmaxGenerative,
+    GumbelArgmaxInference,
+)
 from surflow.transforms.surjections.dihedral import DihedralFold
+from surflow.transforms.surjections.interval_fold import IntervalFold
+from surflow.transforms.surjections.max import MaxGenerative, MaxInference
+from surflow.transforms.surjections.max_pool import MaxPool2d, MaxPool2dGenerative
+from surflow.transforms.surjections.relu import ReLUGenerative, ReLUInference
+from surflow.transforms.surjections.rounding import Dequantization, Rounding
+from surflow.transforms.surjections.slicing import Augment, Slice
+from surflow.transforms.surjections.sort import SortGenerative, SortInference
 
 __all__ = [
     "VAE",
@@ -47,32 +80,73 @@ __all__ = [
     "Affine",
     "AffineCoupling",
     "AffineMap",
+    "ArgmaxGenerative",
+    "ArgmaxInference",
+    "Augment",
+    "Autoregressive",
+    "BatchNorm",
+    "BinaryArgmaxGenerative",
+    "BinaryArgmaxInference",
     "BoxToReal",
+    "Continuous",
+    "Conv1x1",
     "Coupling",
+    "Dequantization",
     "DihedralFold",
+    "DiscretelyIndexed",
     "Elementwise",
     "ElementwiseMap",
     "Example",
     "Exp",
+    "FullLinear",
+    "GumbelArgmaxGenerative",
+    "GumbelArgmaxInference",
+    "HouseholderLinear",
+    "IntervalFold",
     "Inverse",
     "LeakyReLU",
     "Log",
     "LogisticMixtureCoupling",
     "LogisticMixtureMap",
     "Logit",
+    "MaskedAffineAutoregressive",
+    "MaskedLogisticMixtureAutoregressive",
+    "MaskedSplineAutoregressive",
+    "MaxGenerative",
+    "MaxInference",
+    "MaxPool2d",
+    "MaxPool2dGenerative",
+    "PLULinear",
+    "PeriodicConv2d",
     "Permute",
+    "Planar",
+    "QRLinear",
+    "Radial",
     "RationalQuadraticSpline",
     "RationalQuadraticSplineCoupling",
+    "ReLUGenerative",
+    "ReLUInference",
+    "Residual",
     "Reverse",
     "Rotation",
+    "Rounding",
     "Sequential",
     "Sigmoid",
+    "Slice",
     "Softplus",
     "SoftplusInverse",
+    "SortGenerative",
+    "SortInference",
+    "Squeeze",
+    "StochasticPermutation",
+    "Sylvester",
     "Tanh",
     "Transform",
+    "Unsqueeze",
     "catalogue",
+    "channel_mask",
     "check_values",
+    "checkerboard_mask",
 ]
 
 

@@ -1,0 +1,91 @@
+"""Distributions inside layers: what they are conditioned on, and how they are asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surflow.distributions.base import Distribution
+
+
+def at_least_single(value: Tensor) -> Tensor:
+    """Lift a half-precision tensor to float32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_distribution(
+    distribution: Distribution, owner: str, role: str, context_features: int
+) -> None:
+    """Raise ValueError unless a layer can use ``distribution`` as its ``role``.
+
+    Args:
+        distribution: must be a density; with ``context_features`` also conditional.
+        owner: the class that takes it.
+        role: the argument's name.
+        context_features: features of the flow's context that it is to see; 0 for none.
+    """
+    if not isinstance(distribution, Distribution) or distribution.discrete:
+        raise ValueError(
+            f"{owner}: expected a density (a Distribution that is not discrete) as {role}, "
+            f"got {type(distribution).__name__}"
+        )
+    if context_features < 0 or (context_features and not distribution.conditional):
+        raise ValueError(
+            f"{owner}: expected context_features >= 0, and a conditional {role} where it is "
+            f"positive, got {context_features} and {type(distribution).__name__}"
+        )
+
+
+def insist(context: Tensor | None, features: int, where: str) -> None:
+    """Raise ValueError for a context that is missing where ``features`` are to be read."""
+    if features and context is None:
+        raise ValueError(f"{where}: expected a context with {features} features, got none")
+
+
+def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> Tensor:
+    """``seen`` with the flow's context behind it along dimension 1.
+
+    Args:
+        seen: (B, C, ...).
+        context: (B, F), spread over the other dimensions of ``seen``, or (B, F, ...).
+        features: F; 0: the layer reads no context, and ``seen`` comes back.
+        where: the layer and method, for messages.
+
+    Raises:
+        ValueError: for a context that is missing or of a wrong shape.
+    """
+    if not features:
+        return seen
+    insist(context, features, where)
+    if context.dim() == 2:
+        context = context.reshape(*context.shape, *[1] * (seen.dim() - 2))
+        context = context.expand(-1, -1, *seen.shape[2:])
+    if context.shape[1:] != (features, *seen.shape[2:]):
+        raise ValueError(
+            f"{where}: expected a context with {features} features, (batch, {features}) or "
+            f"{(seen.shape[0], features, *seen.shape[2:])}, got shape {tuple(context.shape)}"
+        )
+    return torch.cat([seen, context.to(seen.dtype)], dim=1)
+
+
+def draw(
+    distribution: Distribution, seen: Tensor, context: Tensor | None, features: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """One event a row of ``seen`` and its log-density, (B, *event) and (B,), nats."""
+    if not distribution.conditional:
+        return distribution.sample_and_log_prob(seen.shape[0])
+    return distribution.sample_and_log_prob(context=beside(seen, context, features, where))
+
+
+def score(
+    distribution: Distribution,
+    value: Tensor,
+    seen: Tensor,
+    context: Tensor | None,
+    features: int,
+    where: str,
+) -> Tensor:
+    """The log-density of ``value``, given ``seen`` where conditional: (B,), nats."""
+    if not distribution.conditional:
+        return distribution.log_prob(value)
+    return distribution.log_prob(value, beside(seen, context, features, where))
