@@ -24,7 +24,14 @@ class ActNorm(Transform):
         ValueError: for another number of channels; for an initialising batch of a single value a
             channel, which has no standard deviation.
 
+    Cost: O(D) a row, and one pass over the first batch; forward and inverse alike.
+
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.1.
+
+    >>> layer = ActNorm(num_channels=3)
+    >>> z, ldj = layer(5 + 2 * torch.randn(1000, 3))
+    >>> bool((z.mean(0).abs() < 1e-4).all()), bool(((z.std(0) - 1).abs() < 1e-4).all())
+    (True, True)
     """
 
     bijective = True

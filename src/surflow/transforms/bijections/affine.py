@@ -45,6 +45,14 @@ class AffineMap(ElementwiseMap):
 
     Raises:
         ValueError: for an unknown name.
+
+    Cost: O(1) an element; forward and inverse alike.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2 (with g = exp).
+
+    >>> z, ldj = AffineMap("softplus").forward(torch.ones(1), torch.zeros(1, 2))
+    >>> z, ldj
+    (tensor([0.6931]), tensor([-0.3665]))
     """
 
     num_params = 2
@@ -69,7 +77,18 @@ class AffineMap(ElementwiseMap):
 
 
 class AdditiveMap(ElementwiseMap):
-    r"""The shift :math:`z = x + t`, of log-derivative zero."""
+    r"""The shift.
+
+    .. math:: z = x + t, \qquad \log |dz/dx| = 0
+
+    Cost: O(1) an element; forward and inverse alike.
+
+    Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
+
+    >>> z, ldj = AdditiveMap().forward(torch.ones(1), torch.ones(1, 1))
+    >>> z, ldj
+    (tensor([2.]), tensor([0.]))
+    """
 
     num_params = 1
 
@@ -107,6 +126,14 @@ class Affine(Transform):
 
     Raises:
         ValueError: for a zero scale, parameters that do not broadcast, or a wrong shape of x.
+
+    Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
+
+    Source: elementary; the map of Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
+
+    >>> layer = Affine(3, shift=1.0, scale=[2.0, 0.5, -1.0])
+    >>> layer(torch.ones(1, 3))
+    (tensor([[3.0000, 1.5000, 0.0000]]), tensor([0.]))
     """
 
     bijective = True

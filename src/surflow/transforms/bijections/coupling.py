@@ -40,7 +40,15 @@ class Coupling(Transform):
         ValueError: for an unknown split, a split that leaves a part empty, a mask that does not
             fit, or a net whose output has a wrong shape.
 
+    Cost: one pass of the net and one evaluation of the map an element; forward and inverse alike,
+    unless the map's differ.
+
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2; with splines Durkan et al. 2019.
+
+    >>> from surflow.nets import MLP
+    >>> layer = Coupling(AffineMap("softplus"), MLP(2, 4, [64]), split="alternate")
+    >>> layer.kind
+    'bijective'
     """
 
     bijective = True
@@ -168,7 +176,15 @@ class AffineCoupling(Coupling):
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
         split, swap, mask: see :class:`Coupling`.
 
+    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
+
+    >>> from surflow.nets import MLP
+    >>> layer = AffineCoupling(MLP(2, 4, [64]), scale="tanh_exp")
+    >>> x = torch.ones(1, 4)
+    >>> bool(torch.allclose(layer.inverse(layer(x)[0]), x))
+    True
     """
 
     def __init__(
@@ -197,7 +213,14 @@ class AdditiveCoupling(Coupling):
         net: gives t.
         split, swap, mask: see :class:`Coupling`.
 
+    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+
     Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
+
+    >>> from surflow.nets import MLP
+    >>> layer = AdditiveCoupling(MLP(2, 2, [64]), swap=True)
+    >>> layer(torch.ones(1, 4))[1]
+    tensor([0.])
     """
 
     def __init__(
@@ -228,7 +251,15 @@ class RationalQuadraticSplineCoupling(Coupling):
         num_bins, bound, min_bin, min_slope: see :class:`RationalQuadraticSpline`.
         split, swap, mask: see :class:`Coupling`.
 
+    Cost: one pass of the net and O(K) an element, K the number of bins; forward and inverse alike.
+
     Source: Durkan et al. 2019, arXiv 1906.04032.
+
+    >>> from surflow.nets import MLP
+    >>> layer = RationalQuadraticSplineCoupling(MLP(2, 2 * 23, [64]), num_bins=8, bound=3.0)
+    >>> x = torch.tensor([[0.1, 0.2, 0.3, 7.0]])
+    >>> bool((layer(x)[0][:, 3] == 7.0).all())  # beyond the bound: as it is
+    True
     """
 
     def __init__(
@@ -262,7 +293,15 @@ class LogisticMixtureCoupling(Coupling):
         num_components: K.
         split, swap, mask: see :class:`Coupling`.
 
+    Cost: one pass of the net and O(K) an element; the inverse is a bisection, some tens of
+    evaluations of the map.
+
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2.
+
+    >>> from surflow.nets import MLP
+    >>> layer = LogisticMixtureCoupling(MLP(2, 2 * 14, [64]), num_components=4)
+    >>> layer.map.num_params
+    14
     """
 
     def __init__(

@@ -53,6 +53,14 @@ class Exp(_ElementwiseBijection):
 
     Raises:
         ValueError: from ``inverse``, for z that is not positive.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = Exp()(torch.zeros(1, 2))
+    >>> z, ldj
+    (tensor([[1., 1.]]), tensor([0.]))
     """
 
     def _map(self, x: Tensor) -> Tensor:
@@ -81,6 +89,14 @@ class Log(Inverse):
 
     Raises:
         ValueError: for x that is not positive.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = Log()(torch.full((1, 2), math.e))
+    >>> z, ldj
+    (tensor([[1., 1.]]), tensor([-2.]))
     """
 
     def __init__(self) -> None:
@@ -108,6 +124,14 @@ class Sigmoid(_ElementwiseBijection):
 
     Raises:
         ValueError: from ``inverse``, for z outside (0, 1).
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = Sigmoid()(torch.zeros(1, 2))
+    >>> z, ldj
+    (tensor([[0.5000, 0.5000]]), tensor([-2.7726]))
     """
 
     def _map(self, x: Tensor) -> Tensor:
@@ -137,6 +161,14 @@ class Logit(Inverse):
 
     Raises:
         ValueError: for x outside (0, 1); 0 and 1 themselves have no latent.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 4.1.
+
+    >>> z, ldj = Logit()(torch.full((1, 2), 0.5))
+    >>> z, ldj
+    (tensor([[0., 0.]]), tensor([2.7726]))
     """
 
     def __init__(self) -> None:
@@ -156,6 +188,14 @@ class Softplus(_ElementwiseBijection):
 
     Raises:
         ValueError: from ``inverse``, for z that is not positive.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = Softplus()(torch.zeros(1, 2))
+    >>> z, ldj
+    (tensor([[0.6931, 0.6931]]), tensor([-1.3863]))
     """
 
     def _map(self, x: Tensor) -> Tensor:
@@ -184,6 +224,14 @@ class SoftplusInverse(Inverse):
 
     Raises:
         ValueError: for x that is not positive.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = SoftplusInverse()(torch.ones(1, 2))
+    >>> z, ldj
+    (tensor([[0.5413, 0.5413]]), tensor([0.9174]))
     """
 
     def __init__(self) -> None:
@@ -207,6 +255,14 @@ class Tanh(_ElementwiseBijection):
 
     Raises:
         ValueError: from ``inverse``, for z outside (-1, 1).
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = Tanh()(torch.zeros(1, 2))
+    >>> z, ldj
+    (tensor([[0., 0.]]), tensor([0.]))
     """
 
     def _map(self, x: Tensor) -> Tensor:
@@ -239,6 +295,14 @@ class LeakyReLU(_ElementwiseBijection):
 
     Raises:
         ValueError: for a slope that is not positive.
+
+    Cost: O(D) a row; forward and inverse alike.
+
+    Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
+
+    >>> z, ldj = LeakyReLU(0.5)(torch.tensor([[-1.0, 1.0]]))
+    >>> z, ldj
+    (tensor([[-0.5000,  1.0000]]), tensor([-0.6931]))
     """
 
     def __init__(self, slope: float = 0.01) -> None:
@@ -277,6 +341,17 @@ class Elementwise(Transform):
 
     Raises:
         ValueError: for a wrong shape of x, or a missing context.
+
+    Cost: one evaluation of the map an element, and one pass of the net if there is one; forward and
+    inverse alike, unless the map's differ.
+
+    Source: elementary; the maps are those of couplings, Papamakarios et al. 2021, arXiv
+    1912.02762, Sec. 3.
+
+    >>> from surflow.transforms import RationalQuadraticSpline
+    >>> layer = Elementwise(3, RationalQuadraticSpline(num_bins=8, bound=3.0))
+    >>> tuple(layer.params.shape)  # K widths, K heights, K - 1 slopes
+    (3, 23)
     """
 
     bijective = True

@@ -16,12 +16,20 @@ from surflow.transforms.maps import ElementwiseMap
 class RationalQuadraticSpline(ElementwiseMap):
     r"""A monotone rational-quadratic spline on an interval.
 
-    With knots (x_k, y_k), slopes d_k, bin slope s = Δy/Δx and ξ = (x − x_k)/Δx,
+    With knots (x_k, y_k), slopes d_k, bin slope s = Δy/Δx, relative slopes δ_k = d_k/s and
+    ξ = (x − x_k)/Δx,
 
-    .. math:: z = y_k + \Delta y\,\frac{s\xi^2 + d_k\xi(1-\xi)}
-                  {s + (d_{k+1} + d_k - 2s)\,\xi(1-\xi)}, \qquad
-              \frac{dz}{dx} = \frac{s^2\,(d_{k+1}\xi^2 + 2s\xi(1-\xi) + d_k(1-\xi)^2)}
-                  {(s + (d_{k+1} + d_k - 2s)\,\xi(1-\xi))^2}
+    .. math:: z = y_k + \Delta y\,\frac{\xi^2 + \delta_k\,\xi(1-\xi)}{D}, \qquad
+              D = \xi^2 + (\delta_k + \delta_{k+1})\,\xi(1-\xi) + (1-\xi)^2, \qquad
+              \frac{dz}{dx} = s\,\frac{\delta_{k+1}\xi^2 + 2\xi(1-\xi) + \delta_k(1-\xi)^2}{D^2}
+
+    and back, with η = (z − y_k)/Δy,
+
+    .. math:: \frac{\xi}{1-\xi} = \frac{2\eta}{r + g} = \frac{r - g}{2(1-\eta)}, \qquad
+              g = \delta_k(1-\eta) - \delta_{k+1}\eta, \qquad r = \sqrt{g^2 + 4\eta(1-\eta)}
+
+    These are the paper's equations, arranged so that every sum has terms of one sign: nothing
+    cancels, no discriminant can turn negative, and float32 keeps its digits in bins at the floor.
 
     Parameters of an element: K widths, K heights (softmax, with a floor), then the knots' slopes
     (softplus, with a floor). All zero is the identity. Computed in float32 or better.
@@ -30,13 +38,22 @@ class RationalQuadraticSpline(ElementwiseMap):
         num_bins: K.
         bound: the interval, [-bound, bound] or, as a pair, [low, high], with identity tails
             outside and slope 1 at both ends (K - 1 slopes); None: [0, 1] onto itself, free
-            slopes at both ends (K + 1), and nothing outside.
+            slopes at both ends (K + 1), and nothing outside. With tails ±inf goes to itself.
         min_bin, min_slope: floors, in units of the interval's length and of 1.
 
     Raises:
-        ValueError: for sizes out of range; without tails, for x outside [0, 1].
+        ValueError: for sizes out of range, or a floor of the bins that float32 cannot resolve at
+            the interval's edges; without tails, for x outside [0, 1].
+
+    Cost: O(K) an element in both directions, nothing iterated.
 
     Source: Durkan et al. 2019, arXiv 1906.04032, Sec. 3 and Appendix A.
+
+    >>> import torch
+    >>> spline = RationalQuadraticSpline(num_bins=4, bound=2.0)
+    >>> z, log_slope = spline.forward(torch.tensor([-3.0, 0.5]), torch.zeros(2, spline.num_params))
+    >>> z
+    tensor([-3.0000,  0.5000])
     """
 
     def __init__(
@@ -65,35 +82,92 @@ class RationalQuadraticSpline(ElementwiseMap):
         self.num_bins = num_bins
         self.tails = bound is not None
         self.low, self.high = float(interval[0]), float(interval[1])
+        # knots are sums: a bin narrower than a few of their last digits could come out empty
+        finest = 32 * torch.finfo(torch.float32).eps * max(abs(self.low), abs(self.high))
+        finest /= self.high - self.low
+        if min_bin < finest:
+            raise ValueError(
+                f"RationalQuadraticSpline: expected min_bin >= {finest:.2g} on "
+                f"[{self.low:g}, {self.high:g}], which float32 can resolve, got {min_bin}"
+            )
         self.min_bin, self.min_slope = min_bin, min_slope
         # softplus(0 + this) + min_slope = 1
         self.slope_offset = math.log(math.expm1(1.0 - min_slope))
         self.num_params = 3 * num_bins - 1 if self.tails else 3 * num_bins + 1
 
-    def _knots(self, unnormalised: Tensor) -> Tensor:
-        """(..., K) -> knot positions (..., K + 1), increasing, exact at both ends."""
-        length = self.high - self.low
-        share = torch.softmax(unnormalised, dim=-1)
-        share = self.min_bin + (1.0 - self.min_bin * self.num_bins) * share
-        inner = self.low + length * torch.cumsum(share[..., :-1], dim=-1)
-        return F.pad(F.pad(inner, (1, 0), value=self.low), (0, 1), value=self.high)
+    # The knots, and the bin of a value. The dimension over knots comes first: each operation then
+    # runs over long contiguous rows, which on a CPU is up to 20 times as fast as over rows of K.
+
+    def _tables(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., P) -> knots of x and of z, (2, K + 1, ...), and free slopes, (K + 1, ...)."""
+        k, length = self.num_bins, self.high - self.low
+        sizes, slopes = params.movedim(-1, 0).split([2 * k, self.num_params - 2 * k])
+        shares = torch.softmax(sizes.unflatten(0, (2, k)), dim=1)
+        sizes = length * self.min_bin + length * (1.0 - self.min_bin * k) * shares[:, :-1]
+        inner = self.low + torch.cumsum(sizes, dim=1)
+        low, high = (torch.full_like(inner[:, :1], end) for end in (self.low, self.high))
+        if self.tails:  # free slope 0 is slope 1
+            one = torch.zeros_like(slopes[:1])
+            slopes = torch.cat([one, slopes, one])
+        return torch.cat([low, inner, high], dim=1), slopes
+
+    def _slope(self, free: Tensor) -> Tensor:
+        return self.min_slope + F.softplus(free + self.slope_offset)
 
     def _bins(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Knots in x and z, (..., K + 1), and slopes at the knots, (..., K + 1)."""
-        k = self.num_bins
-        widths, heights, slopes = params.split([k, k, self.num_params - 2 * k], dim=-1)
-        slopes = self.min_slope + F.softplus(slopes + self.slope_offset)
-        if self.tails:
-            slopes = F.pad(slopes, (1, 1), value=1.0)
-        return self._knots(widths), self._knots(heights), slopes
+        """Knots in x and z and slopes at the knots, (K + 1, ...) each."""
+        knots, slopes = self._tables(params)
+        return knots[0], knots[1], self._slope(slopes)
+
+    def _bin(
+        self, value: Tensor, params: Tensor, axis: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The bin in which a value lies.
+
+        Args:
+            value: inside the interval, (...); an x where ``axis`` is 0, a z where it is 1.
+            params: (..., P).
+
+        Returns:
+            The left knot's x and z, (2, ...); the bin's width and height, (2, ...); its slope s
+            and the relative slopes δ at its two knots, (...) each.
+        """
+        knots, slopes = self._tables(params)
+        index = (value >= knots[axis, 1:-1]).sum(0)
+        ends = torch.stack([index, index + 1])
+        left, right = knots.gather(1, ends.expand(2, *ends.shape)).unbind(1)
+        size = right - left
+        slope = size[1] / size[0]
+        delta0, delta1 = self._slope(slopes.gather(0, ends)) / slope
+        return left, size, slope, delta0, delta1
 
     @staticmethod
-    def _select(value: Tensor, knots: Tensor, *tables: Tensor) -> list[Tensor]:
-        """For each value its bin's left and right entry of every table, interleaved."""
-        index = (value.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1, keepdim=True)
-        pair = torch.cat([index, index + 1], dim=-1)
-        picked = [t.gather(-1, pair) for t in tables]
-        return [p[..., i] for p in picked for i in (0, 1)]
+    def _evaluate(
+        xi: Tensor, rest: Tensor, slope: Tensor, delta0: Tensor, delta1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """η at a place ξ = 1 - rest of a bin, and log dz/dx."""
+        both = xi * rest
+        below = xi.square() + delta0 * both
+        above = rest.square() + delta1 * both
+        total = below + above
+        steep = delta1 * xi.square() + 2.0 * both + delta0 * rest.square()
+        return below / total, torch.log(slope * steep / total / total)
+
+    @staticmethod
+    def _solve(eta: Tensor, delta0: Tensor, delta1: Tensor) -> tuple[Tensor, Tensor]:
+        """The place ξ at which a bin takes the value η, and 1 - ξ."""
+        rest = 1.0 - eta
+        g = delta0 * rest - delta1 * eta
+        root = torch.sqrt(g.square() + 4.0 * eta * rest)
+        # of the two forms of ξ/(1 - ξ) the one without a difference; not abs(g), whose gradient
+        # at 0 is neither side's
+        right = g >= 0
+        far = root + torch.where(right, g, -g)
+        xi = torch.where(right, 2.0 * eta, far)
+        other = torch.where(right, far, 2.0 * rest)
+        return xi / (xi + other), other / (xi + other)
+
+    # Both directions ---------------------------------------------------------------------------
 
     def _prepare(self, value: Tensor, params: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Lift to float32, and clamp what lies outside into the interval."""
@@ -106,64 +180,27 @@ class RationalQuadraticSpline(ElementwiseMap):
             require(inside, where, f"values in [{self.low:g}, {self.high:g}]", value)
         return value.clamp(self.low, self.high), params, inside
 
+    def _with_tails(self, result: Tensor, inside: Tensor, outside: Tensor | float) -> Tensor:
+        return torch.where(inside, result, outside) if self.tails else result
+
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, original = x.dtype, x
-        x, params, inside = self._prepare(x, params, "forward")
-        knots_x, knots_z, slopes = self._bins(params)
-        x0, x1, z0, z1, d0, d1 = self._select(x, knots_x, knots_x, knots_z, slopes)
-        z, log_slope = self._evaluate((x - x0) / (x1 - x0), z0, z1 - z0, x1 - x0, d0, d1)
-        if self.tails:
-            z = torch.where(inside, z, original.to(z.dtype))
-            log_slope = torch.where(inside, log_slope, 0.0)
-        return z.to(dtype), log_slope
-
-    @staticmethod
-    def _evaluate(
-        xi: Tensor, z0: Tensor, height: Tensor, width: Tensor, d0: Tensor, d1: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        xi = xi.clamp(0.0, 1.0)
-        rest = 1.0 - xi
-        both = xi * rest
-        s = height / width
-        denominator = s + (d1 + d0 - 2.0 * s) * both
-        z = z0 + height * (s * xi.square() + d0 * both) / denominator
-        numerator = d1 * xi.square() + 2.0 * s * both + d0 * rest.square()
-        log_slope = 2.0 * (s.log() - denominator.log()) + numerator.log()
-        return z, log_slope
-
-    def _solve(self, z: Tensor, params: Tensor) -> tuple[Tensor, ...]:
-        """The place ξ in its bin at which the spline takes the value z, and the bin."""
-        knots_x, knots_z, slopes = self._bins(params)
-        x0, x1, z0, z1, d0, d1 = self._select(z, knots_z, knots_x, knots_z, slopes)
-        width, height = x1 - x0, z1 - z0
-        s = height / width
-        above = z - z0
-        curve = above * (d1 + d0 - 2.0 * s)
-        a = height * (s - d0) + curve
-        b = height * d0 - curve
-        c = -s * above
-        # the discriminant is positive for a monotone spline; rounding may take it below zero
-        root = (b.square() - 4.0 * a * c).clamp_min(torch.finfo(z.dtype).tiny).sqrt()
-        # 2c / (-b - root) loses no digits where a is small; b + root > 0
-        xi = (2.0 * c / (-b - root)).clamp(0.0, 1.0)
-        return xi, x0, width, z0, height, d0, d1
+        value, params, inside = self._prepare(x, params, "forward")
+        left, size, *slopes = self._bin(value, params, axis=0)
+        xi = (value - left[0]) / size[0]
+        eta, log_slope = self._evaluate(xi, 1.0 - xi, *slopes)
+        z = self._with_tails(left[1] + size[1] * eta, inside, x.to(value.dtype))
+        return z.to(x.dtype), self._with_tails(log_slope, inside, 0.0)
 
     def inverse(self, z: Tensor, params: Tensor) -> Tensor:
-        dtype, original = z.dtype, z
-        z, params, inside = self._prepare(z, params, "inverse")
-        xi, x0, width, *_ = self._solve(z, params)
-        x = x0 + xi * width
-        if self.tails:
-            x = torch.where(inside, x, original.to(x.dtype))
-        return x.to(dtype)
+        value, params, inside = self._prepare(z, params, "inverse")
+        left, size, _, delta0, delta1 = self._bin(value, params, axis=1)
+        xi, _ = self._solve((value - left[1]) / size[1], delta0, delta1)
+        return self._with_tails(left[0] + size[0] * xi, inside, z.to(value.dtype)).to(z.dtype)
 
     def inverse_and_ldj(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, original = z.dtype, z
-        z, params, inside = self._prepare(z, params, "inverse")
-        xi, x0, width, z0, height, d0, d1 = self._solve(z, params)
-        x = x0 + xi * width
-        _, log_slope = self._evaluate(xi, z0, height, width, d0, d1)
-        if self.tails:
-            x = torch.where(inside, x, original.to(x.dtype))
-            log_slope = torch.where(inside, log_slope, 0.0)
-        return x.to(dtype), log_slope
+        value, params, inside = self._prepare(z, params, "inverse")
+        left, size, slope, delta0, delta1 = self._bin(value, params, axis=1)
+        xi, rest = self._solve((value - left[1]) / size[1], delta0, delta1)
+        _, log_slope = self._evaluate(xi, rest, slope, delta0, delta1)
+        x = self._with_tails(left[0] + size[0] * xi, inside, z.to(value.dtype))
+        return x.to(z.dtype), self._with_tails(log_slope, inside, 0.0)

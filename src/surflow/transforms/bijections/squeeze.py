@@ -1,0 +1,108 @@
+"""Space to channels and back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+
+
+class Squeeze(Transform):
+    r"""Blocks of pixels become channels.
+
+    .. math:: z_{f^2 c + f i + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \quad
+              0 \le i, j < f, \qquad \mathrm{ldj} = 0
+
+    Exact.
+
+    Args:
+        factor: f, the side of a block; x is (B, C, H, W), z (B, f² C, H / f, W / f).
+
+    Raises:
+        ValueError: for f < 1; for H or W not divisible by f, or, from ``inverse``, channels not
+            divisible by f².
+
+    Cost: forward and inverse one copy.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
+
+    >>> import torch
+    >>> Squeeze(2)(torch.arange(4.0).view(1, 1, 2, 2))[0].flatten().tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+    event_shape = (None, None, None)
+    latent_shape = (None, None, None)
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"{type(self).__name__}: expected factor >= 1, got {factor}")
+        self.factor = factor
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(
+                f"{self.where('forward')}: expected height and width divisible by "
+                f"{self.factor}, got shape {tuple(x.shape)}"
+            )
+        return F.pixel_unshuffle(x, self.factor), zero_ldj(x)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        if z.shape[1] % self.factor**2:
+            raise ValueError(
+                f"{self.where('inverse')}: expected channels divisible by {self.factor**2}, "
+                f"got shape {tuple(z.shape)}"
+            )
+        return F.pixel_shuffle(z, self.factor)
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._inverse(z, context), zero_ldj(z)
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal
+
+        x, z = StandardNormal((1, 2, 4)), StandardNormal((4, 1, 2))
+        return Example(cls(), x.sample_and_log_prob, z)
+
+
+class Unsqueeze(Inverse):
+    r"""Channels become blocks of pixels: :class:`Squeeze` turned round.
+
+    .. math:: z_{c,\, f h + i,\, f w + j} = x_{f^2 c + f i + j,\, h,\, w}, \quad
+              0 \le i, j < f, \qquad \mathrm{ldj} = 0
+
+    Exact.
+
+    Args:
+        factor: f; x is (B, f² C, H, W), z (B, C, f H, f W).
+
+    Raises:
+        ValueError: for f < 1; for channels not divisible by f², or, from ``inverse``, H or W not
+            divisible by f.
+
+    Cost: forward and inverse one copy.
+
+    Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
+
+    >>> import torch
+    >>> Unsqueeze(2)(torch.arange(4.0).view(1, 4, 1, 1))[0].tolist()
+    [[[[0.0, 1.0], [2.0, 3.0]]]]
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        if factor < 1:
+            raise ValueError(f"Unsqueeze: expected factor >= 1, got {factor}")
+        super().__init__(Squeeze(factor))
+
+    @classmethod
+    def example(cls) -> Example:
+        from surflow.distributions import StandardNormal
+
+        x, z = StandardNormal((4, 2, 1)), StandardNormal((1, 4, 2))
+        return Example(cls(), x.sample_and_log_prob, z)
