@@ -15,7 +15,7 @@ RUN   := $(BIN)/python -m surflow.cli
 REPRODUCE = $(RUN).reproduce profile=$(PROFILE) 'seeds=[$(SEEDS)]' launcher=$(LAUNCHER) workers=$(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all bench reproduce-synthetic reproduce-compositions figure-compositions report-synthetic lock clean
+.PHONY: help setup lint format test test-all bench reproduce-synthetic reproduce-compositions reproduce-unification figure-compositions report-synthetic lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
@@ -50,6 +50,9 @@ bench: $(STAMP)  ## Time a training step against a plain implementation, side by
 
 reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D data: table and figures
 	$(REPRODUCE) artefact=synthetic
+
+reproduce-unification: $(STAMP)  ## The models SurVAE flows unify: bounds against likelihoods, 2-D data
+	$(REPRODUCE) artefact=unification
 
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
 	$(RUN).report artefact=synthetic profile=$(PROFILE) 'seeds=[$(SEEDS)]'

@@ -67,6 +67,7 @@ def test_paper_datasets_declare_their_support_and_symmetry(name):
         ("gaussian", LOG_2PIE),
         ("banana", LOG_2PIE + math.log(2)),
         ("sinusoid", LOG_2PIE + math.log(1.5 * 0.3)),
+        ("linear_gaussian", LOG_2PIE + 0.5 * math.log(0.16 * (0.16 + 1.5**2 + 0.8**2))),
     ],
 )
 def test_closed_form_entropy(name, value):

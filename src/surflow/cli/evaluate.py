@@ -17,6 +17,7 @@ from surflow.cli.common import (
     one_line_errors,
     relative,
 )
+from surflow.cli.train import truth_of
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
 from surflow.reporting.records import write_json_atomic
@@ -50,6 +51,11 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
             split=cfg.split,
             progress=lambda done: bar.update(task, completed=done),
         )
+    truth = truth_of(cfg)
+    if truth is not None:
+        with console.status("likelihood itself") as status:
+            comparison = truth.compare(flow, rows, seed=cfg.seed, progress=status.update)
+        estimates |= comparison.metrics(cfg.split)
     print(f"{relative(path)}, {len(rows)} {cfg.split} points, profile {cfg.profile.name}\n")
     print(ledger)
     print()

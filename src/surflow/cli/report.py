@@ -130,7 +130,7 @@ def _chosen(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
 
 def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     """Write results/<profile>/<artefact>/: table.md, table.csv, figures, records; say where."""
-    from surflow.reporting import figures
+    from surflow.reporting import bounds, figures
 
     found = []
     exact = set(cells.hashes.values())
@@ -160,7 +160,7 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
         pictures["Densities: data and models"] = "density.png"
         pictures["Samples: data and models"] = "samples.png"
     curves = figures.run_files(table, "metrics.csv")
-    if any(p for r in curves.values() for p in r.values()):
+    if spec.layout == "grid" and any(p for r in curves.values() for p in r.values()):
         column = _validation_column(curves)
         figures.learning_curve_figure(
             curves, folder / "learning_curves.png", column=column, **metric
@@ -176,12 +176,22 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     target = (
         f"make reproduce-{cfg.artefact.replace('_', '-')} PROFILE={cfg.profile.name} SEEDS={seeds}"
     )
-    write_csv(table, folder / "table.csv")
-    write_markdown(table, folder / "table.md", command=target, figures=pictures)
+    if spec.layout == "bounds":
+        rows = bounds.bounds_rows(table)
+        if any(row.gaps for row in rows):
+            figures.gap_figure(rows, folder / "gap.png", profile=cfg.profile.name)
+            pictures = {"Gap against the number of samples": "gap.png", **pictures}
+        bounds.write_bounds(table, folder, command=target, figures=pictures)
+    else:
+        write_csv(table, folder / "table.csv")
+        write_markdown(table, folder / "table.md", command=target, figures=pictures)
     print(
         f"{relative(folder)}/: table.md, table.csv, {', '.join(pictures.values()) or 'no figures'}"
     )
-    _print_table(table)
+    if spec.layout == "bounds":
+        _print_bounds(table, rows)
+    else:
+        _print_table(table)
     return folder
 
 
@@ -210,6 +220,21 @@ def _print_table(table: object) -> None:
         cells = [table.cells[row.name, column.name] for column in table.spec.columns]
         rich.add_row(row.label, *(cell_text(cell, len(table.seeds)) for cell in cells))
     Console(width=140).print(rich)
+
+
+def _print_bounds(table: object, rows: list) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    counts = sorted({k for row in rows for k in row.gaps})
+    rich = RichTable(title=f"{table.spec.title} (nats), profile {table.profile}")
+    for name in ("", "number", "log p(x)", *(f"gap, K = {k}" for k in counts), "verdict"):
+        rich.add_column(name)
+    for row in rows:
+        gaps = [f"{row.gaps[k][2]:.4f} ± {row.gaps[k][3]:.4f}" if row.gaps else "" for k in counts]
+        number = "exact" if row.exact else "bound"
+        rich.add_row(row.label, number, f"{row.log_prob:.4f}", *gaps, row.verdict)
+    Console(width=180).print(rich)
 
 
 @hydra.main(config_path=conf_dir(), config_name="report", version_base="1.3")

@@ -240,6 +240,11 @@ def _finish(
         iwbo_samples=cfg.objective.iwbo_samples,
         unit=cfg.objective.unit,
     )
+    comparison = None
+    truth = truth_of(cfg)
+    if truth is not None:
+        comparison = truth.compare(flow, test, seed=cfg.seed)
+        estimates |= comparison.metrics()
     values = {name: e.value for name, e in estimates.items()}
     wandb_run = next(
         (log.experiment for log in loggers if type(log).__name__ == "WandbLogger"), None
@@ -272,6 +277,7 @@ def _finish(
             "total": ledger.total,
             "lower_bound": ledger.lower_bound,
         },
+        **({"truth": comparison.plain()} if comparison is not None else {}),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "commit": head,
         "dirty": dirty,
@@ -297,6 +303,15 @@ def _finish(
     return values
 
 
+def truth_of(cfg: DictConfig) -> Any:
+    """How the likelihood of this model is computed, where its config says so; else None."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    spec = OmegaConf.select(cfg, "model.truth")
+    return None if spec is None else instantiate(spec)
+
+
 def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
     """Density and samples of a 2-D model: picture.npz for the tables' figures, two PNGs."""
     import io
@@ -304,29 +319,38 @@ def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, 
     import numpy as np
     import torch
 
+    from surflow.data.module import QuantizedData
     from surflow.reporting import figures
     from surflow.reporting.records import write_bytes_atomic
-    from surflow.training.evaluation import density_grid
+    from surflow.training.evaluation import density_grid, mass_table
 
-    window = data.dataset.window
-    # a bound takes many draws a cell
-    size = GRID // 2 if flow.lower_bound else GRID
-    density = density_grid(flow, -window, window, size, box=data.box, lower_bound_samples=32)
-    step = 2 * window / size
-    centres = -window + step * (torch.arange(size) + 0.5)
-    true = data.dataset.log_prob(torch.cartesian_prod(centres, centres)).exp()
+    shown = data.splits["test"][:PICTURE_SAMPLES]
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
         samples = flow.sample(PICTURE_SAMPLES).cpu()
+    if isinstance(data, QuantizedData):
+        low, high, size = -0.5, data.num_levels - 0.5, data.num_levels
+        density = mass_table(flow, size, lower_bound_samples=32)
+        true = data.probabilities
+        # a point anywhere in its cell, so that equal ones do not hide each other
+        samples, shown = (v + torch.rand(v.shape) - 0.5 for v in (samples, shown))
+    else:
+        low, high = -data.dataset.window, data.dataset.window
+        # a bound takes many draws a cell
+        size = GRID // 2 if flow.lower_bound else GRID
+        density = density_grid(flow, low, high, size, box=data.box, lower_bound_samples=32)
+        step = (high - low) / size
+        centres = low + step * (torch.arange(size) + 0.5)
+        true = data.dataset.log_prob(torch.cartesian_prod(centres, centres)).exp()
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        grid_low=np.float64(-window),
-        grid_high=np.float64(window),
+        grid_low=np.float64(low),
+        grid_high=np.float64(high),
         density=density.numpy().astype(np.float32),
         true_density=true.reshape(size, size).numpy().astype(np.float32),
         samples=samples.numpy().astype(np.float32),
-        data_samples=data.splits["test"][:PICTURE_SAMPLES].numpy().astype(np.float32),
+        data_samples=shown.numpy().astype(np.float32),
     )
     path = write_bytes_atomic(folder / "picture.npz", buffer.getvalue())
     cells = {cfg.row: {cfg.data.name: path}}

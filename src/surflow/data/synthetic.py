@@ -26,6 +26,7 @@ __all__ = [
     "FourCircles",
     "Gaussian",
     "GaussianGrid",
+    "LinearGaussian",
     "Pinwheel",
     "Rings",
     "Sinusoid",
@@ -335,6 +336,50 @@ class Gaussian(_GaussianMixture):
     def entropy(self) -> float:
         """H = ln(2πe), in nats."""
         return _LOG_2PI + 1
+
+
+class LinearGaussian(SyntheticDataset2d):
+    """p(x) = N(x; μ, w wᵀ + σ² I): a line of latents and isotropic noise, as PPCA supposes.
+
+    μ = (0.5, -0.3), w = (1.5, 0.8), σ = 0.4. Entropy: ln(2πe) + ½ ln det Σ.
+
+    Source: the model of Tipping & Bishop 1999, Probabilistic principal component analysis; the
+    numbers are ours.
+    """
+
+    name = "linear_gaussian"
+    extent = 12.0
+    step = 0.1
+    window = 5.0
+    entropy_method = "closed form"
+    mean = (0.5, -0.3)
+    loading = (1.5, 0.8)
+    noise = 0.4
+
+    @property
+    def _determinant(self) -> float:
+        var = self.noise**2
+        return var * (var + sum(w * w for w in self.loading))
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn(n, 1, generator=generator, dtype=torch.float64, device=generator.device)
+        mean, loading = (_constant(v, generator.device) for v in (self.mean, self.loading))
+        return mean + z * loading + self.noise * _normal(n, generator)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        d = x - _constant(self.mean, x.device)
+        along = d @ _constant(self.loading, x.device)
+        var = self.noise**2
+        # the inverse of σ² I + w wᵀ, by Sherman and Morrison
+        square = (
+            d.square().sum(-1) - along.square() / (var + sum(w * w for w in self.loading))
+        ) / var
+        return -_LOG_2PI - 0.5 * math.log(self._determinant) - 0.5 * square
+
+    @property
+    def entropy(self) -> float:
+        """H = ln(2πe) + ½ ln det Σ, in nats."""
+        return _LOG_2PI + 1 + 0.5 * math.log(self._determinant)
 
 
 # Noisy circles
@@ -672,6 +717,7 @@ DATASETS: dict[str, type[SyntheticDataset2d]] = {
         Sinusoid,
         Banana,
         Gaussian,
+        LinearGaussian,
     )
 }
 

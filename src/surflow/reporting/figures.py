@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from surflow.reporting.bounds import BoundsRow
 from surflow.reporting.records import RECORD_NAME, Record, load_record, write_bytes_atomic
 from surflow.reporting.table import Table
 
@@ -31,6 +32,7 @@ PANEL = 2.15  # inches
 INK, GREY = "#222222", "#8a8a8a"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 COLORMAP = "magma"
+GAP_FLOOR = 1e-5  # nats; smaller gaps are drawn at the edge
 
 
 def run_files(table: Table, name: str) -> dict[str, dict[str, Path | None]]:
@@ -479,4 +481,57 @@ def model_figure(
     for axes in panels.flat:
         axes.set(xlim=(left, right), ylim=(low, high))
         axes.tick_params(labelsize=7)
+    return _save(figure, path)
+
+
+def gap_figure(rows: Sequence[BoundsRow], path: str | Path, *, profile: str) -> Path:
+    """Draw log p(x) - IWBO against K, a panel a model, with 95 % intervals; log-log.
+
+    The scale ends at `GAP_FLOOR`: an interval that reaches below, or below zero, runs to the edge,
+    and a mean below it is an open marker on the edge.
+    """
+    rows = [row for row in rows if row.gaps]
+    columns = min(4, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(2.6 * columns, 2.2 * lines + 0.5), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    top = max(gap + 2 * error for row in rows for _, _, gap, error in row.gaps.values())
+    for axes in panels.flat[len(rows) :]:
+        axes.axis("off")
+    for axes, row in zip(panels.flat, rows, strict=False):
+        counts = sorted(row.gaps)
+        for k in counts:
+            _, _, gap, error = row.gaps[k]
+            low, high = gap - 1.96 * error, gap + 1.96 * error
+            axes.plot([k, k], [max(low, GAP_FLOOR), max(high, GAP_FLOOR)], color=LINES[0], lw=1.2)
+            seen = gap > GAP_FLOOR
+            axes.plot(
+                k,
+                max(gap, GAP_FLOOR),
+                marker="o",
+                ms=4.5,
+                color=LINES[0],
+                mfc=LINES[0] if seen else "white",
+                clip_on=False,
+                zorder=3,
+            )
+        shown = [(k, row.gaps[k][2]) for k in counts if row.gaps[k][2] > GAP_FLOOR]
+        axes.plot(
+            *zip(*shown, strict=True) if shown else ([], []), color=LINES[0], lw=0.8, alpha=0.6
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(GAP_FLOOR, 2 * max(top, 10 * GAP_FLOOR))
+        axes.set_title(row.label, fontsize=8.5, color=INK)
+        axes.grid(True, which="major", color="#dddddd", lw=0.5)
+        axes.tick_params(labelsize=7, which="both")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.supxlabel("K, samples of the importance-weighted bound", fontsize=9)
+    figure.supylabel("log p(x) − IWBO, nats a point", fontsize=9)
+    note = "" if profile == "paper" else f"  (profile {profile}: a smaller budget)"
+    figure.suptitle(
+        "Gap between bound and likelihood; bars: 95 %, open marker: below the scale" + note,
+        fontsize=9.5,
+    )
     return _save(figure, path)

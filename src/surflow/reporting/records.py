@@ -8,7 +8,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,11 @@ class Floor:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of one `record.json`. Times are in seconds, memory in MiB."""
+    """The content of one `record.json`. Times are in seconds, memory in MiB.
+
+    `ledger` holds the likelihood layer by layer; `truth`, where the model's likelihood is known
+    otherwise, its comparison with the bounds; both as written by the run.
+    """
 
     path: Path
     experiment: str
@@ -87,6 +91,9 @@ class Record:
     wall_time_s: float | None
     train_time_s: float | None
     peak_memory_mib: float | None
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -235,6 +242,9 @@ def load_record(path: str | Path) -> Record:
         wall_time_s=top.number("wall_time_s", optional=True, least=0),
         train_time_s=top.number("train_time_s", optional=True, least=0),
         peak_memory_mib=top.number("peak_memory_mib", optional=True, least=0),
+        ledger=top.mapping("ledger", optional=True),
+        truth=top.mapping("truth", optional=True),
+        parameters=top.integer("parameters", optional=True),
     )
 
 

@@ -82,7 +82,8 @@ class TableSpec:
     """The content of one `table.yaml`; `tolerance` and all values are in `unit`.
 
     `figure` is "comparison" (models side by side, a row of panels a column of the table) or "each"
-    (a picture of its own for every cell, where the cells have data of their own).
+    (a picture of its own for every cell, where the cells have data of their own). `layout` is
+    "grid" (a cell a number) or "bounds" (a row a model: bounds beside the likelihood).
     """
 
     path: Path
@@ -100,6 +101,7 @@ class TableSpec:
     orderings: tuple[Ordering, ...] = ()
     notes: tuple[str, ...] = ()
     figure: str = "comparison"
+    layout: str = "grid"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Cell:
     @property
     def commits(self) -> tuple[str, ...]:
         """The distinct short commits behind `ours`."""
-        return _distinct(record.short_commit for record in self.records)
+        return distinct(record.short_commit for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,10 @@ class Table:
     @property
     def commits(self) -> tuple[str, ...]:
         """The distinct short commits behind the table."""
-        return _distinct(record.short_commit for record in self.records)
+        return distinct(record.short_commit for record in self.records)
 
 
-def _distinct(values: Iterable[Any]) -> tuple[Any, ...]:
+def distinct(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
@@ -238,6 +240,7 @@ _TABLE_KEYS = (
     "orderings",
     "notes",
     "figure",
+    "layout",
 )
 _ROW_KEYS = ("name", "label", "experiment", "overrides", "target_above_floor")
 _COLUMN_KEYS = ("name", "label", "overrides")
@@ -266,6 +269,9 @@ def load_spec(path: str | Path) -> TableSpec:
     figure = top.text("figure") if "figure" in top.value else "comparison"
     if figure not in ("comparison", "each"):
         raise top.error(f"'figure' must be comparison or each, got {figure!r}")
+    layout = top.text("layout") if "layout" in top.value else "grid"
+    if layout not in ("grid", "bounds"):
+        raise top.error(f"'layout' must be grid or bounds, got {layout!r}")
 
     rows = []
     for index, item in enumerate(top.items("rows", required=True)):
@@ -357,6 +363,7 @@ def load_spec(path: str | Path) -> TableSpec:
         orderings=tuple(orderings),
         notes=tuple(note.strip() for note in top.texts("notes")),
         figure=figure,
+        layout=layout,
     )
 
 
@@ -522,7 +529,7 @@ def _fill_cell(
         return Cell(row, column, published, quoted, verdict=verdict, refusals=texts)
 
     metrics = [record.metrics[spec.metric] for record in used]
-    kinds = _distinct(metric.kind for metric in metrics)
+    kinds = distinct(metric.kind for metric in metrics)
     if len(kinds) > 1:
         seen = ", ".join(f"seed {r.seed} {m.kind}" for r, m in zip(used, metrics, strict=True))
         raise ValueError(
@@ -542,7 +549,7 @@ def _fill_cell(
                 f"{row.label} / {column.label}: {ours:.4f} passes its floor {floor:.4f} by more"
                 " than 3 standard errors, which no normalised density can."
             )
-    estimator = "; ".join(_distinct(metric.estimator for metric in metrics))
+    estimator = "; ".join(distinct(metric.estimator for metric in metrics))
     if kinds[0] == "bound" and "bound" not in estimator:
         estimator = f"bound: {estimator}"
     times = [record.wall_time_s for record in used if record.wall_time_s is not None]
@@ -653,7 +660,9 @@ def write_csv(table: Table, path: str | Path) -> Path:
     return write_text_atomic(path, render_csv(table))
 
 
-def _grid(header: Sequence[str], lines: Iterable[Sequence[str]], numeric: Iterable[int]) -> str:
+def markdown_grid(
+    header: Sequence[str], lines: Iterable[Sequence[str]], numeric: Iterable[int]
+) -> str:
     """A Markdown table; the columns in `numeric` are set flush right."""
 
     def line(fields: Iterable[str]) -> str:
@@ -675,7 +684,7 @@ def cell_text(cell: Cell, wanted: int) -> str:
     return text if cell.published is None else f"{text} ({_number(cell.published)})"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 120:
@@ -684,16 +693,16 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Mapping):
-        parts = (f"{k} {_describe(v)}" for k, v in value.items() if v not in (None, "", [], {}))
+        parts = (f"{k} {describe(v)}" for k, v in value.items() if v not in (None, "", [], {}))
         return ", ".join(parts)
     if isinstance(value, list | tuple):
-        return ", ".join(_describe(item) for item in value)
+        return ", ".join(describe(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _bullets(items: Iterable[str]) -> str:
+def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
 
 
@@ -728,17 +737,17 @@ def render_markdown(
     ]
     floors = [_column_floor(table, column.name) for column in spec.columns]
     if any(floors):
-        texts = ("" if f is None else _distinct(_number(v, 4) for v in f) for f in floors)
+        texts = ("" if f is None else distinct(_number(v, 4) for v in f) for f in floors)
         lines.append(["entropy (floor)", *(" to ".join(text) for text in texts)])
     numeric = range(1, len(spec.columns) + 1)
     header = ["", *(column.label for column in spec.columns)]
-    blocks = [f"# {spec.title}", first, legend, _grid(header, lines, numeric)]
+    blocks = [f"# {spec.title}", first, legend, markdown_grid(header, lines, numeric)]
 
     if spec.orderings:
         caution = "" if paper else f" (profile {table.profile}: says nothing about the publication)"
-        blocks += [f"Orderings{caution}:", _bullets(ordering_lines(table))]
+        blocks += [f"Orderings{caution}:", bullets(ordering_lines(table))]
     if table.warnings:
-        blocks += ["Warnings:", _bullets(table.warnings)]
+        blocks += ["Warnings:", bullets(table.warnings)]
     if figures:
         links = (f"![{caption}]({Path(file).as_posix()})" for caption, file in figures.items())
         blocks += ["## Figures", *links]
@@ -752,7 +761,7 @@ def render_markdown(
         "## Every cell",
         f"`delta` is ours − published. `reproduced` allows ours to be worse by {spec.tolerance:.3f}"
         f" {spec.unit} at most; a quoted value is never the basis of a verdict.",
-        _grid([*CSV_FIELDS, "quoted"], long, flush),
+        markdown_grid([*CSV_FIELDS, "quoted"], long, flush),
     ]
     refused = [
         f"{cell.row.name} / {cell.column.name}, {text}"
@@ -760,35 +769,36 @@ def render_markdown(
         for text in cell.refusals
     ]
     if refused:
-        blocks += ["Refused records:", _bullets(refused)]
+        blocks += ["Refused records:", bullets(refused)]
     if table.problems:
-        blocks += ["Unreadable records of no known cell:", _bullets(table.problems)]
+        blocks += ["Unreadable records of no known cell:", bullets(table.problems)]
 
     blocks.append("## Runs")
     if table.records:
         times = [
-            [row.label, *(_duration(cells[row.name, c.name].wall_time_s) for c in spec.columns)]
+            [row.label, *(duration(cells[row.name, c.name].wall_time_s) for c in spec.columns)]
             for row in spec.rows
         ]
-        blocks += ["Wall time of a run, mean over the seeds:", _grid(header, times, numeric)]
+        blocks += [
+            "Wall time of a run, mean over the seeds:",
+            markdown_grid(header, times, numeric),
+        ]
     else:
         blocks.append("No run entered this table.")
     facts = [f"Commit: {', '.join(f'`{c}`' for c in table.commits)}"] if table.commits else []
     facts += [
-        f"Machine: {text}"
-        for text in _distinct(_describe(r.machine) for r in table.records)
-        if text
+        f"Machine: {text}" for text in distinct(describe(r.machine) for r in table.records) if text
     ]
-    versions = _distinct(
+    versions = distinct(
         ", ".join(f"{k} {r.versions[k]}" for k in ("python", "torch") if k in r.versions)
         for r in table.records
     )
     facts += [f"Versions: {text}" for text in versions if text]
-    blocks += [_bullets(facts)] if facts else []
+    blocks += [bullets(facts)] if facts else []
     if spec.notes:
-        blocks += ["## Notes", _bullets(spec.notes)]
+        blocks += ["## Notes", bullets(spec.notes)]
     if spec.sources:
-        blocks += ["## Sources", _bullets(f"{key}: {text}" for key, text in spec.sources.items())]
+        blocks += ["## Sources", bullets(f"{key}: {text}" for key, text in spec.sources.items())]
     blocks += ["## Regenerate", f"```sh\n{command}\n```"]
     return "\n\n".join(blocks) + "\n"
 

@@ -86,7 +86,8 @@ def evaluate(
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     for start in range(0, len(data), block):
-        x = data[start : start + block].to(dtype)
+        x = data[start : start + block]
+        x = x.to(dtype) if x.is_floating_point() else x
         for name, function in wanted.items():
             values[name].append(function(x).double())
         ledgers.append(flow.ledger(x))
@@ -143,3 +144,20 @@ def density_grid(
     density = x.new_zeros(len(x))
     density[inside] = torch.cat(parts).exp()
     return density.reshape(size, size).cpu()
+
+
+@torch.no_grad()
+def mass_table(flow: Flow, num_levels: int, lower_bound_samples: int = 64) -> Tensor:
+    """exp(log P) of every pair of integers 0 ... K - 1, (K, K), index [x_0, x_1].
+
+    Args:
+        flow: a model of pairs of integers.
+        num_levels: K.
+        lower_bound_samples: draws of the IWBO where the flow is a bound.
+    """
+    flow.eval()
+    device = next(flow.parameters(), torch.zeros(())).device
+    levels = torch.arange(num_levels, device=device)
+    pairs = torch.cartesian_prod(levels, levels)
+    parts = [iwbo(flow, p, num_samples=lower_bound_samples) for p in pairs.split(4096)]
+    return torch.cat(parts).exp().reshape(num_levels, num_levels).cpu()

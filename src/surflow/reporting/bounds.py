@@ -1,0 +1,314 @@
+"""A table of bounds beside the likelihood they bound: a row a model.
+
+It is the layout `bounds` of a `table.yaml`: each record's `truth` and `ledger` hold what a row
+shows. Numbers here are log-likelihoods, so higher is better, and a gap is never negative but for
+its Monte-Carlo error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from surflow.reporting.records import Record, write_text_atomic
+from surflow.reporting.table import Table, bullets, describe, distinct, duration, markdown_grid
+
+EXACT_TOLERANCE = 1e-4
+"""Nats by which an exact model may differ from its likelihood computed otherwise."""
+
+_ERRORS = 3.0  # standard errors that a claim on a mean allows
+
+
+@dataclass(frozen=True)
+class BoundsRow:
+    """One model, averaged over the accepted seeds. Nats a point; errors are standard errors.
+
+    `gaps` maps K to (bound, its error, gap, its error); empty for an exact model, whose `worst` is
+    the greatest difference from the likelihood computed otherwise.
+    """
+
+    name: str
+    label: str
+    data: str
+    layers: str
+    exact: bool
+    log_prob: float
+    log_prob_error: float
+    method: str
+    numerical_error: float
+    elbo: float
+    elbo_error: float
+    gaps: Mapping[int, tuple[float, float, float, float]]
+    worst: float | None
+    entropy: float | None
+    parameters: int | None
+    records: tuple[Record, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What contradicts the theory: a bound above the likelihood, one that gets looser with K,
+        an exact model that is off. Empty where all holds."""
+        found = []
+        if self.exact:
+            if self.worst is None or not self.worst <= EXACT_TOLERANCE:
+                found.append(f"exact model off by {self.worst} nats, allowed {EXACT_TOLERANCE:g}")
+            return tuple(found)
+        for k, (_, _, gap, error) in sorted(self.gaps.items()):
+            if gap < -(_ERRORS * error + self.numerical_error):
+                found.append(f"IWBO, K = {k}, above the likelihood by {-gap:.2g} ± {error:.1g}")
+        for (k, (_, _, gap, error)), (more, (_, _, less, other)) in pairwise(
+            sorted(self.gaps.items())
+        ):
+            if less - gap > _ERRORS * math.hypot(error, other):
+                found.append(f"gap grows from K = {k} to {more} by {less - gap:.2g}")
+        return tuple(found)
+
+    @property
+    def verdict(self) -> str:
+        """In words, whether theory and numbers agree."""
+        if self.problems:
+            return "; ".join(self.problems)
+        if self.exact:
+            return f"exact: within {self.worst:.0e} nats of the likelihood computed otherwise"
+        return "below the likelihood within its error, tightening with K"
+
+
+def layers_of(record: Record) -> str:
+    """The kinds of a model's layers in order, like ones together: '2 x VAE (stochastic) → ...'."""
+    shown = []
+    rows = [r for r in record.ledger.get("rows", ()) if r["kind"] != "base"]
+    names = [(r["layer"].rpartition(".")[2], r["kind"]) for r in rows]
+    for (layer, kind), same in groupby(names):
+        count = len(list(same))
+        shown.append(f"{f'{count} × ' if count > 1 else ''}{layer} ({kind})")
+    return " → ".join(shown)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _error(values: Sequence[float]) -> float:
+    return math.sqrt(sum(v * v for v in values)) / len(values)
+
+
+def bounds_rows(table: Table) -> list[BoundsRow]:
+    """The rows of a table that have records, in order.
+
+    Raises:
+        ValueError: for a record without `truth`, or seeds that do not agree on what they computed.
+    """
+    rows = []
+    for cell in table.cells.values():
+        records = cell.records
+        if not records:
+            continue
+        truths = [r.truth for r in records]
+        for record in records:
+            if not record.truth:
+                raise ValueError(f"{record.path}: no truth in this record; run it again")
+        if len({t["exact"] for t in truths}) > 1:
+            raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
+        gaps = {}
+        for parts in zip(*(t["gaps"] for t in truths), strict=True):
+            gaps[parts[0]["num_samples"]] = (
+                _mean([p["bound"] for p in parts]),
+                _error([p["bound_error"] for p in parts]),
+                _mean([p["mean"] for p in parts]),
+                _error([p["standard_error"] for p in parts]),
+            )
+        exact = bool(truths[0]["exact"])
+        metric = "test/nll_nats" if exact else "test/elbo_nats"
+        scores = [r.metrics[metric] for r in records]
+        floors = [r.floor[metric].value for r in records if metric in r.floor]
+        rows.append(
+            BoundsRow(
+                name=cell.row.name,
+                label=cell.row.label,
+                data=records[0].data,
+                layers=layers_of(records[0]),
+                exact=exact,
+                log_prob=_mean([t["log_prob"] for t in truths]),
+                log_prob_error=_error([t["standard_error"] for t in truths]),
+                method=truths[0]["method"],
+                numerical_error=max(t["mean_error"] for t in truths),
+                elbo=-_mean([s.value for s in scores]),
+                elbo_error=_error([s.standard_error or 0.0 for s in scores]),
+                gaps=gaps,
+                worst=max(t["worst"] for t in truths) if exact else None,
+                entropy=_mean(floors) if floors else None,
+                parameters=records[0].parameters,
+                records=records,
+            )
+        )
+    return rows
+
+
+def _signed(value: float, error: float) -> str:
+    """A small number with its error, both with as many digits as the error has."""
+    digits = 4 if error <= 0 or not math.isfinite(error) else min(6, max(3, 1 - _exponent(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value))
+
+
+def render_bounds_markdown(
+    table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
+) -> str:
+    """The page of a table of bounds. `command` regenerates it."""
+    spec = table.spec
+    rows = bounds_rows(table)
+    seeds = " ".join(str(seed) for seed in table.seeds)
+    if table.profile == "paper":
+        first = f"**Profile `paper`**: the full budget. Seeds: {seeds}."
+    else:
+        first = (
+            f"**Profile `{table.profile}`**: a smaller budget than `paper`, so the models fit less "
+            f"well; what is said of the bounds holds all the same. Seeds: {seeds}."
+        )
+    counts = sorted({k for row in rows for k in row.gaps})
+    header = ["model", "number", "log p(x)", "ELBO", *(f"IWBO, K = {k}" for k in counts)]
+    lines, gap_lines, layer_lines = [], [], []
+    for row in rows:
+        number = "exact" if row.exact else "bound"
+        bounds = [_pair(row.gaps.get(k), 0) for k in counts]
+        elbo = "= log p(x)" if row.exact else f"{row.elbo:.4f} ± {row.elbo_error:.4f}"
+        truth = f"{row.log_prob:.4f} ± {row.log_prob_error:.4f}"
+        lines.append([row.label, number, truth, elbo, *bounds])
+        gaps = [_pair(row.gaps.get(k), 2) for k in counts]
+        if row.exact:
+            gaps = [f"{row.worst:.0e} at most", *[""] * (len(counts) - 1)]
+        entropy = "" if row.entropy is None else f"{-row.entropy:.4f}"
+        gap_lines.append([row.label, row.data, entropy, *gaps, row.verdict])
+        layer_lines.append(
+            [
+                row.label,
+                row.layers,
+                "" if row.parameters is None else str(row.parameters),
+                row.method,
+                f"{row.numerical_error:.0e}" if row.numerical_error else "none",
+            ]
+        )
+    for cell in table.cells.values():
+        if not cell.records:
+            lines.append([cell.row.label, cell.verdict, *[""] * (len(header) - 2)])
+    blocks = [
+        f"# {spec.title}",
+        first,
+        "Nats a test point, higher is better, mean ± standard error over the points. `log p(x)` is "
+        "the likelihood of the trained model itself. ELBO: mean of many draws; IWBO, K = 1: a "
+        "single draw.",
+        markdown_grid(header, lines, range(2, len(header))),
+        "## Gaps",
+        "`log p(x)` less the bound, on the same points, ± its own standard error; for an exact "
+        "model the greatest difference between its log_prob and the likelihood computed otherwise. "
+        "`−entropy` is what a perfect model of the data would have as `log p(x)`.",
+        markdown_grid(
+            ["model", "data", "−entropy", *(f"gap, K = {k}" for k in counts), "verdict"],
+            gap_lines,
+            range(2, 3 + len(counts)),
+        ),
+        "## Layers",
+        markdown_grid(
+            [
+                "model",
+                "layers, data side first",
+                "parameters",
+                "log p(x) by",
+                "its numerical error",
+            ],
+            layer_lines,
+            (2,),
+        ),
+    ]
+    if table.warnings:
+        blocks += ["Warnings:", bullets(table.warnings)]
+    if figures:
+        links = (f"![{caption}]({Path(file).as_posix()})" for caption, file in figures.items())
+        blocks += ["## Figures", *links]
+    refused = [f"{c.row.name}, {text}" for c in table.cells.values() for text in c.refusals]
+    if refused:
+        blocks += ["Refused records:", bullets(refused)]
+    blocks.append("## Runs")
+    if rows:
+        times = [
+            f"{row.label}: "
+            + ", ".join(duration(r.wall_time_s) for r in row.records if r.wall_time_s is not None)
+            for row in rows
+        ]
+        facts = [f"Commit: {', '.join(f'`{c}`' for c in table.commits)}"]
+        facts += [
+            f"Machine: {text}" for text in distinct(describe(r.machine) for r in table.records)
+        ]
+        blocks += ["Wall time of each run, seed by seed:", bullets(times), bullets(facts)]
+    else:
+        blocks.append("No run entered this table.")
+    if spec.notes:
+        blocks += ["## Notes", bullets(spec.notes)]
+    blocks += ["## Regenerate", f"```sh\n{command}\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _pair(entry: tuple[float, float, float, float] | None, start: int) -> str:
+    if entry is None:
+        return ""
+    value, error = entry[start : start + 2]
+    return _signed(value, error) if start else f"{value:.4f} ± {error:.4f}"
+
+
+CSV_START = ("row", "data", "layers", "number", "log_prob", "log_prob_se", "method")
+CSV_END = ("max_difference", "entropy", "parameters", "verdict", "seeds", "profile", "commit")
+
+
+def render_bounds_csv(table: Table) -> str:
+    """The table as CSV, a line a model: log-likelihoods in nats, higher is better."""
+    rows = bounds_rows(table)
+    counts = sorted({k for row in rows for k in row.gaps})
+    middle = ["numerical_error", "elbo", "elbo_se"]
+    for k in counts:
+        middle += [f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se"]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [*CSV_START, *middle, *CSV_END], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        line = {
+            "row": row.name,
+            "data": row.data,
+            "layers": row.layers,
+            "number": "exact" if row.exact else "bound",
+            "log_prob": f"{row.log_prob:.6f}",
+            "log_prob_se": f"{row.log_prob_error:.6f}",
+            "method": row.method,
+            "numerical_error": f"{row.numerical_error:.2e}",
+            "elbo": f"{row.elbo:.6f}",
+            "elbo_se": f"{row.elbo_error:.6f}",
+            "max_difference": "" if row.worst is None else f"{row.worst:.2e}",
+            "entropy": "" if row.entropy is None else f"{row.entropy:.6f}",
+            "parameters": row.parameters,
+            "verdict": row.verdict,
+            "seeds": " ".join(str(r.seed) for r in row.records),
+            "profile": table.profile,
+            "commit": " ".join(distinct(r.short_commit for r in row.records)),
+        }
+        for k, entry in row.gaps.items():
+            names = (f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se")
+            line |= {n: f"{v:.6f}" for n, v in zip(names, entry, strict=True)}
+        writer.writerow(line)
+    return stream.getvalue()
+
+
+def write_bounds(
+    table: Table, folder: Path, *, command: str, figures: Mapping[str, str | Path]
+) -> None:
+    """Write table.md and table.csv into ``folder``, atomically."""
+    write_text_atomic(folder / "table.csv", render_bounds_csv(table))
+    page = render_bounds_markdown(table, command=command, figures=figures)
+    write_text_atomic(folder / "table.md", page)
