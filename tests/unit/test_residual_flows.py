@@ -1,5 +1,6 @@
 """Values of planar, radial, Sylvester, residual and continuous flows, and of their nets."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions import DiagonalNormal
 from surflow.flow import Flow, FlowDistribution
 from surflow.nets import MLP, LipschitzMLP
 from surflow.nets.lipschitz import LIPSCHITZ_ACTIVATIONS, LipschitzLinear, LipSwish
@@ -104,15 +105,15 @@ def test_planar_where_the_constraint_is_active(strength: float, dtype):
     layer = set_params(Planar(2), strength * w, w, [0.1]).to(dtype)
     u, w, _, slope = layer._unpack(layer.params.unsqueeze(0))
     assert torch.allclose(
-        1 + (u * w).sum(1, keepdim=True), slope, atol=1e-3 if dtype.itemsize == 4 else 1e-12
+        1 + (u * w).sum(1, keepdim=True), slope, atol=1e-6 if dtype == torch.float32 else 1e-12
     )
-    assert slope.item() >= MARGIN
+    assert slope.item() >= MARGIN * (1 - 1e-6)
     x = torch.cat([torch.randn(200, 2), torch.zeros(1, 2), -0.1 * w.detach()]).to(dtype)
     z, ldj = layer(x)
     assert ldj.isfinite().all() and ldj.min() >= math.log(MARGIN) - 1e-3
     (gradient,) = torch.autograd.grad(ldj.sum() + z.sum(), layer.params)
     assert gradient.isfinite().all()
-    back, again = layer.inverse_and_ldj(z)
+    back, again = layer.inverse_and_ldj(z.detach())
     # the slope of 1e-4 amplifies rounding by 1e4
     assert torch.allclose(back, x, atol=1e-2 if dtype == torch.float32 else 1e-10)
     (gradient,) = torch.autograd.grad(again.sum() + back.sum(), layer.params)
@@ -126,8 +127,6 @@ def test_planar_takes_w_of_zero():
     z, ldj = layer(torch.zeros(3, 2))
     assert torch.allclose(z, math.tanh(0.7) * torch.tensor([[0.5, -1.0]]).expand(3, 2))
     assert torch.equal(ldj, torch.zeros(3))
-    (gradient,) = torch.autograd.grad(z.sum() + ldj.sum(), layer.params)
-    assert gradient.isfinite().all() and gradient[2:4].tolist() == [-0.5 * 0, -1.0 * 0] or True
     # log(1 + w·u s) has the slope u s in w
     (gradient,) = torch.autograd.grad(layer(torch.zeros(1, 2))[1].sum(), layer.params)
     s = 1 - math.tanh(0.7) ** 2
@@ -179,8 +178,11 @@ def test_radial_at_its_centre_and_at_extreme_radii(raw):
     assert torch.equal(z[0], x[0])
     assert torch.allclose(ldj[0], 2 * torch.log(gamma / alpha), atol=1e-5)
     back, again = layer.inverse_and_ldj(z)
-    assert torch.allclose(back, x, atol=1e-2)  # gamma / alpha is down to 1e-4, or up to 1e4
-    assert torch.allclose(again, ldj, atol=1e-2)
+    assert torch.allclose(layer(back)[0], z, atol=1e-5)  # x itself only up to gamma / alpha
+    wide = copy.deepcopy(layer).double()
+    z64, ldj64 = wide(x.double())
+    for ours, theirs in zip(wide.inverse_and_ldj(z64), (x.double(), ldj64), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7)
     for value in (z.sum() + ldj.sum(), back.sum() + again.sum()):
         gradients = torch.autograd.grad(value, [x, layer.params], retain_graph=True)
         assert all(g.isfinite().all() for g in gradients)
@@ -237,11 +239,11 @@ def test_sylvester_where_its_slopes_are_least():
     back, again = layer.inverse_and_ldj(z)
     assert back.isfinite().all() and again.isfinite().all()
     assert torch.allclose(layer(back)[0], z, atol=1e-5)
-    double = layer.double()
+    double = copy.deepcopy(layer).double()
     assert torch.allclose(double.inverse(double(x.double())[0]), x.double(), atol=1e-6)
 
 
-# Gradients through the inverse ----------------------------------------------------------------------
+# Gradients through the inverse ------------------------------------------------------------------
 
 
 def implicit_layers():
@@ -353,28 +355,46 @@ def test_bad_nets(make, message: str):
 # Residual: estimates of the log-determinant -----------------------------------------------------
 
 
-def residual_pair(trace: str, coefficient: float = 0.8, **kwargs) -> tuple[Residual, Residual]:
-    net = stretched(LipschitzMLP(3, 3, [8], "tanh", coefficient))
+class Bend(nn.Module):
+    """g(x) = tanh(W x + b) with a Jacobian of eigenvalues about 0.6 in absolute value."""
+
+    in_features = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        matrix = [[0.7, 0.2, -0.1], [-0.2, 0.6, 0.1], [0.1, 0.1, 0.5]]
+        self.weight = nn.Parameter(torch.tensor(matrix))
+        self.bias = nn.Parameter(torch.tensor([0.2, -0.1, 0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T + self.bias)
+
+
+POINT = [[0.1, -0.2, -0.3]]
+
+
+def residual_pair(trace: str, **kwargs) -> tuple[Residual, Residual]:
+    """A layer that estimates its log-determinant, and one of the same net that does not."""
+    net = Bend()
     return Residual(net, trace, **kwargs), Residual(net)
 
 
 def test_a_power_series_is_unbiased_for_its_cut_series(double):
-    layer, _ = residual_pair("power_series", num_terms=3)
-    x = torch.randn(1, 3)
+    layer, exact = residual_pair("power_series", num_terms=3)
+    x = torch.tensor(POINT)
     jacobian = value_and_jacobian(layer.net, x)[1][0]
     powers = [torch.linalg.matrix_power(jacobian, k).trace() for k in range(1, 4)]
     cut = sum((-1) ** (k + 1) / k * p for k, p in enumerate(powers, 1))
     with torch.no_grad():
         estimates = layer(x.expand(20_000, 3))[1]
-    error = estimates.std() / 20_000**0.5
-    assert abs(estimates.mean() - cut) < 4 * error
-    whole = torch.linalg.slogdet(torch.eye(3) + jacobian)[1]
-    assert abs(cut - whole) > 8 * error  # what is left out is seen at this precision
+        error = estimates.std() / 20_000**0.5
+        assert abs(estimates.mean() - cut) < 4 * error
+        assert abs(cut - exact(x)[1]) > 8 * error  # what is left out is seen at this precision
 
 
 def test_a_long_power_series_is_the_log_determinant_up_to_its_probe(double):
-    layer, exact = residual_pair("power_series", coefficient=0.5, num_terms=40)
-    x = torch.randn(1, 3)
+    layer, exact = residual_pair("power_series", num_terms=40)
+    x = torch.tensor(POINT)
     with torch.no_grad():
         estimates = layer(x.expand(20_000, 3))[1]
         error = estimates.std() / 20_000**0.5
@@ -384,18 +404,20 @@ def test_a_long_power_series_is_the_log_determinant_up_to_its_probe(double):
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_russian_roulette_is_unbiased(direction: str, double):
     layer, exact = residual_pair("russian_roulette", num_terms=1, stop=0.3)
-    x = torch.randn(1, 3)
+    x = torch.tensor(POINT)
     z, expected = exact(x)
     calls = 1500
     with torch.no_grad():  # the length is one for a batch: a batch counts as one estimate
         if direction == "forward":
             parts = [layer(x.expand(16, 3))[1].mean() for _ in range(calls)]
         else:
-            layer.max_iterations = 8  # x itself is exact enough for the mean
+            layer.max_iterations = 24  # x itself is exact enough for the mean
             parts = [layer.inverse_and_ldj(z.expand(4, 3))[1].mean() for _ in range(calls // 3)]
     estimates = torch.stack(parts)
     error = estimates.std() / len(estimates) ** 0.5
     assert error < 0.03
+    first = value_and_jacobian(layer.net, x)[1].diagonal(dim1=1, dim2=2).sum()
+    assert abs(first - expected) > 8 * error  # the first term alone would be found out
     assert abs(estimates.mean() - expected) < 4 * error
 
 
@@ -403,9 +425,9 @@ def test_russian_roulette_is_unbiased(direction: str, double):
 @pytest.mark.parametrize("trace", ["power_series", "russian_roulette"])
 def test_gradients_of_the_estimates_are_unbiased(trace: str, gradient: str, double):
     num_terms, calls, rows = (40, 40, 256) if trace == "power_series" else (2, 600, 16)
-    layer, exact = residual_pair(trace, 0.5, num_terms=num_terms, stop=0.4, gradient=gradient)
-    x = torch.randn(1, 3).requires_grad_()
-    wanted = [x, layer.net.linears[0].weight]
+    layer, exact = residual_pair(trace, num_terms=num_terms, stop=0.4, gradient=gradient)
+    x = torch.tensor(POINT).requires_grad_()
+    wanted = [x, layer.net.weight, layer.net.bias]
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(exact(x)[1].sum(), wanted)])
     found = []
     for _ in range(calls):
@@ -418,14 +440,19 @@ def test_gradients_of_the_estimates_are_unbiased(trace: str, gradient: str, doub
 
 
 def test_the_memory_saving_gradient_keeps_one_term():
-    def saved(gradient: str) -> int:
-        layer, _ = residual_pair("power_series", num_terms=12, gradient=gradient)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
-            layer(torch.randn(64, 3))
-        return sum(kept)
+    def nodes(gradient: str, num_terms: int) -> int:
+        """The size of the graph that waits for a backward pass."""
+        layer, _ = residual_pair("power_series", num_terms=num_terms, gradient=gradient)
+        found, todo = set(), [layer(torch.randn(8, 3))[1].grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                todo.extend(parent for parent, _ in node.next_functions)
+        return len(found)
 
-    assert saved("neumann") < saved("series") / 4
+    assert nodes("neumann", 4) == nodes("neumann", 16)
+    assert nodes("series", 16) > nodes("series", 4) > nodes("neumann", 4)
 
 
 def test_estimated_says_what_is_estimated():
@@ -548,7 +575,9 @@ def test_the_adjoint_gradient_is_that_of_the_solver(double):
 
 def test_the_library_loads_no_solver_until_one_is_used():
     code = (
-        "import sys, torch; from surflow.transforms import Continuous; from surflow.nets import MLP\n"
+        "import sys, torch\n"
+        "from surflow.transforms import Continuous\n"
+        "from surflow.nets import MLP\n"
         "Continuous(MLP(3, 2, [4]), solver='rk4')(torch.randn(2, 2))\n"
         "assert 'torchdiffeq' not in sys.modules\n"
         "Continuous(MLP(3, 2, [4]))(torch.randn(2, 2))\n"
@@ -564,10 +593,10 @@ def test_a_missing_solver_is_named(monkeypatch):
     Continuous(MLP(3, 2, [4]), solver="rk4")
 
 
-# A posterior ----------------------------------------------------------------------------------------
+# A posterior ------------------------------------------------------------------------------------
 
 
-def test_planar_layers_make_a_posterior_in_their_cheap_direction(double):
+def test_planar_layers_make_a_posterior_in_their_cheap_direction(double, monkeypatch):
     layers = [Inverse(Planar(3, net=MLP(5, 7, [8], "tanh"))) for _ in range(4)]
     flow = Flow(DiagonalNormal(3, net=MLP(5, 6, [8], "tanh")), layers)
     posterior = FlowDistribution(flow)
@@ -577,13 +606,12 @@ def test_planar_layers_make_a_posterior_in_their_cheap_direction(double):
     def no_root(*_):
         raise AssertionError("the slow direction was asked for")
 
-    for layer in layers:
-        layer.transform._solve, kept = no_root, layer.transform._solve
-    z, log_q = posterior.sample_and_log_prob(context=context)
-    gradients = torch.autograd.grad((log_q - z.square().sum(1)).mean(), list(flow.parameters()))
+    with monkeypatch.context() as patched:
+        patched.setattr(Planar, "_solve", no_root)
+        z, log_q = posterior.sample_and_log_prob(context=context)
+        objective = (log_q - z.square().sum(1)).mean()
+        gradients = torch.autograd.grad(objective, list(flow.parameters()))
     assert all(g.isfinite().all() and g.norm() > 0 for g in gradients)
-    for layer in layers:
-        layer.transform._solve = kept.__func__.__get__(layer.transform)
     assert torch.allclose(posterior.log_prob(z, context), log_q, atol=1e-9)
 
 
@@ -686,19 +714,14 @@ def test_compiled_without_a_break(name: str):
 
 
 def test_a_power_series_compiles_and_roulette_says_why_not():
-    layer, _ = residual_pair("power_series", coefficient=0.4, num_terms=4)
+    layer, _ = residual_pair("power_series", num_terms=4)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 3)
     z, ldj = compiled(x)
     assert torch.allclose(z, layer(x)[0], atol=1e-6) and ldj.isfinite().all()
     ldj.sum().backward()
-    assert layer.net.linears[0].weight.grad.norm() > 0
+    assert layer.net.weight.grad.norm() > 0
     for layer in (residual_pair("russian_roulette")[0], Continuous(MLP(3, 2, [4]))):
         assert not layer.compiles and layer.why_not_compiled
     assert not Sequential([Continuous(MLP(3, 2, [4]))]).compiles
-
-
-def test_the_base_of_a_flow_of_each_kind_reports_exact():
-    flow = Flow(StandardNormal(3), [Planar(3), Radial(3), Sylvester(3)])
-    assert not flow.lower_bound and flow.log_prob(torch.randn(4, 3)).isfinite().all()

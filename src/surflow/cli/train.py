@@ -324,7 +324,8 @@ def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, 
     from surflow.reporting.records import write_bytes_atomic
     from surflow.training.evaluation import density_grid, mass_table
 
-    shown = data.splits["test"][:PICTURE_SAMPLES]
+    split = "test" if len(data.splits["test"]) >= PICTURE_SAMPLES else "train"
+    shown = data.splits[split][:PICTURE_SAMPLES]
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
         samples = flow.sample(PICTURE_SAMPLES).cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -450,7 +451,8 @@ def model_figure(
         kind = "NLL" if found.kind == "likelihood" else "bound on NLL"
         floor = record.floor.get(metric)
         entropy = f", entropy {floor.value:.3f}" if floor is not None else ""
-        lines.append(f"{kind} {found.value:.3f} {found.unit}{entropy} ({found.estimator})")
+        lines.append(f"{kind} {found.value:.3f} {found.unit}{entropy}")
+        lines += textwrap.wrap(found.estimator, 80)
     caution = _caution([record])
     figure.suptitle("\n".join(lines), fontsize=10)
     if caution:
@@ -522,6 +524,7 @@ def gap_figure(rows: Sequence[BoundsRow], path: str | Path, *, profile: str) -> 
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(GAP_FLOOR, 2 * max(top, 10 * GAP_FLOOR))
+        axes.set_xlim(counts[0] / 1.5, counts[-1] * 1.5)
         axes.set_title(row.label, fontsize=8.5, color=INK)
         axes.grid(True, which="major", color="#dddddd", lw=0.5)
         axes.tick_params(labelsize=7, which="both")

@@ -178,9 +178,12 @@ class Planar(_FromParameters):
         u, w, b = params.split([self.features, self.features, 1], dim=1)
         a = (w * u).sum(1, keepdim=True)
         negative, share = a.clamp_max(0), 1 - MARGIN
-        shift = share * torch.expm1(negative / share) - negative
+        bend = share * torch.expm1(negative / share)
         norm = w.square().sum(1, keepdim=True).clamp_min(1e-12)
-        return u + shift / norm * w, w, b, slope_of(a)
+        moved = u + (bend - negative) / norm * w
+        with torch.no_grad():  # what cancellation lost where u is long
+            rest = (bend + F.relu(a) - (w * moved).sum(1, keepdim=True)) / norm * w
+        return moved + rest, w, b, slope_of(a)
 
     def _map(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._unpack(params)

@@ -200,7 +200,7 @@ class Residual(Transform):
         """
         weights = [1.0] * self.num_terms
         if self.trace == "russian_roulette":
-            more = int(torch.empty((), dtype=torch.float64).geometric_(self.stop)) - 1
+            more = int(torch.empty((), dtype=torch.float64, device="cpu").geometric_(self.stop)) - 1
             weights += [(1 - self.stop) ** -j for j in range(1, more + 1)]
         return weights
 
