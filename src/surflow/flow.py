@@ -23,6 +23,7 @@ class LedgerRow:
         mean: mean contribution over the rows, nats.
         standard_error: of that mean, nats; NaN for a single row.
         finite: whether output and contribution were finite everywhere.
+        estimate: whether this layer's contribution is a random, unbiased estimate.
     """
 
     layer: str
@@ -31,6 +32,12 @@ class LedgerRow:
     mean: float
     standard_error: float
     finite: bool
+    estimate: bool = False
+
+    @property
+    def number(self) -> str:
+        """'bound', 'estimate' or 'exact'."""
+        return "bound" if self.bound else "estimate" if self.estimate else "exact"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,9 @@ class Ledger(Sequence[LedgerRow]):
             error = (squares / (count - 1) / count) ** 0.5 if count > 1 else float("nan")
             finite = all(r.finite for r in same)
             first = same[0]
-            rows.append(LedgerRow(first.layer, first.kind, first.bound, mean, error, finite))
+            rows.append(
+                LedgerRow(first.layer, first.kind, first.bound, mean, error, finite, first.estimate)
+            )
         return cls(tuple(rows), count)
 
     def __str__(self) -> str:
@@ -85,12 +94,12 @@ class Ledger(Sequence[LedgerRow]):
         kind = max(len("kind"), *(len(r.kind) for r in self.rows))
         lines = [f"{'layer':<{width}}  {'kind':<{kind}}  exact or bound  mean contribution, nats"]
         for r in self.rows:
-            word = "bound" if r.bound else "exact"
             lines.append(
-                f"{r.layer:<{width}}  {r.kind:<{kind}}  {word:<14}  "
+                f"{r.layer:<{width}}  {r.kind:<{kind}}  {r.number:<14}  "
                 f"{r.mean:+.4f} ± {r.standard_error:.4f}"
             )
-        word = "bound" if self.lower_bound else "exact"
+        estimate = any(r.estimate for r in self.rows)
+        word = "bound" if self.lower_bound else "estimate" if estimate else "exact"
         name = "lower bound on log p(x)" if self.lower_bound else "log p(x)"
         lines.append(
             f"{'sum':<{width}}  {name:<{kind}}  {word:<14}  {self.total:+.4f}  "
@@ -137,6 +146,11 @@ class Flow(nn.Module):
     def lower_bound(self) -> bool:
         """Whether ``log_prob`` is a lower bound, in expectation, rather than the likelihood."""
         return self.transforms.lower_bound
+
+    @property
+    def estimated(self) -> bool:
+        """Whether ``log_prob`` is a random estimate of what it otherwise would be, unbiased."""
+        return self.transforms.estimated
 
     @property
     def conditional(self) -> bool:
@@ -221,6 +235,7 @@ class Flow(nn.Module):
                     mean=part.mean().item(),
                     standard_error=(deviation / len(part) ** 0.5).item(),
                     finite=bool(part.isfinite().all()) and bool(z.isfinite().all()),
+                    estimate=isinstance(layer, Transform) and layer.estimated,
                 )
             )
         return Ledger(tuple(rows), count=x.shape[0])

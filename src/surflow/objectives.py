@@ -58,8 +58,17 @@ def iwbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int 
     Returns:
         (B,), nats.
 
+    Raises:
+        ValueError: for K > 1 draws of a flow with estimated log-determinants: the mean of the
+            exponential of an unbiased estimate is biased upwards, and no bound.
+
     Source: Burda et al. 2016, arXiv 1509.00519, Sec. 3.
     """
+    if num_samples > 1 and flow.lower_bound and flow.estimated:
+        raise ValueError(
+            "iwbo: expected exact contributions for num_samples > 1, got a flow with estimated "
+            "log-determinants; take num_samples=1, or trace='exact' in those layers"
+        )
     values, score = _samples(flow, x, context, num_samples)
     bound = torch.logsumexp(values, 0) - math.log(values.shape[0])
     if score is None:

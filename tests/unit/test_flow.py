@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal, Uniform
-from surflow.flow import Flow
-from surflow.nets import MLP
+from surflow.flow import Flow, Ledger
+from surflow.nets import MLP, LipschitzMLP
 from surflow.objectives import bits_per_dim, elbo, iwbo
 from surflow.transforms import (
     AbsGenerative,
@@ -16,11 +16,13 @@ from surflow.transforms import (
     ActNorm,
     Affine,
     AffineCoupling,
+    Augment,
     BoxToReal,
     Inverse,
     Logit,
     Permute,
     RationalQuadraticSplineCoupling,
+    Residual,
     Rotation,
     Sequential,
     Softplus,
@@ -446,3 +448,34 @@ def test_first_non_finite_sees_a_layer_before_one_that_would_refuse_its_output()
     with torch.no_grad():
         flow.transforms[0].shift.fill_(math.nan)
     assert flow.first_non_finite(torch.randn(3, 2)) == "0.Affine (output)"
+
+
+# Estimated log-determinants
+
+
+def test_an_estimate_is_called_one():
+    def residual(trace):
+        return Residual(LipschitzMLP(2, 2, [8]), trace=trace, event_shape=(2,))
+
+    exact = Flow(StandardNormal(2), [residual("exact")])
+    rough = Flow(StandardNormal(2), [Affine(2), residual("russian_roulette")])
+    x = torch.randn(20, 2)
+    assert not exact.estimated
+    assert rough.estimated
+    assert Inverse(residual("power_series")).estimated
+    assert "exact" in str(exact.ledger(x)).splitlines()[-1]
+    lines = str(rough.ledger(x)).splitlines()
+    assert "exact" in lines[1]  # the affine layer
+    assert "estimate" in lines[2]
+    assert "estimate" in lines[-1]
+    merged = Ledger.merge([rough.ledger(x), rough.ledger(x)])
+    assert [row.number for row in merged] == ["exact", "estimate", "exact"]
+
+
+def test_iwbo_refuses_estimates():
+    layer = Residual(LipschitzMLP(2, 2, [8]), trace="power_series", event_shape=(2,))
+    flow = Flow(StandardNormal(3), [layer, Augment(StandardNormal(1), keep=2)])
+    x = torch.randn(4, 2)
+    assert iwbo(flow, x, num_samples=1).shape == (4,)
+    with pytest.raises(ValueError, match="iwbo: expected exact contributions"):
+        iwbo(flow, x, num_samples=2)

@@ -395,8 +395,8 @@ def dif(
 
 def deep_gmm(
     features: int = 2,
-    num_components: Sequence[int] = (4, 4),
-    reach: Sequence[float] = (2.0, 1.0),
+    num_components: Sequence[int] = (8, 2),
+    reach: Sequence[float] = (2.5, 0.5),
     net: Net = scaled_mlp,
 ) -> Flow:
     """The deep Gaussian mixture: layers of affine maps, chosen with fixed probabilities.

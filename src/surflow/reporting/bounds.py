@@ -22,7 +22,7 @@ from surflow.reporting.table import Table, bullets, describe, distinct, duration
 EXACT_TOLERANCE = 1e-4
 """Nats by which an exact model may differ from its likelihood computed otherwise."""
 
-_ERRORS = 3.0  # standard errors that a claim on a mean allows
+_ERRORS = 4.0  # standard errors that a claim on a mean allows
 
 
 @dataclass(frozen=True)

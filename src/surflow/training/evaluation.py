@@ -94,7 +94,10 @@ def evaluate(
         progress(start + len(x))
     torch.random.set_rng_state(generator_state)
     words = {
-        "nll": ("likelihood", "exact log-likelihood"),
+        "nll": (
+            "likelihood",
+            "unbiased estimate of the log-likelihood" if flow.estimated else "exact log-likelihood",
+        ),
         "elbo": ("bound", f"ELBO, {eval_samples} sample(s) a point"),
         "iwbo": ("bound", f"IWBO, K = {iwbo_samples}"),
     }

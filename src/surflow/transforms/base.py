@@ -118,11 +118,18 @@ class Transform(nn.Module, ABC):
         latent_shape: the same for z.
         integer_data: x is an integer tensor.
         integer_latent: z is an integer tensor.
+        compiles: both directions go through ``torch.compile(fullgraph=True)``.
+        why_not_compiled: where they do not, one sentence that says why.
+        estimated: the contribution is a random, unbiased estimate of V(x, z), such as that of a
+            log-determinant by random probes. The number is then neither exact nor a bound.
     """
 
     bijective: ClassVar[bool]
     stochastic_forward: ClassVar[bool]
     stochastic_inverse: ClassVar[bool]
+    compiles: ClassVar[bool] = True
+    why_not_compiled: ClassVar[str] = ""
+    estimated: ClassVar[bool] = False
 
     event_shape: tuple[int | None, ...] | None = None
     latent_shape: tuple[int | None, ...] | None = None
@@ -305,7 +312,14 @@ class Sequential(Transform):
         ValueError: from the layer to which a wrong input came; TypeError if a part is no
             :class:`Transform`.
 
+    Cost: the sum of its parts'; forward and inverse each run every layer once.
+
     Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
+
+    >>> from surflow.transforms import AbsInference, Softplus
+    >>> layer = Sequential([AbsInference(2), Inverse(Softplus())])
+    >>> layer.kind
+    'surjective (inference)'
     """
 
     def __init__(self, transforms: Iterable[Transform] = ()) -> None:
@@ -342,6 +356,20 @@ class Sequential(Transform):
     @property
     def conditional(self) -> bool:
         return any(t.conditional for t in self.transforms)
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return all(t.compiles for t in self.transforms)
+
+    @property
+    def estimated(self) -> bool:  # type: ignore[override]
+        return any(t.estimated for t in self.transforms)
+
+    @property
+    def why_not_compiled(self) -> str:  # type: ignore[override]
+        return "; ".join(
+            f"{t.label}: {t.why_not_compiled}" for t in self.transforms if not t.compiles
+        )
 
     @property
     def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
@@ -434,7 +462,14 @@ class Inverse(Transform):
     Args:
         transform: the layer to turn round.
 
+    Cost: that of the layer, forward and inverse exchanged.
+
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
+
+    >>> from surflow.transforms import AbsInference
+    >>> layer = Inverse(AbsInference(2))
+    >>> layer.kind
+    'surjective (generative)'
     """
 
     def __init__(self, transform: Transform) -> None:
@@ -460,6 +495,18 @@ class Inverse(Transform):
     @property
     def conditional(self) -> bool:
         return self.transform.conditional
+
+    @property
+    def estimated(self) -> bool:  # type: ignore[override]
+        return self.transform.estimated
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return self.transform.compiles
+
+    @property
+    def why_not_compiled(self) -> str:  # type: ignore[override]
+        return self.transform.why_not_compiled
 
     @property
     def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
