@@ -895,3 +895,13 @@ def test_elbo_averages(double):
     assert elbo(flow, x, num_samples=4000).item() == pytest.approx(
         iwbo(flow, x, num_samples=4000).item(), abs=0.1
     )
+
+
+def test_augment_generates_without_scoring():
+    class NeverScored(StandardNormal):
+        def _log_prob(self, x, context):
+            raise AssertionError("scored while sampling")
+
+    layer = Augment(NeverScored(1), keep=2)
+    z = torch.randn(5, 3)
+    assert torch.equal(layer.inverse(z), z[:, :2])

@@ -170,6 +170,10 @@ class Transform(nn.Module, ABC):
         x = self._inverse(z, context)
         return x, self._forward(x, context)[1]
 
+    def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """z alone: what a turned layer generates. Override it where V costs more than z."""
+        return self._forward(x, context)[0]
+
     @classmethod
     def example(cls) -> Example:
         """A small instance, inputs with their density, and a base: what the proofs run on."""
@@ -201,6 +205,12 @@ class Transform(nn.Module, ABC):
         self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
         self._check_context(context, z.shape[0], "inverse")
         return self._inverse(z, context)
+
+    def latent(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent of ``forward`` without its contribution: (B, *event) -> (B, *latent)."""
+        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
+        self._check_context(context, x.shape[0], "forward")
+        return self._latent(x, context)
 
     def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
@@ -537,7 +547,7 @@ class Inverse(Transform):
         return z, -ldj
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.transform(z, context)[0]
+        return self.transform.latent(z, context)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ldj = self.transform(z, context)

@@ -85,6 +85,10 @@ class Slice(Transform):
         where = self.where("forward")
         return z, score(self.decoder, rest, z, context, self.context_features, where)
 
+    def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
+        insist(context, self.context_features, self.where("forward"))
+        return x.narrow(self.dim, 0, self.keep)
+
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._inverse_and_ldj(z, context)[0]
 
