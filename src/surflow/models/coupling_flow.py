@@ -21,7 +21,9 @@ from surflow.transforms import (
     Coupling,
     DihedralFold,
     ElementwiseMap,
+    OrderedToReal,
     Rotation,
+    SortInference,
     Transform,
 )
 
@@ -112,6 +114,14 @@ def support_of(
             "got 'unmapped': the latents are >= 0, and a model of the whole space would put mass "
             "where no data come from"
         )
+    if isinstance(surjection, SortInference):
+        if support != "real_line":
+            raise ValueError(
+                f"model.support: expected real_line behind SortInference, got {support!r}: the "
+                "latents are sorted, and a model of the whole space would put mass where no data "
+                "come from"
+            )
+        return [OrderedToReal()], StandardNormal(len(low))
     return SUPPORTS[support](*image_of(surjection, low, high), sharpness)
 
 
