@@ -76,6 +76,11 @@ def scaled_mlp(
     return MLP(in_features, out_features, hidden_features, activation, zero_init=zero_init)
 
 
+def smooth_mlp(in_features: int, out_features: int) -> MLP:
+    """The nets of encoders and decoders."""
+    return MLP(in_features, out_features, (64, 64), "silu")
+
+
 class LinearNormalNet(nn.Module):
     """Context -> (loc, log_scale) with a linear loc and one free log-scale: (B, in) -> (B, 2 out).
 
@@ -122,7 +127,7 @@ def ppca_log_prob(flow: Flow, x: Tensor) -> Tensor:
     return normal.log_prob(x)
 
 
-def vae(features: int = 2, latent_features: int = 2, net: Net = MLP) -> Flow:
+def vae(features: int = 2, latent_features: int = 2, net: Net = smooth_mlp) -> Flow:
     """The VAE: one stochastic layer.
 
     Source: Kingma & Welling 2014, arXiv 1312.6114; Rezende et al. 2014, arXiv 1401.4082.
@@ -130,7 +135,7 @@ def vae(features: int = 2, latent_features: int = 2, net: Net = MLP) -> Flow:
     return hvae(features, [latent_features], net)
 
 
-def hvae(features: int = 2, latent_features: Sequence[int] = (2, 1), net: Net = MLP) -> Flow:
+def hvae(features: int = 2, latent_features: Sequence[int] = (2, 1), net: Net = smooth_mlp) -> Flow:
     """The hierarchical VAE: a stochastic layer a level, inference from the data upwards.
 
     Source: Rezende et al. 2014, arXiv 1401.4082; Sønderby et al. 2016, arXiv 1602.02282.
