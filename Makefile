@@ -11,11 +11,12 @@ PYTHON   ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := $(VENV)/bench
 RUN   := $(BIN)/python -m surflow.cli
 REPRODUCE = $(RUN).reproduce profile=$(PROFILE) 'seeds=[$(SEEDS)]' launcher=$(LAUNCHER) workers=$(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all bench reproduce-synthetic reproduce-compositions reproduce-unification figure-compositions report-synthetic lock clean
+.PHONY: help setup lint format test test-all verify docs bench reproduce-synthetic reproduce-compositions reproduce-unification figure-compositions report-synthetic lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
@@ -45,7 +46,20 @@ test: $(STAMP)  ## Run the tests (about 5 minutes on two cores)
 test-all: $(STAMP)  ## Run the tests, slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
-bench: $(STAMP)  ## Time a training step against a plain implementation, side by side
+verify: $(STAMP)  ## Prove every layer: round trip, log-det, mass, gradients, compile-clean; a table
+	$(RUN).verify workers=$(WORKERS) output=results/verify
+
+docs: $(STAMP)  ## Write docs/layers.md from the docstrings
+	$(RUN).layers
+
+# The libraries of pyproject.toml's group `bench`, in a folder of their own that only the benchmark
+# reads: they are in no lock file, and nothing else sees them. Without a network it goes on without.
+$(BENCH): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(BENCH) \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])') 2>/dev/null \
+		&& touch $(BENCH) || echo "bench: could not install nflows, normflows and zuko; going on with what is there" >&2
+
+bench: $(STAMP) $(BENCH)  ## Time ours against a plain step, and against nflows, normflows and zuko
 	$(RUN).bench
 
 reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D data: table and figures

@@ -15,8 +15,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ __all__ = [
     "Proof",
     "agreement",
     "batch_of_one",
+    "compiles",
     "contexts",
     "double_precision",
     "dtypes",
@@ -367,17 +371,23 @@ def generation(
 
 @_check
 def gradients(example: Example, n: int = 64):
-    """The mean log-likelihood gives every parameter a finite gradient that is not all zero."""
+    """The mean log-likelihood has finite gradients, and every parameter gets one that is not zero.
+
+    With respect to x, where it is no integer, the gradient must be finite: the layers before
+    this one learn through it.
+    """
     t = example.transform
     parameters = {name: p for name, p in t.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise _DoesNotApply("no parameters")
     x, context, _ = _inputs(example, n)
-    z, ldj = t(x, context)
-    objective = (_base_log_prob(example, z, context) + ldj).mean()
-    found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
+    _, _, objective, through = _objective(t, example, x, context)
+    found = _gradients_of(objective, [*parameters.values(), *through])
+    if through and found[-1] is not None and not bool(found[-1].isfinite().all()):
+        raise _Failed("the gradient of x is not finite")
+    if not parameters:
+        said = "; the gradient of x is finite" if through else ""
+        raise _DoesNotApply(f"no parameters{said}")
     norms = {}
-    for name, gradient in zip(parameters, found, strict=True):
+    for name, gradient in zip(parameters, found, strict=False):
         if gradient is None:
             raise _Failed(f"no gradient reaches {name}")
         if not bool(gradient.isfinite().all()):
@@ -386,6 +396,21 @@ def gradients(example: Example, n: int = 64):
         if norms[name] < 1e-12:
             raise _Failed(f"the gradient of {name} is zero", **norms)
     return f"finite and not zero for {len(norms)} parameters", norms
+
+
+def _objective(
+    run: Callable, example: Example, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """z, ldj, the mean log-likelihood, and x as something to differentiate by, if it can be."""
+    through = [x.detach().clone().requires_grad_()] if x.is_floating_point() else []
+    z, ldj = run(through[0] if through else x, context)
+    return z, ldj, (_base_log_prob(example, z, context) + ldj).mean(), through
+
+
+def _gradients_of(objective: Tensor, of: list[Tensor]) -> list[Tensor | None]:
+    if not of or not objective.requires_grad:
+        return [None] * len(of)
+    return list(torch.autograd.grad(objective, of, allow_unused=True))
 
 
 @_check
@@ -629,6 +654,108 @@ def flags(example: Example, n: int = 64):
     return f"{t.kind}, as declared", {}
 
 
+@_check
+def compiles(example: Example, n: int = 8, backend: str = "aot_eager", tolerance: float = 1e-7):
+    """Both directions and the gradient go through ``torch.compile`` as one graph each.
+
+    ``forward`` with the backward of the mean log-likelihood, ``inverse`` and ``inverse_and_ldj``
+    are compiled with ``fullgraph=True``, where a graph break is an error; so is reading a value
+    to the host (``.item()``), which breaks the graph elsewhere. What comes out is finite and, in
+    a deterministic direction, what the layer gives uncompiled; a compiled layer may draw its
+    random numbers in another order. A layer that declares ``compiles = False`` must say why.
+
+    Costs seconds rather than milliseconds, and says the same for most instances of a class: so it
+    is no member of :data:`CHECKS`, and :func:`prove` runs it where a backend is named. With
+    "aot_eager" ``inverse`` is only traced: what would be lowered is in ``inverse_and_ldj`` too.
+    """
+    t = example.transform
+    if not t.compiles:
+        if not t.why_not_compiled.strip():
+            raise _Failed("declares compiles = False without saying why in why_not_compiled")
+        raise _DoesNotApply(f"declared as not compiled: {t.why_not_compiled}")
+    x, context, _ = _inputs(example, n)
+    latent = _latents(example, n)
+    parameters = {name: p for name, p in t.named_parameters() if p.requires_grad}
+
+    def scored(run: Callable) -> dict[str, Tensor | None]:
+        z, ldj, objective, through = _objective(run, example, x, context)
+        found = _gradients_of(objective, [*parameters.values(), *through])
+        names = [*parameters, *(["x"] if through else [])]
+        gradients_ = {f"gradient of {k}": g for k, g in zip(names, found, strict=True)}
+        return {"z": z, "ldj": ldj, **gradients_}
+
+    def generated(run: Callable) -> dict[str, Tensor | None]:
+        return dict(zip(("x", "ldj"), _as_tuple(run(latent, context)), strict=False))
+
+    read: list[str] = []  # where a graph reads a value
+
+    def watched(graph: Any, inputs: list[Any]) -> Callable:
+        for node in graph.graph.nodes:
+            if node.op == "call_method" and node.target in ("item", "tolist"):
+                read.append(_last_frame(node.stack_trace or "") or f"`{node}`")
+        traced = backend == "aot_eager" and name == "inverse"
+        return torch._dynamo.lookup_backend("eager" if traced else backend)(graph, inputs)
+
+    gaps = {}
+    for name, method, collect, stochastic in (
+        ("forward", t.forward, scored, t.stochastic_forward),
+        ("inverse", t.inverse, generated, t.stochastic_inverse),
+        ("inverse_and_ldj", t.inverse_and_ldj, generated, t.stochastic_inverse),
+    ):
+        torch._dynamo.reset()
+        run = torch.compile(
+            lambda value, context, method=method: method(value, context),
+            fullgraph=True,
+            dynamic=False,
+            backend=watched,
+        )
+        with torch.set_grad_enabled(name == "forward"):
+            expected = collect(method)
+            try:
+                found = collect(run)
+            except Exception as error:
+                raise _Failed(f"{name}: {_compile_error(error)}") from None
+            finally:
+                torch._dynamo.reset()
+        if read:
+            raise _Failed(f"{name}: graph break at {read[0]}: reads a value to the host")
+        for key, value in found.items():
+            if expected[key] is None:  # nothing to differentiate
+                continue
+            if value is None or not bool(value.isfinite().all()):
+                said = "missing" if value is None else "not finite"
+                raise _Failed(f"{name}, compiled: the {key} is {said}")
+            if not stochastic:
+                gaps[f"{name}: {key}"] = _gap(value.detach().double(), expected[key].double())
+    for key, gap in gaps.items():
+        if not gap <= tolerance:
+            raise _Failed(f"{key} changes by {gap:.3g} when compiled", **gaps)
+    return f"one graph each way ({backend}), within {max(gaps.values(), default=0.0):.3g}", gaps
+
+
+def _compile_error(error: Exception) -> str:
+    """One sentence for what the compiler says in many lines: what, where, in whose code."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    said = lines[0]
+    explanation = next((li for li in lines if li.startswith("Explanation: ")), "")
+    if explanation:
+        said = f"{said}: {explanation.removeprefix('Explanation: ')}"
+    place = _last_frame(text.partition("from user code:")[2])
+    if place is None:
+        return f"does not compile, {type(error).__name__}: {said}"
+    return f"graph break at {place}: {said}"
+
+
+def _last_frame(trace: str) -> str | None:
+    """The innermost place of a stack trace."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.+)', trace)
+    if not frames:
+        return None
+    path, line, function, code = frames[-1]
+    return f"{Path(path).name}:{line} in {function}, `{code.strip()}`"
+
+
 CHECKS: dict[str, Callable[..., Proof]] = {
     check.__name__: check
     for check in (
@@ -647,19 +774,26 @@ CHECKS: dict[str, Callable[..., Proof]] = {
 }
 
 
-def prove(example: Example, n: int = 200_000, seed: int = 0) -> list[Proof]:
+def prove(
+    example: Example, n: int = 200_000, seed: int = 0, backend: str | None = None
+) -> list[Proof]:
     """Every check on one example, in float64.
 
     Args:
         example: an instance with its inputs and base, built in float64; see :func:`example_of`.
         n: draws of :func:`unit_mass`.
         seed: of every check.
+        backend: of ``torch.compile``, such as "aot_eager" or "inductor": :func:`compiles` comes
+            last; None leaves it out.
     """
     with double_precision():
         for part in (example.transform, example.base):
             if isinstance(part, nn.Module):
                 part.to(torch.float64)
-        return [
+        proofs = [
             check(example, n, seed=seed) if name == "unit_mass" else check(example, seed=seed)
             for name, check in CHECKS.items()
         ]
+        if backend is not None:
+            proofs.append(compiles(example, backend=backend, seed=seed))
+        return proofs

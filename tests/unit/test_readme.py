@@ -1,15 +1,33 @@
 """The README's library example runs and says what it claims; so do the docstrings' examples."""
 
 import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from surflow import flow, proofs
+from surflow import distributions, flow, nets, proofs, transforms
 
 ROOT = Path(__file__).parents[2]
+
+
+def modules_of(package):
+    """Every module of a package, the package included."""
+    yield package
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        yield importlib.import_module(found.name)
+
+
+MODULES = [
+    flow,
+    proofs,
+    *modules_of(transforms),
+    *modules_of(distributions),
+    *modules_of(nets),
+]
 
 
 def test_library_example():
@@ -23,11 +41,22 @@ def test_library_example():
     assert model.ledger(x).total == pytest.approx(model.log_prob(x).mean().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("module", [flow, proofs])
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.removeprefix("surflow."))
 def test_doctests(module):
     result = doctest.testmod(module)
-    assert result.attempted > 0
     assert result.failed == 0
+    if module in (flow, proofs):
+        assert result.attempted > 0
+
+
+def test_every_layer_has_a_doctest():
+    finder = doctest.DocTestFinder(recurse=False)
+    without = [
+        cls.__name__
+        for cls in transforms.catalogue()
+        if not any(t.examples for t in finder.find(cls, cls.__name__))
+    ]
+    assert without == []
 
 
 def test_every_make_target_in_the_pages_exists():

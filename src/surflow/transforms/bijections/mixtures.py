@@ -27,7 +27,14 @@ class LogisticMixtureMap(ElementwiseMap):
     Raises:
         ValueError: for K < 1.
 
+    Cost: O(K) an element forward; the inverse is a bisection, some tens of times that.
+
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2.
+
+    >>> map = LogisticMixtureMap(num_components=1)
+    >>> z, log_derivative = map.forward(torch.tensor([2.0]), torch.zeros(1, 5))
+    >>> z.round(decimals=4)  # one logistic with nothing changed is the identity
+    tensor([2.])
     """
 
     def __init__(self, num_components: int = 8, max_log_scale: float = 7.0) -> None:

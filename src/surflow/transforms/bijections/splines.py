@@ -98,13 +98,16 @@ class RationalQuadraticSpline(ElementwiseMap):
     # The knots, and the bin of a value. The dimension over knots comes first: each operation then
     # runs over long contiguous rows, which on a CPU is up to 20 times as fast as over rows of K.
 
-    def _tables(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., P) -> knots of x and of z, (2, K + 1, ...), and free slopes, (K + 1, ...)."""
+    def _inner(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., P) -> inner knots of x and of z, (2, K - 1, ...), and free slopes, K ± 1 of them."""
         k, length = self.num_bins, self.high - self.low
         sizes, slopes = params.movedim(-1, 0).split([2 * k, self.num_params - 2 * k])
         shares = torch.softmax(sizes.unflatten(0, (2, k)), dim=1)
         sizes = length * self.min_bin + length * (1.0 - self.min_bin * k) * shares[:, :-1]
-        inner = self.low + torch.cumsum(sizes, dim=1)
+        return self.low + torch.cumsum(sizes, dim=1), slopes
+
+    def _with_ends(self, inner: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """All knots of x and of z, (2, K + 1, ...), and their free slopes, (K + 1, ...)."""
         low, high = (torch.full_like(inner[:, :1], end) for end in (self.low, self.high))
         if self.tails:  # free slope 0 is slope 1
             one = torch.zeros_like(slopes[:1])
@@ -116,7 +119,7 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     def _bins(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Knots in x and z and slopes at the knots, (K + 1, ...) each."""
-        knots, slopes = self._tables(params)
+        knots, slopes = self._with_ends(*self._inner(params))
         return knots[0], knots[1], self._slope(slopes)
 
     def _bin(
@@ -132,8 +135,9 @@ class RationalQuadraticSpline(ElementwiseMap):
             The left knot's x and z, (2, ...); the bin's width and height, (2, ...); its slope s
             and the relative slopes δ at its two knots, (...) each.
         """
-        knots, slopes = self._tables(params)
-        index = (value >= knots[axis, 1:-1]).sum(0)
+        inner, slopes = self._inner(params)
+        index = (value >= inner[axis]).sum(0)
+        knots, slopes = self._with_ends(inner, slopes)
         ends = torch.stack([index, index + 1])
         left, right = knots.gather(1, ends.expand(2, *ends.shape)).unbind(1)
         size = right - left
