@@ -295,12 +295,13 @@ class FlowDistribution(Distribution):
         return self.flow.conditional
 
     def _embed(self, context: Tensor | None) -> Tensor | None:
-        if context is None or self.net is None:
+        if context is None:
             return context
-        weight = next(self.net.parameters(), None)
+        net = self.flow if self.net is None else self.net
+        weight = next(net.parameters(), None)
         if weight is not None and context.is_floating_point():
-            context = context.to(weight.dtype)
-        return self.net(context)
+            context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
+        return context if self.net is None else self.net(context)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.flow.log_prob(x, self._embed(context))

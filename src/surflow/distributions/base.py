@@ -41,10 +41,12 @@ class Distribution(nn.Module, ABC):
     Attributes:
         event_shape: the shape of one x.
         discrete: whether ``log_prob`` is of a mass rather than a density.
+        integer: whether events are integer tensors.
         net: the context net, None for an unconditional distribution.
     """
 
     discrete: bool = False
+    integer: bool = False
 
     def __init__(self, event_shape: int | Sequence[int], net: nn.Module | None = None) -> None:
         super().__init__()

@@ -83,6 +83,7 @@ class Categorical(Distribution):
     """
 
     discrete = True
+    integer = True
 
     def __init__(
         self,

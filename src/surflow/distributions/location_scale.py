@@ -120,6 +120,9 @@ class HalfNormal(LocationScale):
     .. math:: \log p(x) = \sum_d \log 2 + \log \mathcal N(x_d; \mu_d, \sigma_d^2),
               \quad x_d \ge \mu_d
 
+    With ``learn`` or a net, loc is learned too, and data below it score -inf. Where the edge must
+    stay, take :class:`TruncatedNormal` with ``low=0, learn_loc=False``, or :class:`Exponential`.
+
     Arguments, shapes and errors: see :class:`LocationScale`.
     """
 

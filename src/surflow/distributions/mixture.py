@@ -38,6 +38,7 @@ class Mixture(Distribution):
         super().__init__(components[0].event_shape)
         self.components = nn.ModuleList(components)
         self.discrete = components[0].discrete
+        self.integer = components[0].integer
         weights = torch.ones(len(components)) if weights is None else torch.as_tensor(weights)
         if weights.shape != (len(components),) or not bool((weights > 0).all()):
             raise ValueError(

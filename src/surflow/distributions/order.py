@@ -95,6 +95,7 @@ class PlackettLuce(Distribution):
     """
 
     discrete = True
+    integer = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from surflow.distributions.base import Distribution
 from surflow.transforms.base import Example, Transform
+from surflow.transforms.conditioning import beside
 
 
 class VAE(Transform):
@@ -18,11 +19,17 @@ class VAE(Transform):
     A lower bound: with a base p(z), the expectation of log p(z) + V over q is the ELBO.
 
     Args:
-        encoder: q, a distribution of z whose net takes x.
-        decoder: p, a distribution of x whose net takes z.
+        encoder: q, a distribution of z whose net takes x; any, a
+            :class:`~surflow.flow.FlowDistribution` too. A discrete one gets its gradient by the
+            score function.
+        decoder: p, a distribution of x whose net takes z. With one over integers, such as a
+            categorical, x is an integer tensor.
+        context_features: features F of the flow's context that encoder and decoder see too:
+            their context is then (x, context) and (z, context), joined along dimension 1.
 
     Raises:
-        ValueError: for an encoder or a decoder without a net, or an x of a wrong shape.
+        ValueError: for an encoder or a decoder without a net, an x of a wrong shape, or a context
+            that is missing.
 
     Cost: one pass of the encoder's net and one of the decoder's; generating alone takes the
     decoder's.
@@ -41,30 +48,44 @@ class VAE(Transform):
     stochastic_forward = True
     stochastic_inverse = True
 
-    def __init__(self, encoder: Distribution, decoder: Distribution) -> None:
+    def __init__(
+        self, encoder: Distribution, decoder: Distribution, context_features: int = 0
+    ) -> None:
         super().__init__()
         for name, part in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, Distribution) or not part.conditional:
                 raise ValueError(f"VAE: expected a conditional distribution as {name}, got {part}")
+        if context_features < 0:
+            raise ValueError(f"VAE: expected context_features >= 0, got {context_features}")
         self.encoder = encoder
         self.decoder = decoder
+        self.context_features = context_features
         self.event_shape = decoder.event_shape
         self.latent_shape = encoder.event_shape
+        self.integer_data = decoder.integer
+        self.integer_latent = encoder.integer
 
     @property
     def conditional(self) -> bool:
-        return False  # encoder and decoder are conditioned on x and z, not on the flow's context
+        return self.context_features > 0
+
+    def _beside(self, seen: Tensor, context: Tensor | None, method: str) -> Tensor:
+        return beside(seen, context, self.context_features, self.where(method))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, log_q = self.encoder.sample_and_log_prob(context=x)
-        return z, self.decoder.log_prob(x, z) - log_q
+        z, log_q = self.encoder.sample_and_log_prob(context=self._beside(x, context, "forward"))
+        return z, self.decoder.log_prob(x, self._beside(z, context, "forward")) - log_q
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.decoder.sample(context=z)
+        return self.decoder.sample(context=self._beside(z, context, "inverse"))
+
+    def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.encoder.sample(context=self._beside(x, context, "forward"))
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_p = self.decoder.sample_and_log_prob(context=z)
-        return x, log_p - self.encoder.log_prob(z, x)
+        given = self._beside(z, context, "inverse")
+        x, log_p = self.decoder.sample_and_log_prob(context=given)
+        return x, log_p - self.encoder.log_prob(z, self._beside(x, context, "inverse"))
 
     @classmethod
     def example(cls) -> Example:

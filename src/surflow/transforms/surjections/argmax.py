@@ -21,7 +21,7 @@ from surflow.checks import require
 from surflow.distributions.base import Distribution, as_shape, expand_to, sum_event
 from surflow.distributions.location_scale import Logistic
 from surflow.transforms.base import Example, Inverse, Transform, run_net
-from surflow.transforms.surjections.conditioning import (
+from surflow.transforms.conditioning import (
     at_least_single,
     check_distribution,
     draw,

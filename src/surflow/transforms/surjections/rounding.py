@@ -11,7 +11,7 @@ from torch import Tensor
 from surflow.checks import require
 from surflow.distributions.base import Distribution
 from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
-from surflow.transforms.surjections.conditioning import (
+from surflow.transforms.conditioning import (
     at_least_single,
     check_distribution,
     draw,

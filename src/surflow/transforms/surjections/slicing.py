@@ -7,7 +7,7 @@ from torch import Tensor
 
 from surflow.distributions.base import Distribution
 from surflow.transforms.base import Example, Inverse, Transform
-from surflow.transforms.surjections.conditioning import check_distribution, draw, insist, score
+from surflow.transforms.conditioning import check_distribution, draw, insist, score
 
 
 class Slice(Transform):
