@@ -140,23 +140,43 @@ def hvae(features: int = 2, latent_features: Sequence[int] = (2, 1), net: Net = 
 
     Source: Rezende et al. 2014, arXiv 1401.4082; Sønderby et al. 2016, arXiv 1602.02282.
     """
-    sizes = [features, *latent_features]
     layers = [
         VAE(
-            encoder=DiagonalNormal(above, net=net(below, 2 * above)),
-            decoder=DiagonalNormal(below, net=_narrow(net(above, 2 * below))),
+            encoder=DiagonalNormal(above, net=NearIdentityNet(net(below, 2 * above), below, above)),
+            decoder=DiagonalNormal(below, net=NearIdentityNet(net(above, 2 * below), above, below)),
         )
-        for below, above in pairwise(sizes)
+        for below, above in pairwise([features, *latent_features])
     ]
-    return Flow(StandardNormal(sizes[-1]), layers)
+    return Flow(StandardNormal(latent_features[-1]), layers)
 
 
-def _narrow(net: MLP, scale: float = 0.3) -> MLP:
-    """A net of (loc, log_scale) that starts with small scales: from wide ones a decoder learns to
-    do without its latent."""
-    with torch.no_grad():
-        net.layers[-1].bias[1::2] = math.log(scale)
-    return net
+class NearIdentityNet(nn.Module):
+    """A net of (loc, log_scale) whose loc starts at the input and whose scales start small.
+
+    From wide scales a decoder learns to do without its latent. Where the sizes differ, loc starts
+    at zero.
+
+    Args:
+        net: an MLP, (B, in) -> (B, 2 out); its output layer is set to zero.
+        in_features, out_features: sizes of the context and of the event.
+        scale: the scale at the start.
+    """
+
+    def __init__(self, net: MLP, in_features: int, out_features: int, scale: float = 0.3) -> None:
+        super().__init__()
+        self.net = net
+        self.skip = in_features == out_features
+        with torch.no_grad():
+            if self.skip:
+                net.layers[-1].weight.zero_()
+                net.layers[-1].bias.zero_()
+            net.layers[-1].bias[1::2] = math.log(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        if not self.skip:
+            return out
+        return out + torch.stack([x, torch.zeros_like(x)], dim=-1).flatten(1)
 
 
 class NoisingNet(nn.Module):
@@ -200,9 +220,9 @@ class DenoisingNet(nn.Module):
 
 def ddpm(
     features: int = 2,
-    num_steps: int = 10,
-    beta: Sequence[float] = (0.02, 0.5),
-    scale: float = 0.5,
+    num_steps: int = 12,
+    beta: Sequence[float] = (0.01, 0.7),
+    scale: float = 1.0,
     net: Net = scaled_mlp,
 ) -> Flow:
     """A denoising diffusion model: a stochastic layer a step, with a fixed encoder.
