@@ -1,6 +1,9 @@
-"""Time a training step against a plain implementation of the same flow, side by side.
+"""Time ours against others, side by side.
 
     make bench
+
+Two parts. The first times a training step against a plain implementation of the same flow, the
+second (:mod:`surflow.cli.bench_splines`) a spline coupling flow against three other libraries.
 
 The plain implementation is what a textbook gives: separate modules, eager mode, torch Adam
 with neither fused nor batched kernels, one loop over parameters. Both run the published setting
@@ -27,7 +30,7 @@ from surflow.cli.common import guarded, one_line_errors, relative
 from surflow.config import conf_dir
 from surflow.errors import UserError
 from surflow.models import coupling_flow, coupling_net
-from surflow.reporting.records import write_json_atomic, write_text_atomic
+from surflow.reporting.records import write_bytes_atomic, write_json_atomic, write_text_atomic
 from surflow.transforms import AffineMap, check_values
 
 HIDDEN = (200, 100)
@@ -122,16 +125,56 @@ def stepper(
     return steps
 
 
-def bench(cfg: DictConfig) -> dict[str, object]:
-    """Compare and report; returns what is written to results/bench/step.json."""
-    from surflow.data.synthetic import make_dataset
-    from surflow.training.module import can_compile
+def origin() -> dict[str, object]:
+    """Commit, machine and versions: what a result is a result of."""
     from surflow.training.record import commit, machine, versions
+
+    head, dirty = commit()
+    return {"commit": head, "dirty": dirty, "machine": machine(), "versions": versions()}
+
+
+def compiles(cfg: DictConfig) -> bool:
+    """Whether ours is compiled: ``compile`` of the config, by default where it can be."""
+    from surflow.training.module import can_compile
+
+    if cfg.compile not in ("auto", True, False):
+        raise UserError(f"compile: expected auto, true or false, got {cfg.compile!r}")
+    return can_compile() if cfg.compile == "auto" else cfg.compile
+
+
+def bench(cfg: DictConfig) -> None:
+    """Run the parts that the config names."""
+    known = {"step": bench_step, "spline": bench_spline}
+    wrong = [part for part in cfg.parts if part not in known]
+    if wrong:
+        raise UserError(f"parts: expected some of {', '.join(known)}, got {wrong[0]!r}")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    for part in cfg.parts:
+        known[part](cfg)
+
+
+def bench_spline(cfg: DictConfig) -> dict[str, object]:
+    """The second part; returns what is written to results/bench/spline.json."""
+    from surflow.cli import bench_splines
+
+    result = bench_splines.run(cfg.spline, compiles(cfg)) | origin()
+    folder = Path(cfg.results_root) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "spline.json", result)
+    write_text_atomic(folder / "spline.md", bench_splines.page(result))
+    write_bytes_atomic(folder / "spline.png", bench_splines.picture(result))
+    print(bench_splines.page(result))
+    print(f"{relative(folder)}/: spline.json, spline.md, spline.png")
+    return result
+
+
+def bench_step(cfg: DictConfig) -> dict[str, object]:
+    """The first part; returns what is written to results/bench/step.json."""
+    from surflow.data.synthetic import make_dataset
 
     if cfg.blocks < 3 or cfg.steps < 1:
         raise UserError(f"blocks and steps: expected >= 3 and >= 1, got {cfg.blocks}, {cfg.steps}")
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
     generator = torch.Generator().manual_seed(0)
     data = make_dataset("corners").sample(64_000, generator)
     plain, ours = build_pair(cfg.num_couplings)
@@ -139,7 +182,7 @@ def bench(cfg: DictConfig) -> dict[str, object]:
         difference = (plain.log_prob(data[:4096]) - ours.log_prob(data[:4096])).abs().max().item()
     if difference > 1e-4:
         raise RuntimeError(f"the two flows differ by {difference} nats: nothing to compare")
-    compiled = can_compile()
+    compiled = compiles(cfg)
 
     def our_loss(x: Tensor) -> Tensor:
         return -ours.log_prob(x).mean()
@@ -170,7 +213,6 @@ def bench(cfg: DictConfig) -> dict[str, object]:
             for name in order:
                 times[name].append(runs[name](cfg.steps) / cfg.steps * 1e3)
     ratios = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
-    head, dirty = commit()
     result = {
         "what": "one training step: forward, backward, Adam",
         "setting": {
@@ -198,10 +240,7 @@ def bench(cfg: DictConfig) -> dict[str, object]:
             "median": round(statistics.median(ratios), 2),
             "max": round(max(ratios), 2),
         },
-        "commit": head,
-        "dirty": dirty,
-        "machine": machine(),
-        "versions": versions(),
+        **origin(),
     }
     folder = Path(cfg.results_root) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +267,7 @@ def page(result: dict) -> str:
     names = {
         "plain": "plain: separate modules, eager, Adam without fused or batched kernels",
         "ours": "surflow: "
-        + ("torch.compile, " if s["compiled"] else "eager (no C++ compiler here), ")
+        + ("torch.compile, " if s["compiled"] else "eager (not compiled), ")
         + "fused Adam",
     }
     for name, label in names.items():

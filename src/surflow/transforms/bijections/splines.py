@@ -99,7 +99,7 @@ class RationalQuadraticSpline(ElementwiseMap):
     # runs over long contiguous rows, which on a CPU is up to 20 times as fast as over rows of K.
 
     def _inner(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., P) -> inner knots of x and of z, (2, K - 1, ...), and free slopes, K ± 1 of them."""
+        """(..., P) -> inner knots of x and z, (2, K - 1, ...), and K ± 1 free slopes."""
         k, length = self.num_bins, self.high - self.low
         sizes, slopes = params.movedim(-1, 0).split([2 * k, self.num_params - 2 * k])
         shares = torch.softmax(sizes.unflatten(0, (2, k)), dim=1)
@@ -122,9 +122,7 @@ class RationalQuadraticSpline(ElementwiseMap):
         knots, slopes = self._with_ends(*self._inner(params))
         return knots[0], knots[1], self._slope(slopes)
 
-    def _bin(
-        self, value: Tensor, params: Tensor, axis: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _bin(self, value: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
         """The bin in which a value lies.
 
         Args:
@@ -132,18 +130,18 @@ class RationalQuadraticSpline(ElementwiseMap):
             params: (..., P).
 
         Returns:
-            The left knot's x and z, (2, ...); the bin's width and height, (2, ...); its slope s
-            and the relative slopes δ at its two knots, (...) each.
+            x and z of its left knot, its width and height, its slope s, and the relative slopes δ
+            at its two knots, (...) each.
         """
         inner, slopes = self._inner(params)
         index = (value >= inner[axis]).sum(0)
         knots, slopes = self._with_ends(inner, slopes)
         ends = torch.stack([index, index + 1])
-        left, right = knots.gather(1, ends.expand(2, *ends.shape)).unbind(1)
-        size = right - left
-        slope = size[1] / size[0]
-        delta0, delta1 = self._slope(slopes.gather(0, ends)) / slope
-        return left, size, slope, delta0, delta1
+        (x0, x1), (z0, z1) = knots.gather(1, ends.expand(2, *ends.shape))
+        free0, free1 = slopes.gather(0, ends)
+        width, height = x1 - x0, z1 - z0
+        slope = height / width
+        return x0, z0, width, height, slope, self._slope(free0) / slope, self._slope(free1) / slope
 
     @staticmethod
     def _evaluate(
@@ -189,22 +187,22 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         value, params, inside = self._prepare(x, params, "forward")
-        left, size, *slopes = self._bin(value, params, axis=0)
-        xi = (value - left[0]) / size[0]
+        x0, z0, width, height, *slopes = self._bin(value, params, axis=0)
+        xi = (value - x0) / width
         eta, log_slope = self._evaluate(xi, 1.0 - xi, *slopes)
-        z = self._with_tails(left[1] + size[1] * eta, inside, x.to(value.dtype))
+        z = self._with_tails(z0 + height * eta, inside, x.to(value.dtype))
         return z.to(x.dtype), self._with_tails(log_slope, inside, 0.0)
 
     def inverse(self, z: Tensor, params: Tensor) -> Tensor:
         value, params, inside = self._prepare(z, params, "inverse")
-        left, size, _, delta0, delta1 = self._bin(value, params, axis=1)
-        xi, _ = self._solve((value - left[1]) / size[1], delta0, delta1)
-        return self._with_tails(left[0] + size[0] * xi, inside, z.to(value.dtype)).to(z.dtype)
+        x0, z0, width, height, _, *deltas = self._bin(value, params, axis=1)
+        xi, _ = self._solve((value - z0) / height, *deltas)
+        return self._with_tails(x0 + width * xi, inside, z.to(value.dtype)).to(z.dtype)
 
     def inverse_and_ldj(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         value, params, inside = self._prepare(z, params, "inverse")
-        left, size, slope, delta0, delta1 = self._bin(value, params, axis=1)
-        xi, rest = self._solve((value - left[1]) / size[1], delta0, delta1)
-        _, log_slope = self._evaluate(xi, rest, slope, delta0, delta1)
-        x = self._with_tails(left[0] + size[0] * xi, inside, z.to(value.dtype))
+        x0, z0, width, height, slope, *deltas = self._bin(value, params, axis=1)
+        xi, rest = self._solve((value - z0) / height, *deltas)
+        _, log_slope = self._evaluate(xi, rest, slope, *deltas)
+        x = self._with_tails(x0 + width * xi, inside, z.to(value.dtype))
         return x.to(z.dtype), self._with_tails(log_slope, inside, 0.0)

@@ -1,0 +1,166 @@
+"""The benchmark at a size that takes seconds; none of the libraries is needed."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from surflow.cli import bench, bench_splines
+from surflow.config import compose
+
+TINY = (
+    "compile=false",
+    "batch_size=16",
+    "blocks=3",
+    "steps=2",
+    "spline.features=5",
+    "spline.batch_size=32",
+    "spline.num_couplings=2",
+    "spline.num_bins=3",
+    "spline.hidden=[8,8]",
+    "spline.blocks=3",
+    "spline.calls=1",
+    "spline.compile_theirs=false",
+)
+
+
+@pytest.fixture
+def path(monkeypatch):
+    """sys.path as it was, afterwards."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return sys.path
+
+
+@pytest.fixture
+def run(tmp_path, path):
+    def run(*overrides):
+        cfg = compose([*TINY, f"results_root={tmp_path}", *overrides], "bench")
+        bench.bench(cfg)
+        return tmp_path / "bench"
+
+    return run
+
+
+def stand_in(cfg):
+    """Another library's flow: ours, but with a function of its own."""
+    model = bench_splines.surflow_model(cfg)
+    model.same_function = False
+    return model
+
+
+def missing(cfg):
+    raise ModuleNotFoundError("No module named 'zuko'")
+
+
+def test_both_parts(run, monkeypatch, capsys):
+    monkeypatch.setattr(bench_splines, "LIBRARIES", {"nflows": stand_in, "zuko": missing})
+    monkeypatch.setattr(bench_splines, "version", lambda name: "1.2.3")
+    folder = run("spline.libraries=[nflows,zuko]")
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("bench: ")]
+    assert lines == ["bench: zuko left out: No module named 'zuko'; `make bench` installs it"]
+    step = json.loads((folder / "step.json").read_text())
+    assert step["largest_difference_nats"] < 1e-4 and step["setting"]["compiled"] is False
+    result = json.loads((folder / "spline.json").read_text())
+    assert [(c["library"], c["compiled"]) for c in result["contenders"]] == [
+        ("surflow", False),
+        ("nflows", False),
+    ]
+    assert result["left_out"] == {"zuko": "No module named 'zuko'"}
+    # 2 couplings of 5 features: 2 -> 8 -> 8 -> 3 * 8 and 3 -> 8 -> 8 -> 2 * 8
+    assert result["parameters"] == (24 + 72 + 216) + (32 + 72 + 144)
+    for c in result["contenders"]:
+        for spread in c["ms"].values():
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        assert math.isfinite(c["last_loss"])
+    # the same weights, batches and optimizer
+    assert len({c["last_loss"] for c in result["contenders"]}) == 1
+    assert [(r["task"], r["ours"], r["against"]) for r in result["speedup"]] == [
+        (task, "surflow, eager", "nflows, eager") for task in ("train", "sample")
+    ]
+    page = (folder / "spline.md").read_text()
+    assert "| nflows 1.2.3 | eager |" in page and "zuko was left out" in page
+    assert (folder / "spline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_any_library_ours_is_still_timed(run, monkeypatch):
+    monkeypatch.setattr(bench_splines, "LIBRARIES", {"zuko": missing})
+    folder = run("parts=[spline]", "spline.libraries=[zuko]")
+    result = json.loads((folder / "spline.json").read_text())
+    assert [c["library"] for c in result["contenders"]] == ["surflow"]
+    assert result["speedup"] == [] and "Speed-up" not in (folder / "spline.md").read_text()
+    assert not (folder / "step.json").exists()
+
+
+def test_speedup_is_of_blocks_and_against_the_fastest():
+    def timed(library, compiled, train, sample):
+        one = bench_splines.Contender(library, compiled, None, {})
+        one.times = {"train": train, "sample": sample}
+        return one
+
+    rows = bench_splines.speedups(
+        [
+            timed("surflow", False, [1.0, 2.0, 4.0], [1.0, 1.0, 1.0]),
+            timed("slow", False, [9.0, 9.0, 9.0], [2.0, 2.0, 3.0]),
+            timed("fast", False, [2.0, 6.0, 16.0], [5.0, 5.0, 5.0]),
+        ]
+    )
+    assert [(r["task"], r["against"]) for r in rows] == [
+        ("train", "fast, eager"),
+        ("sample", "slow, eager"),
+    ]
+    assert (rows[0]["min"], rows[0]["median"], rows[0]["max"]) == (2.0, 3.0, 4.0)
+
+
+def test_an_unlike_flow_is_not_compared(run, monkeypatch):
+    def larger(cfg):
+        return bench_splines.surflow_model(OmegaConf.merge(cfg, {"hidden": [9, 8]}))
+
+    def other_function(cfg):
+        model = bench_splines.surflow_model(cfg)
+        log_prob = model.log_prob
+        model.log_prob = lambda x: log_prob(x) + 0.1
+        return model
+
+    for builder, message in ((larger, "parameters, ours"), (other_function, "differ by")):
+        monkeypatch.setattr(bench_splines, "LIBRARIES", {"nflows": builder})
+        with pytest.raises(RuntimeError, match=message):
+            run("parts=[spline]", "spline.libraries=[nflows]")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parts=[spine]", "parts: expected some of step, spline, got 'spine'"),
+        ("spline.libraries=[zuki]", "spline.libraries: expected some of nflows, normflows, zuko"),
+        ("spline.blocks=2", "spline.blocks, spline.calls: expected >= 3 and >= 1, got 2, 1"),
+        ("blocks=1", "blocks and steps: expected >= 3 and >= 1, got 1, 2"),
+        ("compile=maybe", "compile: expected auto, true or false, got 'maybe'"),
+    ],
+)
+def test_mistakes(run, override, message):
+    with pytest.raises(bench.UserError, match=message):
+        run(override)
+
+
+@pytest.mark.filterwarnings("ignore")  # advice on the net that all of them share here
+@pytest.mark.parametrize("name", list(bench_splines.LIBRARIES))
+def test_each_library_builds_the_same_flow(name, path):
+    path.append(str(bench_splines.FOLDER))
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed; `make bench` installs it")
+    cfg = compose(TINY, "bench").spline
+    torch.manual_seed(0)
+    ours = bench_splines.surflow_model(cfg)
+    theirs = bench_splines.LIBRARIES[name](cfg)
+    bench_splines.copy_weights(ours, theirs, cfg)
+    count = [sum(p.numel() for p in m.module.parameters()) for m in (ours, theirs)]
+    assert count[0] == count[1]
+    x = torch.randn(64, 5)
+    difference = bench_splines.check_same(name, ours, theirs, x)
+    assert difference is None if name == "zuko" else difference < 1e-4
+    assert theirs.sample(7).shape == (7, 5) and theirs.log_prob(x).isfinite().all()
