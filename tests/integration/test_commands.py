@@ -138,11 +138,11 @@ def test_pictures_of_a_run(train):
 
 def test_console_scripts():
     found = {e.name: e for e in entry_points(group="console_scripts")}
-    for name in ("train", "evaluate", "sample", "reproduce", "report"):
+    for name in ("train", "evaluate", "sample", "reproduce", "report", "verify"):
         assert callable(found[f"surflow-{name}"].load())
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "reproduce", "report"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "reproduce", "report", "verify"])
 def test_help(name, call):
     done = call(name, "--help")
     assert done.code == 0
