@@ -3,11 +3,12 @@
 import csv
 import json
 import os
+import sys
 
 import pytest
 
 from surflow.cli.report import load_table_spec, plan_cells, write_report
-from surflow.cli.reproduce import reproduce
+from surflow.cli.reproduce import Job, reproduce, run_local, visible_gpus
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
 
@@ -54,6 +55,20 @@ def table(tmp_path):
             return {(r["row"], r["column"]): r for r in csv.DictReader(file)}
 
     return read
+
+
+def test_jobs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    """Two at a time, each sees one GPU, and never the other's."""
+    code = "import os, time; time.sleep(0.5); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [Job(str(i), [sys.executable, "-c", code], tmp_path / f"{i}.log") for i in range(4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    run_local(jobs, 2, visible_gpus())
+    assert [job.code for job in jobs] == [0] * 4
+    seen = [job.last_line() for job in jobs]
+    assert sorted(seen[:2]) == ["3", "5"]
+    assert set(seen) == {"3", "5"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
 
 
 def cells_of(cfg):

@@ -33,6 +33,7 @@ class Job:
     log: Path
     process: Any = None
     code: int | None = None
+    gpu: str | None = None
     started: float = field(default_factory=time.monotonic)
 
     def last_line(self) -> str:
@@ -77,6 +78,16 @@ def number_of_workers(wanted: int | str) -> int:
     return cores()
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 def reproduce(cfg: DictConfig) -> int:
     """Train what is missing, report; returns the number of cells that failed."""
     register_resolvers()
@@ -97,7 +108,7 @@ def reproduce(cfg: DictConfig) -> int:
     jobs = [_job(cells, key) for key in missing]
     started = time.monotonic()
     if cfg.launcher == "local":
-        run_local(jobs, number_of_workers(cfg.workers))
+        run_local(jobs, number_of_workers(cfg.workers), visible_gpus())
     else:
         run_submitit(jobs, cfg.launcher.removeprefix("submitit_"), cfg)
     failed = [job for job in jobs if job.code != 0]
@@ -115,8 +126,9 @@ def _job(cells: Cells, key: tuple[str, str, int]) -> Job:
     return Job(f"{key[0]} {key[1]} seed {key[2]}", command, folder / "train.log")
 
 
-def run_local(jobs: Sequence[Job], workers: int) -> None:
-    """Run the jobs in processes here, ``workers`` at a time."""
+def run_local(jobs: Sequence[Job], workers: int, gpus: Sequence[str] = ()) -> None:
+    """Run the jobs in processes here, ``workers`` at a time; each sees one GPU, where there are
+    any: the one with the fewest jobs on it."""
     waiting, running = list(jobs), []
     console = Console(stderr=True)
     live = sys.stderr.isatty()
@@ -133,6 +145,9 @@ def run_local(jobs: Sequence[Job], workers: int) -> None:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
+                    if gpus:
+                        busy = [other.gpu for other in running]
+                        job.gpu = min(gpus, key=busy.count)
                     _start(job, workers)
                     running.append(job)
                 time.sleep(0.2)
@@ -158,6 +173,8 @@ def _start(job: Job, workers: int) -> None:
     environment = dict(os.environ)
     if workers > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
+    if job.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = job.gpu
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.started = time.monotonic()
     with open(job.log, "w") as log:
