@@ -2,6 +2,20 @@
 
 from surflow.models.autoregressive_flow import autoregressive_flow
 from surflow.models.coupling_flow import coupling_flow, coupling_net, image_of
+from surflow.models.official import load_official, official_flow, read_tensors
+from surflow.models.pool_flow import DOWNSAMPLINGS, flow_noise, pool_flow
 from surflow.models.vae import vae_flow
 
-__all__ = ["autoregressive_flow", "coupling_flow", "coupling_net", "image_of", "vae_flow"]
+__all__ = [
+    "DOWNSAMPLINGS",
+    "autoregressive_flow",
+    "coupling_flow",
+    "coupling_net",
+    "flow_noise",
+    "image_of",
+    "load_official",
+    "official_flow",
+    "pool_flow",
+    "read_tensors",
+    "vae_flow",
+]

@@ -1,0 +1,400 @@
+"""State dicts of the SurVAE authors' PoolFlow, read into ours.
+
+Only tensors are read. The parameters of the two stand in one-to-one correspondence, with equal
+values; a few constants of theirs (log of the number of levels, shift, temperature) are checked
+against the flow and otherwise left.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surflow.errors import UserError
+from surflow.flow import Flow, FlowDistribution
+from surflow.models.pool_flow import pool_flow
+from surflow.nets import DenseBlock, DenseNet, GatedConv2d, ImageEmbedding
+from surflow.transforms import (
+    ActNorm,
+    Affine,
+    AffineCoupling,
+    Conv1x1,
+    Dequantization,
+    Inverse,
+    MaxPool2d,
+    Sequential,
+    Slice,
+    Transform,
+)
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU: a ``.safetensors`` file, or a checkpoint of torch.
+
+    A checkpoint is read with ``weights_only=True``, so nothing in it can run (numbers of NumPy
+    beside the tensors are let through); its state dict may be the whole of it or stand under
+    ``model``.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or without a state dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights.path: no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_numpy_numbers()):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        raise UserError(f"weights.path: cannot read tensors from {path}: {reason}") from error
+    except Exception as error:  # safetensors has an error class of its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        reason = _first_line(error)
+        raise UserError(f"weights.path: cannot read tensors from {path}: {reason}") from error
+    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+        found = found["model"]
+    if not isinstance(found, Mapping) or not found:
+        raise UserError(f"weights.path: expected a state dict in {path}, found none")
+    wrong = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise UserError(
+            f"weights.path: expected a state dict of tensors in {path}, but {wrong[0]!r} is none; "
+            "a checkpoint of the official repository has its state dict under 'model'"
+        )
+    if all(name.startswith("module.") for name in found):  # saved by a data-parallel wrapper
+        found = {name.removeprefix("module."): value for name, value in found.items()}
+    return dict(found)
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled NumPy number consists of, under its old names and its new ones."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.bool_)]
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# Configurations ----------------------------------------------------------------------------------
+
+REFERENCE_POOLING = {"max": "max_pool", "none": "slice"}
+REFERENCE_DEQUANTIZATION = {"uniform": "uniform", "flow": "variational"}
+REFERENCE_KEYS = {
+    "shape": "shape",
+    "bits": "num_bits",
+    "scales": "num_scales",
+    "num_scales": "num_scales",
+    "steps": "num_steps",
+    "mid": "mid_channels",
+    "depth": "depth",
+    "growth": "growth",
+    "gated": "gated",
+    "dsteps": "dequant_steps",
+    "ctx": "context_channels",
+    "actnorm": "actnorm",
+}
+
+
+def reference_configuration(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`pool_flow` from the configuration beside a reference fixture.
+
+    Args:
+        config: with any of the keys pooling, dequant, shape, bits, scales, steps, dsteps, ctx,
+            mid, depth, growth, gated, actnorm; one left out has the published value.
+
+    Raises:
+        ValueError: for an unknown key or value.
+    """
+    arguments: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "pooling":
+            arguments["downsampling"] = _looked_up(REFERENCE_POOLING, key, value)
+        elif key == "dequant":
+            arguments["dequantization"] = _looked_up(REFERENCE_DEQUANTIZATION, key, value)
+        else:
+            arguments[_looked_up(REFERENCE_KEYS, "key", key)] = value
+    return arguments
+
+
+def _looked_up(table: Mapping[str, str], key: str, value: Any) -> str:
+    if value not in table:
+        raise ValueError(f"reference {key}: expected one of {', '.join(table)}, got {value!r}")
+    return table[value]
+
+
+def official_configuration(
+    state: Mapping[str, Tensor], image_size: int | Sequence[int] = 32
+) -> dict[str, Any]:
+    """Arguments of :func:`pool_flow` read off an official state dict's names and shapes.
+
+    Args:
+        state: the state dict.
+        image_size: height and width, of which no parameter tells.
+
+    Raises:
+        ValueError: for a state dict that is not of a PoolFlow.
+    """
+    layers: dict[int, set[str]] = {}
+    for name in state:
+        match = re.match(r"transforms\.(\d+)\.(.+)", name)
+        if match:
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    couplings = [i for i, names in layers.items() if i and _is_coupling(names)]
+    cuts = [i for i, names in layers.items() if i and "decoder.buffer" in names]
+    if not couplings or "base_dist.loc" not in state or "transforms.0.ldj_per_dim" not in state:
+        raise ValueError(
+            "official weights: expected the state dict of a PoolFlow with couplings "
+            "(transforms.N.coupling_net...), base_dist.loc and transforms.0.ldj_per_dim, got "
+            f"{len(state)} names such as {next(iter(state), 'none')!r}"
+        )
+    scales = len(cuts) + 1
+    if len(couplings) % scales:
+        raise ValueError(
+            f"official weights: {len(couplings)} couplings do not part into {scales} scales"
+        )
+    net = f"transforms.{min(couplings)}.coupling_net.0"
+    depth = 0
+    while f"{net}.1.dense.{depth}.nn.0.weight" in state:
+        depth += 1
+    if not depth:
+        raise ValueError(f"official weights: expected dense layers {net}.1.dense.0.nn...")
+    blocks = 1
+    while f"{net}.{blocks + 1}.dense.0.nn.0.weight" in state:
+        blocks += 1
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    arguments: dict[str, Any] = {
+        "shape": (state[f"{net}.0.weight"].shape[1] // 2, height, width),
+        # a slice has a squeeze, without parameters, before it; pooling follows the last coupling
+        "downsampling": "slice" if any(c - 1 not in layers for c in cuts) else "max_pool",
+        "num_bits": round(-float(state["transforms.0.ldj_per_dim"]) / math.log(2)),
+        "num_scales": scales,
+        "num_steps": len(couplings) // scales,
+        "mid_channels": state[f"{net}.0.weight"].shape[0],
+        "depth": depth,
+        "growth": state[f"{net}.1.dense.0.nn.2.weight"].shape[0],
+        "gated": f"{net}.1.dense.{depth}.conv.weight" in state,
+        "num_blocks": blocks,
+        "actnorm": any("log_scale" in names for names in layers.values()),
+        "dequantization": "uniform",
+    }
+    inner = {re.sub(r"^encoder\.", "", name) for name in layers[0] if name.startswith("encoder.")}
+    if inner:
+        first = "transforms.0.encoder.transforms.1.coupling_net.0.0.weight"
+        arguments["dequantization"] = "variational"
+        arguments["dequant_steps"] = len(
+            {name.split(".")[1] for name in inner if ".coupling_net." in name}
+        )
+        if first in state:
+            half = 2 * arguments["shape"][0]
+            arguments["context_channels"] = state[first].shape[1] - half
+    return arguments
+
+
+def _is_coupling(names: set[str]) -> bool:
+    return any(name.startswith("coupling_net.") for name in names)
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def official_names(flow: Flow) -> dict[str, str]:
+    """Official name -> our name, for every parameter of a :func:`pool_flow`.
+
+    Raises:
+        ValueError: for a flow with a layer that the official model has not.
+    """
+    ours = {id(module): name for name, module in flow.named_modules()}
+    names: dict[str, str] = {}
+
+    def plain(module: nn.Module, prefix: str, parts: Sequence[str]) -> None:
+        for part in parts:
+            names[f"{prefix}.{part}"] = f"{ours[id(module)]}.{part}"
+
+    def dense(block: DenseBlock, prefix: str) -> None:
+        for i, layer in enumerate(block.layers):
+            plain(layer.mix, f"{prefix}.{i}.nn.0", ("weight", "bias"))
+            plain(layer.grow, f"{prefix}.{i}.nn.2", ("weight", "bias"))
+        last = f"{prefix}.{len(block.layers)}"
+        if isinstance(block.outlet, GatedConv2d):
+            plain(block.outlet.conv, f"{last}.conv", ("weight", "bias"))
+        else:
+            plain(block.outlet, last, ("weight", "bias"))
+
+    def layer_names(layer: Transform, prefix: str) -> None:
+        if isinstance(layer, Conv1x1) and layer.linear is None:
+            plain(layer, prefix, ("weight",))
+        elif isinstance(layer, ActNorm):
+            plain(layer, prefix, ("shift", "log_scale"))
+        elif isinstance(layer, AffineCoupling) and isinstance(layer.net, DenseNet):
+            net = f"{prefix}.coupling_net.0"
+            plain(layer.net.inlet, f"{net}.0", ("weight", "bias"))
+            for i, block in enumerate(layer.net.blocks):
+                dense(block, f"{net}.{i + 1}.dense")
+            outlet = f"{net}.{len(layer.net.blocks) + 1}"
+            plain(layer.net.outlet, outlet, ("weight", "bias"))
+        elif next(layer.parameters(), None) is not None:
+            raise ValueError(
+                f"official weights: the official model has no layer like {ours[id(layer)]}, "
+                f"{layer.label}"
+            )
+
+    for i, layer in enumerate(flow.transforms):
+        noise = _noise_of(layer)
+        if noise is None:
+            layer_names(layer, f"transforms.{i}")
+            continue
+        encoder = f"transforms.{i}.encoder"
+        plain(noise.flow.base, f"{encoder}.base_dist", ("loc", "log_scale"))
+        for j, inner in enumerate(_draws(noise)):
+            layer_names(inner, f"{encoder}.transforms.{j}")
+        embed: ImageEmbedding = noise.net
+        dense(embed.fine, f"{encoder}.context_init.1")
+        plain(embed.halve, f"{encoder}.context_init.2", ("weight", "bias"))
+        dense(embed.coarse, f"{encoder}.context_init.3")
+    plain(flow.base, "base_dist", ("loc", "log_scale"))
+    return names
+
+
+def _noise_of(layer: Transform) -> FlowDistribution | None:
+    """The flow inside a dequantization, None for any other layer."""
+    noise = layer.transform.noise if isinstance(layer, Dequantization) else None
+    return noise if isinstance(noise, FlowDistribution) else None
+
+
+def _draws(noise: FlowDistribution) -> Sequential:
+    """The layers of :func:`flow_noise` in the direction that draws."""
+    turned = noise.flow.transforms[0]
+    if not (isinstance(turned, Inverse) and isinstance(turned.transform, Sequential)):
+        raise ValueError("official weights: expected the dequantizer of pool_flow")
+    return turned.transform
+
+
+def official_constants(flow: Flow) -> dict[str, float | None]:
+    """Official name -> value, for the constants in its state dict; None where any value will do."""
+    constants: dict[str, float | None] = {}
+    for i, layer in enumerate(flow.transforms):
+        prefix = f"transforms.{i}"
+        if isinstance(layer, Dequantization):
+            constants[f"{prefix}.ldj_per_dim"] = -math.log(layer.transform.num_levels)
+            noise = _noise_of(layer)
+            if noise is not None:
+                last = len(_draws(noise)) - 1
+                constants[f"{prefix}.encoder.transforms.{last}.temperature"] = 1.0
+        elif isinstance(layer, Affine):
+            constants[f"{prefix}._scale"] = 1.0
+            constants[f"{prefix}._shift"] = -0.5
+        elif isinstance(layer, MaxPool2d | Slice):
+            constants[f"{prefix}.decoder.buffer"] = None
+        elif isinstance(layer, ActNorm):
+            constants[f"{prefix}.initialized"] = None
+    return constants
+
+
+# Converting --------------------------------------------------------------------------------------
+
+
+def convert_official(state: Mapping[str, Tensor], flow: Flow) -> dict[str, Tensor]:
+    """An official state dict as one for ``flow``, which supplies its own buffers.
+
+    Args:
+        state: the official state dict.
+        flow: a :func:`pool_flow` of the same configuration.
+
+    Raises:
+        ValueError: for names that are missing or too many, a shape that does not fit, a constant
+            with another value, or values that are not finite.
+    """
+    names, constants = official_names(flow), official_constants(flow)
+    missing = [name for name in names if name not in state]
+    surplus = [name for name in state if name not in names and name not in constants]
+    if missing or surplus:
+        raise ValueError(
+            "official weights: the names are not those of this configuration: "
+            + "; ".join(
+                f"{len(some)} {what} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})"
+                for what, some in (("missing", missing), ("unexpected", surplus))
+                if some
+            )
+        )
+    for name, value in constants.items():
+        if value is None or name not in state:
+            continue
+        got = state[name]
+        if got.numel() != 1 or not math.isclose(float(got), value, rel_tol=1e-5):
+            raise ValueError(
+                f"official weights: expected {name} = {value:.6g}, got {got.flatten().tolist()}"
+            )
+    converted = dict(flow.state_dict())
+    for name, own in names.items():
+        value, like = state[name], converted[own]
+        # theirs has a dimension for the batch, and actnorm those for the pixels
+        if _without_ones(value.shape) != _without_ones(like.shape):
+            raise ValueError(
+                f"official weights: expected {name} of shape {tuple(like.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.device.type != "meta" and not bool(value.isfinite().all()):
+            raise ValueError(f"official weights: {name} has values that are not finite")
+        converted[own] = value.reshape(like.shape).to(like.dtype)
+    for i, layer in enumerate(flow.transforms):
+        if isinstance(layer, ActNorm):
+            own = f"transforms.transforms.{i}.initialised"
+            set_before = state.get(f"transforms.{i}.initialized")
+            ready = True if set_before is None else bool(set_before.bool().all())
+            converted[own] = torch.tensor(ready)
+    return converted
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the ones in front of and behind it."""
+    sizes = list(shape)
+    while sizes and sizes[0] == 1:
+        del sizes[0]
+    while sizes and sizes[-1] == 1:
+        del sizes[-1]
+    return tuple(sizes)
+
+
+def load_official(flow: Flow, state: Mapping[str, Tensor]) -> Flow:
+    """Copy an official state dict into ``flow``, which comes back.
+
+    Args:
+        flow: a :func:`pool_flow` of the same configuration.
+        state: the official state dict; see :func:`read_tensors`.
+
+    Raises:
+        ValueError: see :func:`convert_official`; ``flow`` is then as it was.
+    """
+    flow.load_state_dict(convert_official(state, flow), strict=True)
+    return flow
+
+
+def official_flow(state: Mapping[str, Tensor], image_size: int | Sequence[int] = 32) -> Flow:
+    """A :func:`pool_flow` with the configuration and weights of an official state dict.
+
+    Args:
+        state: the official state dict; see :func:`read_tensors`.
+        image_size: height and width of the images.
+
+    Raises:
+        ValueError: for a state dict that is not of a PoolFlow.
+    """
+    return load_official(pool_flow(**official_configuration(state, image_size)), state).eval()
