@@ -45,7 +45,7 @@ def require(ok: Tensor, where: str, expected: str, got: Tensor) -> None:
     """
     if not values_are_checked() or bool(ok.all()):
         return
-    bad = got.detach().broadcast_to(ok.shape)[~ok]
+    bad = got.detach().broadcast_to(ok.shape)[~ok].double()  # not every integer has a minimum
     raise ValueError(
         f"{where}: expected {expected}, got {bad.numel()} values outside it, "
         f"from {bad.min().item():.6g} to {bad.max().item():.6g}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Sequential, Transform
+from surflow.transforms.base import Sequential, Transform, has_estimates
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Flow(nn.Module):
     @property
     def estimated(self) -> bool:
         """Whether ``log_prob`` is a random estimate of what it otherwise would be, unbiased."""
-        return self.transforms.estimated
+        return self.transforms.estimated or has_estimates(self.base)
 
     @property
     def conditional(self) -> bool:
@@ -235,7 +235,7 @@ class Flow(nn.Module):
                     mean=part.mean().item(),
                     standard_error=(deviation / len(part) ** 0.5).item(),
                     finite=bool(part.isfinite().all()) and bool(z.isfinite().all()),
-                    estimate=isinstance(layer, Transform) and layer.estimated,
+                    estimate=has_estimates(layer),
                 )
             )
         return Ledger(tuple(rows), count=x.shape[0])
@@ -253,6 +253,12 @@ class Flow(nn.Module):
         return None
 
 
+def _unnested(transforms: Sequential) -> Iterator[Transform]:
+    """The layers, those of nested sequences too, data side first."""
+    for t in transforms:
+        yield from _unnested(t) if isinstance(t, Sequential) else (t,)
+
+
 class FlowDistribution(Distribution):
     r"""A flow as a distribution: the posterior of a VAE layer, a dequantizer, a prior.
 
@@ -263,7 +269,8 @@ class FlowDistribution(Distribution):
 
     Args:
         flow: an exact flow (not a lower bound), conditional or not.
-        event_shape: the shape of x; None: the flow's own, as its first layer or its base say.
+        event_shape: the shape of x; None: the flow's own, as the first layer that has one or the
+            base say.
         embed: a net through which the context goes once, before every layer and the base.
 
     Raises:
@@ -282,9 +289,9 @@ class FlowDistribution(Distribution):
         if flow.lower_bound:
             raise ValueError("FlowDistribution: expected an exact flow, got one that gives a bound")
         if event_shape is None:
-            event_shape = flow.transforms.event_shape
-            if event_shape is None:
-                event_shape = flow.base.event_shape
+            # layers that take any shape keep it, up to the first one that says
+            known = (t.event_shape for t in _unnested(flow.transforms) if t.event_shape is not None)
+            event_shape = next(known, flow.base.event_shape)
             if any(s is None for s in event_shape):
                 raise ValueError("FlowDistribution: the flow takes any shape: give event_shape")
         super().__init__(event_shape, net=embed)

@@ -262,7 +262,7 @@ def _pairwise(decoder: Distribution, nodes: Tensor) -> Callable[[Tensor], Tensor
 def _augmentation(layer: Inverse, rules: _Rules) -> Callable[[Tail], Tail]:
     grid = rules.next_grid(layer)
     rules.say(f"quadrature on {grid.points} points an added dimension")
-    shape = layer.transform.decoder.event_shape
+    shape, dim = layer.transform.decoder.event_shape, layer.transform.dim
 
     def make(tail: Tail) -> Tail:
         def log_prob(x: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def _augmentation(layer: Inverse, rules: _Rules) -> Callable[[Tail], Tail]:
 
             def rows(part: Tensor) -> Tensor:
                 added = nodes.repeat(len(part), *[1] * (nodes.dim() - 1))
-                joint = torch.cat([part.repeat_interleave(count, 0), added], dim=1)
+                joint = torch.cat([part.repeat_interleave(count, 0), added], dim=dim)
                 return torch.logsumexp(tail(joint).view(-1, count), 1) + log_volume
 
             return _in_chunks(rows, (_CHUNK >> 5) // count, x)

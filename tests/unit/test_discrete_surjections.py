@@ -905,3 +905,10 @@ def test_augment_generates_without_scoring():
     layer = Augment(NeverScored(1), keep=2)
     z = torch.randn(5, 3)
     assert torch.equal(layer.inverse(z), z[:, :2])
+
+
+def test_messages_for_every_integer_dtype():
+    for dtype in (torch.uint8, torch.uint16, torch.int8, torch.int32):
+        x = torch.tensor([[1, 5]], dtype=dtype)
+        with pytest.raises(ValueError, match="expected levels 0 to 3, got 1 values outside it"):
+            Dequantization(4)(x)

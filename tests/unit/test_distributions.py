@@ -19,6 +19,7 @@ from surflow.distributions import (
     StandardNormal,
     Uniform,
 )
+from surflow.distributions.base import draw_index
 from surflow.nets import MLP
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -26,6 +27,14 @@ pytestmark = pytest.mark.usefixtures("double")
 LOC = [0.5, -1.0, 2.0]
 SCALE = [0.3, 1.0, 2.5]
 X = torch.linspace(-4, 4, 33, dtype=torch.float64).unsqueeze(1) + torch.tensor(LOC).double()
+
+
+def test_a_drawn_index_is_that_of_multinomial():
+    p = torch.rand(1000, 5).softmax(-1)
+    torch.manual_seed(1)
+    expected = torch.multinomial(p, 1)
+    torch.manual_seed(1)
+    assert torch.equal(draw_index(p), expected)
 
 
 class Table(nn.Module):

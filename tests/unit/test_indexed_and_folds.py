@@ -112,6 +112,22 @@ def test_folded_likelihood_is_a_density_whose_samples_follow_it():
     assert (counts - expected).abs().max() < 5 * (expected.max() / 200_000).sqrt()
 
 
+def test_unfolded_values_stay_inside_in_float32():
+    fold = IntervalFold(1, 0, 5, -1.3, 2.7, learn_edges=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(fold.widths)
+        z = torch.cat([torch.zeros(200, 1), torch.ones(200, 1)]).float()
+        single = fold.float()
+        single(single.inverse(z))  # refuses what lies outside
+
+
+def test_an_empty_batch():
+    fold = IntervalFold(1, 0, 3, 0.0, 1.0)
+    assert fold.inverse(torch.zeros(0, 1)).shape == (0, 1)
+    assert Categorical((2,), 3).sample(0).shape == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

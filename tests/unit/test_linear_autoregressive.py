@@ -289,7 +289,10 @@ def test_inverse_autoregressive_samples_in_one_pass(monkeypatch, double):
             lambda: layer_of("spline", bound=None).inverse(torch.full((2, 4), 1.5)),
             "RationalQuadraticSpline.inverse: expected values in [0, 1]",
         ),
-        (lambda: MaskedAffineAutoregressive(2, "cube"), "scale: expected one of exp"),
+        (
+            lambda: MaskedAffineAutoregressive(2, "cube"),
+            "AffineMap: expected scale to be one of exp",
+        ),
         (lambda: MaskedSplineAutoregressive(2, num_bins=1), "expected num_bins >= 2"),
         (lambda: MaskedLogisticMixtureAutoregressive(2, 0), "expected num_components >= 1"),
     ],

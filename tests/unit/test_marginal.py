@@ -244,6 +244,13 @@ def test_nested_and_turned_layers_are_unfolded():
     assert torch.allclose(marginal_log_prob(turned, x).log_prob, expected)
 
 
+def test_an_augmentation_along_another_dimension():
+    flow = Flow(StandardNormal((2, 2)), [Augment(DiagonalNormal((2, 1), scale=1.5), 1, dim=2)])
+    x = torch.randn(5, 2, 1)
+    found = marginal_log_prob(flow, x, Grid(8.0, 61)).log_prob
+    assert torch.allclose(found, StandardNormal((2, 1)).log_prob(x), atol=1e-8)
+
+
 def test_errors():
     x = torch.randn(3, 2)
     with pytest.raises(ValueError, match="does not know how to sum out StochasticPermutation"):

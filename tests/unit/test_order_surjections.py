@@ -512,6 +512,15 @@ def test_max_bad_input():
         MaxInference((3,), net=nn.Linear(1, 2)).inverse(torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"MaxGenerative.forward: expected shape \(batch, 1\)"):
         MaxGenerative((3,))(torch.zeros(2, 3))
+    above = MaxInference((3,), StandardNormal((2,)))  # draws of both signs for a distance
+    with pytest.raises(ValueError, match=r"MaxInference.inverse: expected a decoder whose draws"):
+        above.inverse(torch.zeros(50, 1))
+
+
+def test_max_of_an_empty_batch():
+    z, ldj = MaxInference((3,))(torch.zeros(0, 3))
+    assert z.shape == (0, 1)
+    assert ldj.shape == (0,)
 
 
 # Max pooling -------------------------------------------------------------------------------------

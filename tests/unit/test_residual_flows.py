@@ -14,7 +14,18 @@ from surflow.distributions import DiagonalNormal
 from surflow.flow import Flow, FlowDistribution
 from surflow.nets import MLP, LipschitzMLP
 from surflow.nets.lipschitz import LIPSCHITZ_ACTIVATIONS, LipschitzLinear, LipSwish
-from surflow.transforms import Continuous, Inverse, Planar, Radial, Residual, Sequential, Sylvester
+from surflow.objectives import iwbo
+from surflow.transforms import (
+    Augment,
+    Continuous,
+    Inverse,
+    Planar,
+    Radial,
+    Residual,
+    Sequential,
+    Slice,
+    Sylvester,
+)
 from surflow.transforms.bijections.planar import MARGIN, slope_of, solve_tanh
 from surflow.transforms.bijections.residual import value_and_jacobian
 from surflow.transforms.bijections.sylvester import orthonormal_columns
@@ -461,6 +472,31 @@ def test_estimated_says_what_is_estimated():
     field = MLP(3, 2, [4], "tanh")
     assert not Continuous(field, solver="rk4").estimated
     assert Continuous(field, solver="rk4", trace="hutchinson").estimated
+
+
+def test_an_estimate_inside_a_distribution_is_not_called_exact():
+    inner = Flow(DiagonalNormal((3,)), [residual_pair("power_series")[0]])
+    q = FlowDistribution(inner)
+    as_layer, as_base = Flow(DiagonalNormal((1,)), [Slice(q, keep=1)]), Flow(q, [])
+    x = torch.randn(5, 4)
+    assert as_layer.estimated
+    assert [row.number for row in as_layer.ledger(x)] == ["estimate", "exact"]
+    assert as_base.estimated
+    assert [row.number for row in as_base.ledger(x[:, :3])] == ["estimate"]
+    assert not Flow(DiagonalNormal((3,)), [residual_pair("exact")[0]]).estimated
+    with pytest.raises(ValueError, match="expected exact contributions"):
+        iwbo(Flow(DiagonalNormal((4,)), [Augment(q, keep=1)]), x[:, :1], num_samples=2)
+
+
+def test_an_adaptive_solver_takes_half_precision_under_autocast():
+    layer = Continuous(MLP(3, 2, [4], "tanh", context_features=1))
+    x, context = torch.randn(4, 2), torch.randn(4, 1)
+    expected, expected_ldj = layer(x.bfloat16().float(), context.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        z, ldj = layer(x.bfloat16(), context.bfloat16())
+    assert z.dtype == torch.bfloat16
+    assert torch.allclose(z.float(), expected, rtol=0.01, atol=0.01)
+    assert torch.allclose(ldj, expected_ldj, atol=1e-4)
 
 
 def test_an_estimating_layer_undoes_itself_and_follows_the_generator():

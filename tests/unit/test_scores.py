@@ -6,13 +6,19 @@ import math
 import pytest
 import torch
 
-from surflow.distributions import Categorical, DiagonalNormal, StandardNormal
+from surflow.distributions import (
+    Categorical,
+    DiagonalNormal,
+    DiagonalNormalMixture,
+    Mixture,
+    StandardNormal,
+)
 from surflow.flow import Flow
 from surflow.nets import MLP
 from surflow.objectives import elbo, iwbo
 from surflow.proofs import double_precision
 from surflow.scores import close_tape, open_tape, record_score
-from surflow.transforms import AbsGenerative
+from surflow.transforms import AbsGenerative, Augment
 
 ROWS = 100_000
 
@@ -83,6 +89,30 @@ def test_discrete_encoder_is_recorded():
     close_tape()
     assert len(tape) == 1
     assert tape[0] is log_q
+
+
+@pytest.mark.parametrize("kind", [Mixture, DiagonalNormalMixture])
+def test_gradient_through_the_choice_of_a_mixture(kind):
+    if kind is Mixture:
+        parts = [DiagonalNormal((1,), loc, 0.6, learn=True) for loc in (-1.0, 1.5)]
+        encoder = Mixture(parts, [0.3, 0.7], learn=True)
+    else:
+        encoder = DiagonalNormalMixture((1,), 2)
+        with torch.no_grad():
+            encoder.logits.copy_(torch.tensor([0.3, 0.7]).log())
+            encoder.loc.copy_(torch.tensor([[-1.0], [1.5]]))
+            encoder.log_scale.fill_(math.log(0.6))
+    base = DiagonalNormal((2,), [0.0, 0.8], [1.0, 0.9])
+    parameters = list(encoder.parameters())
+    u = torch.linspace(-12, 12, 20_001).unsqueeze(1)
+    log_q = encoder.log_prob(u)
+    log_p = base.log_prob(torch.cat([torch.zeros_like(u), u], 1))
+    bound = (log_q.exp() * (log_p - log_q)).sum() * 24 / 20_000
+    truth = torch.autograd.grad(bound, parameters)
+    flow = Flow(base, [Augment(encoder, keep=1)])
+    found = torch.autograd.grad(elbo(flow, torch.zeros(ROWS, 1)).mean(), parameters)
+    for a, b in zip(found, truth, strict=True):
+        assert (a - b).abs().max() < 0.02 * max(t.abs().max() for t in truth)
 
 
 def test_no_tape_no_record():

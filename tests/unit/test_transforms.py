@@ -470,7 +470,10 @@ def test_box_to_real_follows_a_state_dict_with_other_edges():
         (lambda: Tanh()(torch.ones(3, 2), torch.ones(2, 1)), "expected a context of 3 rows, got"),
         (lambda: Tanh()(torch.ones(1, 2), [1.0]), "expected the context as a tensor, got list"),
         (lambda: Affine((2,), scale=0.0), "expected a scale other than 0"),
-        (lambda: Affine((2,), shift=[1.0, 2.0, 3.0]), "must broadcast to the event (2,)"),
+        (
+            lambda: Affine((2,), shift=[1.0, 2.0, 3.0]),
+            "broadcast to the event (2,), got shapes (3,)",
+        ),
         (
             lambda: Affine((2,), net=MLP(1, 3, [2]))(torch.ones(4, 2), torch.ones(4, 1)),
             "Affine: expected the net to give shape (batch, 4), got (4, 3)",
@@ -499,17 +502,28 @@ def test_box_to_real_follows_a_state_dict_with_other_edges():
             lambda: AffineCoupling(MLP(1, 3, [2]))(torch.ones(4, 2)),
             "AffineCoupling.forward: expected the net to give shape (4, 2), got (4, 3)",
         ),
+        (
+            lambda: AffineCoupling(MLP(2, 4, [2]))(torch.ones(4, 6)),
+            "AffineCoupling.forward: expected 2 features for the net, got shape (4, 3)",
+        ),
+        (
+            lambda: Reverse(dim=2).inverse(torch.ones(4, 2)),
+            "Reverse.inverse: expected a dimension 2, got shape (4, 2)",
+        ),
         (lambda: AffineCoupling(MLP(1, 2), split="odd"), "one of half, alternate or a positive"),
         (lambda: AffineCoupling(MLP(1, 2), split=0), "positive int, got 0"),
         (
             lambda: AffineCoupling(MLP(1, 2), split=2).inverse(torch.ones(1, 2)),
-            "AffineCoupling.inverse: split 2 leaves a part of 2 channels empty",
+            "AffineCoupling.inverse: expected channels that split 2 parts in two, got shape (1, 2)",
         ),
         (
             lambda: AdditiveCoupling(MLP(2, 2), mask=torch.ones(3))(torch.ones(1, 2)),
             "expected a mask that broadcasts to (2,), got (3,)",
         ),
-        (lambda: AffineMap("square"), "expected one of exp, softplus, sigmoid, tanh_exp"),
+        (
+            lambda: AffineMap("square"),
+            "AffineMap: expected scale to be one of exp, softplus, sigmoid, tanh_exp",
+        ),
         (lambda: LeakyReLU(0.0), "expected slope > 0, got 0.0"),
         (lambda: BoxToReal([0.0], [0.0]), "expected low < high"),
         (lambda: BoxToReal([0.0], [1.0, 2.0]), "expected low < high"),

@@ -266,7 +266,8 @@ def prove_layer(spec: str, n: int, seed: int, backend: str) -> Row:
             row.seconds = time.perf_counter() - start
             return row
         row.kind = example.transform.kind
-        row.number = "bound" if example.transform.lower_bound else "exact"
+        layer = example.transform
+        row.number = "bound" if layer.lower_bound else "estimate" if layer.estimated else "exact"
         for proof in prove(example, n, seed, backend):
             row.proofs.append(_plain(asdict(proof)))
             if not proof.ok:

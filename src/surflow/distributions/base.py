@@ -162,6 +162,16 @@ class Distribution(nn.Module, ABC):
         return out.unflatten(1, (self.event_shape[0], count)).unbind(2)
 
 
+def draw_index(probabilities: Tensor) -> Tensor:
+    """One index along the last dimension, (..., K) -> (..., 1), int64.
+
+    A race of exponentials, which is what ``torch.multinomial`` runs, draw for draw; but that also
+    looks at the values, for which a GPU has to wait.
+    """
+    p = probabilities.detach()
+    return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+
+
 def sum_event(values: Tensor) -> Tensor:
     """Sum over everything but the batch, in float32 or better: (B, *event) -> (B,)."""
     if values.dtype in (torch.float16, torch.bfloat16):

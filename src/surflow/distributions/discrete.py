@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import Distribution, expand_to, sum_event
+from surflow.distributions.base import Distribution, draw_index, expand_to, sum_event
 
 
 class Bernoulli(Distribution):
@@ -131,5 +131,4 @@ class Categorical(Distribution):
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         logits = self.log_probabilities(context) / temperature
         p = logits.softmax(-1).expand(n, *self.event_shape, self.num_classes)
-        flat = torch.multinomial(p.reshape(-1, self.num_classes), 1)
-        return flat.reshape(n, *self.event_shape)
+        return draw_index(p.contiguous()).squeeze(-1)

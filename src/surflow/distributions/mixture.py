@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import Distribution, sum_event
+from surflow.distributions.base import Distribution, draw_index, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
+from surflow.scores import record_score
 
 
 class Mixture(Distribution):
@@ -63,6 +64,8 @@ class Mixture(Distribution):
         if n == 0:
             return draws[0]
         index = torch.multinomial(self.logits.softmax(0), n, replacement=True)
+        if not self.discrete:  # one that is records the whole of its log-mass
+            record_score(F.log_softmax(self.logits, 0)[index])
         return draws[index, torch.arange(n, device=index.device)]
 
 
@@ -136,7 +139,9 @@ class DiagonalNormalMixture(Distribution):
         shape = (n, self.num_components, *self.event_shape)
         if n == 0:
             return loc.new_empty((0, *self.event_shape))
-        index = torch.multinomial(log_weight.exp().expand(n, -1), 1).squeeze(1)
+        log_weight = log_weight.expand(n, -1)
+        index = draw_index(log_weight.exp()).squeeze(1)
         rows = torch.arange(n, device=index.device)
+        record_score(log_weight[rows, index])
         loc, log_scale = loc.expand(shape)[rows, index], log_scale.expand(shape)[rows, index]
         return loc + torch.exp(log_scale) * temperature * torch.randn_like(loc)

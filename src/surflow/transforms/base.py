@@ -62,6 +62,11 @@ def takes_context(module: nn.Module | None) -> bool:
 
 def run_net(net: nn.Module, x: Tensor, context: Tensor | None, where: str) -> Tensor:
     """Evaluate ``net`` on ``x``, with the context if it is one that takes it."""
+    features = getattr(net, "in_features", None)
+    if isinstance(features, int) and x.dim() == 2 and x.shape[1] != features:
+        raise ValueError(
+            f"{where}: expected {features} features for the net, got shape {tuple(x.shape)}"
+        )
     if not takes_context(net):
         return net(x)
     if context is None:
@@ -121,7 +126,8 @@ class Transform(nn.Module, ABC):
         compiles: both directions go through ``torch.compile(fullgraph=True)``.
         why_not_compiled: where they do not, one sentence that says why.
         estimated: the contribution is a random, unbiased estimate of V(x, z), such as that of a
-            log-determinant by random probes. The number is then neither exact nor a bound.
+            log-determinant by random probes, here or in a part of this layer. The number is then
+            neither exact nor a bound.
     """
 
     bijective: ClassVar[bool]
@@ -129,7 +135,6 @@ class Transform(nn.Module, ABC):
     stochastic_inverse: ClassVar[bool]
     compiles: ClassVar[bool] = True
     why_not_compiled: ClassVar[str] = ""
-    estimated: ClassVar[bool] = False
 
     event_shape: tuple[int | None, ...] | None = None
     latent_shape: tuple[int | None, ...] | None = None
@@ -225,6 +230,11 @@ class Transform(nn.Module, ABC):
         return self.stochastic_forward
 
     @property
+    def estimated(self) -> bool:
+        """Whether the contribution is a random, unbiased estimate of V(x, z)."""
+        return any(has_estimates(m) for m in self.children())
+
+    @property
     def conditional(self) -> bool:
         """Whether this layer reads the context."""
         return any(takes_context(m) for m in self.children())
@@ -298,6 +308,11 @@ def kind_of(bijective: bool, stochastic_forward: bool, stochastic_inverse: bool)
     if stochastic_forward:
         return "surjective (generative)"
     return "surjective (inference)"
+
+
+def has_estimates(module: nn.Module) -> bool:
+    """Whether it has, or is, a transform whose contribution is a random estimate."""
+    return any(isinstance(m, Transform) and m.estimated for m in module.modules())
 
 
 def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

@@ -59,7 +59,9 @@ class AffineMap(ElementwiseMap):
 
     def __init__(self, scale: str = "exp") -> None:
         if scale not in LOG_SCALES:
-            raise ValueError(f"scale: expected one of {', '.join(LOG_SCALES)}, got {scale!r}")
+            raise ValueError(
+                f"AffineMap: expected scale to be one of {', '.join(LOG_SCALES)}, got {scale!r}"
+            )
         self.scale = scale
         self.log_scale = LOG_SCALES[scale]
 
@@ -158,8 +160,8 @@ class Affine(Transform):
             shift, scale = (t.expand(self.event_shape).clone() for t in (shift, scale))
         except RuntimeError:
             raise ValueError(
-                f"Affine: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must "
-                f"broadcast to the event {self.event_shape}"
+                f"Affine: expected shift and scale that broadcast to the event {self.event_shape}, "
+                f"got shapes {tuple(shift.shape)} and {tuple(scale.shape)}"
             ) from None
         self.register_buffer("sign", scale.sign())
         if learn:

@@ -178,6 +178,12 @@ class Continuous(Transform):
         equation then gives its gradient too.
         """
         where = self.where(method)
+        dtype = value.dtype
+        if self.solver in ADAPTIVE and torch.is_autocast_enabled(value.device.type):
+            # f is evaluated outside autocast, by weights that are not in half precision
+            value = value.to(work_dtype(value))
+            if context is not None and context.is_floating_point():
+                context = context.to(value.dtype)
         rows = value.flatten(1).to(work_dtype(value))
         probe = rademacher(rows) if with_ldj and self.estimated else None
         carried = self.adjoint and context is not None and context.is_floating_point()
@@ -208,7 +214,7 @@ class Continuous(Transform):
         else:
             with torch.autocast(value.device.type, enabled=False):
                 state = self._adaptive(derivative, state, start, end, value.dtype)
-        other = state[0].to(value.dtype).view(value.shape)
+        other = state[0].to(dtype).view(value.shape)
         if not with_ldj:
             return other, None
         # backwards the integral runs from T to 0

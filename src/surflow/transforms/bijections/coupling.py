@@ -89,8 +89,8 @@ class Coupling(Transform):
             first, second = x[:, :size], x[:, size:]
         if first.shape[1] == 0 or second.shape[1] == 0:
             raise ValueError(
-                f"{self.where(method)}: split {self.split!r} leaves a part of "
-                f"{channels} channels empty"
+                f"{self.where(method)}: expected channels that split {self.split!r} parts in two, "
+                f"got shape {tuple(x.shape)}"
             )
         return (second, first) if self.swap else (first, second)
 

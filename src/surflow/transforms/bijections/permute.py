@@ -91,6 +91,9 @@ class Reverse(Transform):
     Args:
         dim: the dimension it acts on; 1 is the first after the batch.
 
+    Raises:
+        ValueError: for dim < 1, or an x without that dimension.
+
     Cost: O(D) a row; forward and inverse alike.
 
     Source: Papamakarios et al. 2017, arXiv 1705.07057 (between autoregressive layers).
@@ -111,10 +114,17 @@ class Reverse(Transform):
         self.dim = dim
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x.flip(self.dim), zero_ldj(x)
+        return self._flip(x, "forward"), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return z.flip(self.dim)
+        return self._flip(z, "inverse")
+
+    def _flip(self, x: Tensor, method: str) -> Tensor:
+        if x.dim() <= self.dim:
+            raise ValueError(
+                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
+            )
+        return x.flip(self.dim)
 
     @classmethod
     def example(cls) -> Example:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from surflow.checks import require
 from surflow.distributions.base import as_shape
 from surflow.scores import record_score
-from surflow.transforms.base import Example, Inverse, Transform, run_net, sum_event
+from surflow.transforms._nets import net_output
+from surflow.transforms.base import Example, Inverse, Transform, sum_event
 
 
 class AbsInference(Transform):
@@ -94,14 +95,8 @@ class AbsInference(Transform):
         """Logits of P(x >= 0) at the folded coordinates, (B, C_folded, ...)."""
         if self.net is None:
             return self.logit.expand(z.shape[0], *self.logit.shape)
-        out = run_net(self.net, z, context, self.where(method)).to(z.dtype)
         expected = (z.shape[0], len(self.element), *z.shape[2:])
-        if tuple(out.shape) != expected:
-            raise ValueError(
-                f"{self.where(method)}: expected the net to give shape {expected}, "
-                f"got {tuple(out.shape)}"
-            )
-        return out
+        return net_output(self, self.net, z, context, expected, method)
 
     def _score(self, positive: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
         logits = self._logits(z, context, method)

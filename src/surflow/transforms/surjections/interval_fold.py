@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape
+from surflow.distributions.base import as_shape, draw_index
 from surflow.scores import record_score
-from surflow.transforms.base import Example, Transform, run_net
+from surflow.transforms._nets import net_output
+from surflow.transforms.base import Example, Transform
 
 
 class IntervalFold(Transform):
@@ -104,13 +105,8 @@ class IntervalFold(Transform):
         """log p(k|z), (B, K), nats."""
         if self.net is None:
             return F.log_softmax(self.logits, 0).expand(z.shape[0], -1)
-        out = run_net(self.net, z, context, self.where(method)).to(z.dtype)
-        if tuple(out.shape) != (z.shape[0], self.num_intervals):
-            raise ValueError(
-                f"{self.where(method)}: expected the net to give shape "
-                f"{(z.shape[0], self.num_intervals)}, got {tuple(out.shape)}"
-            )
-        return F.log_softmax(out, 1)
+        shape = (z.shape[0], self.num_intervals)
+        return F.log_softmax(net_output(self, self.net, z, context, shape, method), 1)
 
     def _replace(self, value: Tensor, column: Tensor) -> Tensor:
         e = self.element
@@ -134,13 +130,14 @@ class IntervalFold(Transform):
         expected = f"coordinate {self.element} in [0, 1]"
         require(inside, self.where("inverse"), expected, value)
         log_gate = self.log_gate(z, context, "inverse")
-        index = torch.multinomial(log_gate.exp(), 1)
+        index = draw_index(log_gate.exp())
         log_probability = log_gate.gather(1, index).squeeze(1)
         record_score(log_probability)
         index = index.squeeze(1)
         left, width = (part.to(z.dtype) for part in self.edges())
         place = torch.where(self.turned[index], 1.0 - value, value)
-        x = self._replace(z, left[index] + width[index] * place)
+        # the sum of the widths may round to a little more than high - low
+        x = self._replace(z, (left[index] + width[index] * place).clamp(self.low, self.high))
         return x, log_probability - width.log()[index]
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require
 from surflow.distributions.base import Distribution, as_shape, sum_event
 from surflow.distributions.location_scale import HalfNormal
 from surflow.scores import record_score
@@ -110,7 +111,7 @@ class _Max(Transform):
 
     def _score_index(self, table: Tensor | None, index: Tensor, z: Tensor) -> Tensor:
         if table is None:
-            return zero_ldj(z) - z[0].numel() * math.log(self.num_elements)
+            return zero_ldj(z) - math.prod(z.shape[1:]) * math.log(self.num_elements)
         table = table.expand(index.shape[0], *table.shape[1:])
         return sum_event(table.gather(self.dim, index))
 
@@ -141,6 +142,9 @@ class _Max(Transform):
             index = (u >= steps).sum(self.dim, keepdim=True)
         rest = self._unpack(event.to(z.dtype))
         rest = top - rest if self.differences else rest
+        slack = 8 * torch.finfo(z.dtype).eps * (1 + top.abs())  # for a decoder's rounding
+        drawn = "a decoder whose draws lie at or below the max (how far above they lie)"
+        require(rest <= top + slack, self.where("inverse"), drawn, rest - top)
         return self._join(insert_one(top, rest, index, self.dim)), index
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
