@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal, Uniform
-from surflow.flow import Flow, Ledger
+from surflow.flow import Flow, FlowDistribution, Ledger
 from surflow.nets import MLP, LipschitzMLP
 from surflow.objectives import bits_per_dim, elbo, iwbo
 from surflow.transforms import (
@@ -25,8 +25,10 @@ from surflow.transforms import (
     Residual,
     Rotation,
     Sequential,
+    Slice,
     Softplus,
     SoftplusInverse,
+    Squeeze,
 )
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -479,3 +481,13 @@ def test_iwbo_refuses_estimates():
     assert iwbo(flow, x, num_samples=1).shape == (4,)
     with pytest.raises(ValueError, match="iwbo: expected exact contributions"):
         iwbo(flow, x, num_samples=2)
+
+
+def test_a_distribution_takes_its_shape_from_the_first_layer_that_has_one():
+    layers = [Logit(), Sequential([SoftplusInverse(), Slice(StandardNormal((2,)), keep=1)])]
+    q = FlowDistribution(Flow(StandardNormal((1,)), layers))
+    assert q.event_shape == (3,)
+    assert q.sample(4).shape == (4, 3)
+    assert FlowDistribution(Flow(StandardNormal((5,)), [Softplus()])).event_shape == (5,)
+    with pytest.raises(ValueError, match="give event_shape"):
+        FlowDistribution(Flow(StandardNormal((4, 2, 2)), [Logit(), Squeeze(2)]))
