@@ -165,7 +165,10 @@ def test_model_and_surjection(data, model, surjection):
         assert "expected real_line" in refused["unmapped"]
 
 
-@pytest.mark.parametrize("name", options("data"))
+IMAGES = [n for n in options("data") if "- _images" in (CONF / f"data/{n}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("name", sorted({*options("data")} - {*IMAGES}))  # test_image_data.py
 def test_data_group(name):
     cfg = compose([f"data={name}", *SIZES])
     data = build_data(cfg)
