@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Sequential, Transform, has_estimates
+from surflow.transforms.base import Sequential, Transform, has_estimates, number_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LedgerRow:
     @property
     def number(self) -> str:
         """'bound', 'estimate' or 'exact'."""
-        return "bound" if self.bound else "estimate" if self.estimate else "exact"
+        return number_of(self.bound, self.estimate)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Ledger(Sequence[LedgerRow]):
                 f"{r.layer:<{width}}  {r.kind:<{kind}}  {r.number:<14}  "
                 f"{r.mean:+.4f} ± {r.standard_error:.4f}"
             )
-        estimate = any(r.estimate for r in self.rows)
-        word = "bound" if self.lower_bound else "estimate" if estimate else "exact"
+        word = number_of(self.lower_bound, any(r.estimate for r in self.rows))
         name = "lower bound on log p(x)" if self.lower_bound else "log p(x)"
         lines.append(
             f"{'sum':<{width}}  {name:<{kind}}  {word:<14}  {self.total:+.4f}  "

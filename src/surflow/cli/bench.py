@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from surflow.cli.common import guarded, one_line_errors, relative
+from surflow.cli.common import guarded, one_line_errors, origin_line, relative
 from surflow.config import conf_dir
 from surflow.errors import UserError
 from surflow.models import coupling_flow, coupling_net
@@ -125,14 +125,6 @@ def stepper(
     return steps
 
 
-def origin() -> dict[str, object]:
-    """Commit, machine and versions: what a result is a result of."""
-    from surflow.training.record import commit, machine, versions
-
-    head, dirty = commit()
-    return {"commit": head, "dirty": dirty, "machine": machine(), "versions": versions()}
-
-
 def compiles(cfg: DictConfig) -> bool:
     """Whether ours is compiled: ``compile`` of the config, by default where it can be."""
     from surflow.training.module import can_compile
@@ -157,6 +149,7 @@ def bench(cfg: DictConfig) -> None:
 def bench_spline(cfg: DictConfig) -> dict[str, object]:
     """The second part; returns what is written to results/bench/spline.json."""
     from surflow.cli import bench_splines
+    from surflow.training.record import origin
 
     result = bench_splines.run(cfg.spline, compiles(cfg)) | origin()
     folder = Path(cfg.results_root) / "bench"
@@ -172,6 +165,7 @@ def bench_spline(cfg: DictConfig) -> dict[str, object]:
 def bench_step(cfg: DictConfig) -> dict[str, object]:
     """The first part; returns what is written to results/bench/step.json."""
     from surflow.data.synthetic import make_dataset
+    from surflow.training.record import origin
 
     if cfg.blocks < 3 or cfg.steps < 1:
         raise UserError(f"blocks and steps: expected >= 3 and >= 1, got {cfg.blocks}, {cfg.steps}")
@@ -281,10 +275,7 @@ def page(result: dict) -> str:
         f"{result['largest_difference_nats']:.1e} nats. Compilation and warm-up took "
         f"{result['warm_up_s']:.0f} s and are not in the times.",
         "",
-        f"Machine: {result['machine']['cpu']}, {result['machine']['cores']} cores; "
-        f"torch {result['versions']['torch']}; commit {result['commit'][:12]}"
-        + ("+dirty" if result["dirty"] else "")
-        + ". Written by `make bench`.",
+        origin_line(result, "make bench"),
         "",
     ]
     return "\n".join(lines)

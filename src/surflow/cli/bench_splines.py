@@ -32,6 +32,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from surflow.cli.common import origin_line
 from surflow.errors import UserError, close_match
 from surflow.flow import Flow
 from surflow.models import coupling_flow, coupling_net
@@ -204,7 +205,7 @@ def copy_weights(ours: Model, theirs: Model, cfg: DictConfig) -> None:
 class Contender:
     """One implementation in one mode, and its times in seconds a call, by task and block."""
 
-    library: str
+    package: str
     compiled: bool
     model: Model
     calls: dict[str, Callable[[], None]]
@@ -213,7 +214,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        return f"{self.library}, {'torch.compile' if self.compiled else 'eager'}"
+        return f"{self.package}, {'torch.compile' if self.compiled else 'eager'}"
 
 
 def contender(name: str, model: Model, compiled: bool, data: Tensor, n: int) -> Contender:
@@ -368,11 +369,11 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
         **found,
         "warm_up_s": round(warm_up, 2),
         "versions_of": {
-            one.library: version(one.library) for one in field_ if one.library != "surflow"
+            one.package: version(one.package) for one in field_ if one.package != "surflow"
         },
         "contenders": [
             {
-                "library": one.library,
+                "library": one.package,
                 "compiled": one.compiled,
                 "ms": {task: spread([1e3 * t for t in v]) for task, v in one.times.items()},
                 "last_loss": round(one.loss, 4),
@@ -387,10 +388,10 @@ def speedups(field_: Sequence[Contender]) -> list[dict[str, Any]]:
     """Ours against the fastest of the others, block by block, by task and mode."""
     rows = []
     for theirs_compiled in (False, True):
-        others = [c for c in field_ if c.library != "surflow" and c.compiled == theirs_compiled]
+        others = [c for c in field_ if c.package != "surflow" and c.compiled == theirs_compiled]
         if not others:
             continue
-        for ours in (c for c in field_ if c.library == "surflow"):
+        for ours in (c for c in field_ if c.package == "surflow"):
             for task in (TRAIN, SAMPLE):
                 fastest = min(others, key=lambda c: statistics.median(c.times[task]))
                 pairs = zip(fastest.times[task], ours.times[task], strict=True)
@@ -468,10 +469,7 @@ def page(result: dict) -> str:
         "",
         " ".join(notes),
         "",
-        f"Machine: {result['machine']['cpu']}, {result['machine']['cores']} cores; "
-        f"torch {result['versions']['torch']}; commit {result['commit'][:12]}"
-        + ("+dirty" if result["dirty"] else "")
-        + ". Written by `make bench`.",
+        origin_line(result, "make bench"),
         "",
     ]
     return "\n".join(lines)

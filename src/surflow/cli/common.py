@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from surflow.config import check_config, conf_dir, register_resolvers
@@ -217,6 +217,24 @@ def check_everything(cfg: DictConfig) -> None:
     """All checks that need neither data nor a model."""
     check_config(cfg)
     check_hardware(cfg)
+
+
+def truth_of(cfg: DictConfig) -> Any:
+    """How the likelihood of this model is computed, where its config says so; else None."""
+    from hydra.utils import instantiate
+
+    spec = OmegaConf.select(cfg, "model.truth")
+    return None if spec is None else instantiate(spec)
+
+
+def origin_line(result: dict[str, Any], command: str) -> str:
+    """Machine, torch, commit and command of a result that holds ``record.origin()``."""
+    return (
+        f"Machine: {result['machine']['cpu']}, {result['machine']['cores']} cores; "
+        f"torch {result['versions']['torch']}; commit {result['commit'][:12]}"
+        + ("+dirty" if result["dirty"] else "")
+        + f". Written by `{command}`."
+    )
 
 
 def relative(path: Path) -> str:

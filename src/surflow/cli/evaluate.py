@@ -16,8 +16,8 @@ from surflow.cli.common import (
     load_flow,
     one_line_errors,
     relative,
+    truth_of,
 )
-from surflow.cli.train import truth_of
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
 from surflow.reporting.records import write_json_atomic

@@ -198,7 +198,7 @@ def entry_of(cls: type) -> Entry:
         kind, number = "that of its parts", "that of its parts"
     else:
         transform = cls.example().transform
-        kind, number = transform.kind, "bound" if transform.lower_bound else "exact"
+        kind, number = transform.kind, transform.number
     return Entry(
         cls.__name__,
         prose_cell(doc.splitlines()[0]),

@@ -22,6 +22,7 @@ from surflow.cli.common import (
     guarded,
     one_line_errors,
     relative,
+    truth_of,
 )
 from surflow.config import conf_dir, config_hash, register_resolvers, resolved, run_dir
 from surflow.errors import UserError
@@ -226,7 +227,7 @@ def _finish(
     from dataclasses import asdict
 
     from surflow.training.evaluation import evaluate
-    from surflow.training.record import commit, machine, peak_memory_mib, versions
+    from surflow.training.record import origin, peak_memory_mib
 
     flow = module.flow
     device = next(flow.parameters()).device
@@ -252,7 +253,6 @@ def _finish(
     pictures = {}
     if cfg.run.pictures and tuple(data.event_shape) == (2,):
         pictures = _pictures(cfg, folder, flow, data)
-    head, dirty = commit()
     floor = {}
     if data.floor is not None:
         floor = {n: {"value": data.floor.value, "source": data.floor.source} for n in values}
@@ -279,10 +279,7 @@ def _finish(
         },
         **({"truth": comparison.plain()} if comparison is not None else {}),
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "commit": head,
-        "dirty": dirty,
-        "versions": versions(),
-        "machine": machine(),
+        **origin(),
         "train_time_s": round(train_time, 2),
         "wall_time_s": round(time.monotonic() - start, 2),
         "peak_memory_mib": peak_memory_mib(),
@@ -301,15 +298,6 @@ def _finish(
     write_json_atomic(folder / "record.json", record)
     print(f"{relative(folder)}: {_summary(values)}")
     return values
-
-
-def truth_of(cfg: DictConfig) -> Any:
-    """How the likelihood of this model is computed, where its config says so; else None."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    spec = OmegaConf.select(cfg, "model.truth")
-    return None if spec is None else instantiate(spec)
 
 
 def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from surflow.cli.common import guarded, one_line, one_line_errors, relative
+from surflow.cli.common import guarded, one_line, one_line_errors, origin_line, relative
 from surflow.config import conf_dir
 from surflow.errors import UserError, close_match
 from surflow.reporting.records import write_json_atomic, write_text_atomic
@@ -267,7 +267,7 @@ def prove_layer(spec: str, n: int, seed: int, backend: str) -> Row:
             return row
         row.kind = example.transform.kind
         layer = example.transform
-        row.number = "bound" if layer.lower_bound else "estimate" if layer.estimated else "exact"
+        row.number = layer.number
         for proof in prove(example, n, seed, backend):
             row.proofs.append(_plain(asdict(proof)))
             if not proof.ok:
@@ -353,7 +353,7 @@ def rows_of(specs: Sequence[str], n: int, seed: int, backend: str, workers: int)
 
 def verify(cfg: DictConfig) -> bool:
     """Prove what was asked for, print the table, write it if asked; whether every layer holds."""
-    from surflow.training.record import commit, cores, machine, versions
+    from surflow.training.record import commit, cores, origin
 
     layers = [cfg.layers] if isinstance(cfg.layers, str) else cfg.layers
     _check_request(cfg, layers)
@@ -388,7 +388,6 @@ def verify(cfg: DictConfig) -> bool:
     seconds = time.perf_counter() - start
     _print(ordered, seconds)
     if cfg.output is not None:
-        head, dirty = commit()
         result = {
             "setting": {"n": cfg.n, "seed": cfg.seed, "backend": cfg.backend},
             "holds": all(row.ok for row in ordered),
@@ -398,10 +397,7 @@ def verify(cfg: DictConfig) -> bool:
             ],
             "seconds": round(seconds, 1),
             "workers": workers,
-            "commit": head,
-            "dirty": dirty,
-            "machine": machine(),
-            "versions": versions(),
+            **origin(),
         }
         _write(Path(cfg.output), result, ordered)
     return all(row.ok for row in ordered)
@@ -513,10 +509,7 @@ def page(result: dict[str, Any], rows: Sequence[Row]) -> str:
             + f"; {result['workers']} processes, {s['n']} draws of the mass check, seed "
             f"{s['seed']}, compile backend {s['backend']}.",
             "",
-            f"Machine: {result['machine']['cpu']}, {result['machine']['cores']} cores; "
-            f"torch {result['versions']['torch']}; commit {result['commit'][:12]}"
-            + ("+dirty" if result["dirty"] else "")
-            + ". Written by `make verify`.",
+            origin_line(result, "make verify"),
             "",
         ]
     )

@@ -65,15 +65,9 @@ def behind(
     return Flow(flow.base, [*first, *mapped, *flow.transforms])
 
 
-def scaled_mlp(
-    in_features: int,
-    out_features: int,
-    hidden_features: Sequence[int] = (64, 64),
-    activation: str = "silu",
-    zero_init: bool = True,
-) -> nn.Module:
-    """The nets of these models: an MLP whose output starts at zero."""
-    return MLP(in_features, out_features, hidden_features, activation, zero_init=zero_init)
+def zero_mlp(in_features: int, out_features: int) -> MLP:
+    """The nets of couplings and gates: the output starts at zero."""
+    return MLP(in_features, out_features, (64, 64), "silu", zero_init=True)
 
 
 def smooth_mlp(in_features: int, out_features: int) -> MLP:
@@ -223,7 +217,7 @@ def ddpm(
     num_steps: int = 12,
     beta: Sequence[float] = (0.01, 0.7),
     scale: float = 1.0,
-    net: Net = scaled_mlp,
+    net: Net = zero_mlp,
 ) -> Flow:
     """A denoising diffusion model: a stochastic layer a step, with a fixed encoder.
 
@@ -277,7 +271,7 @@ def dequantization(
     features: int = 2,
     num_couplings: int = 4,
     num_bins: int = 8,
-    net: Net = scaled_mlp,
+    net: Net = zero_mlp,
 ) -> Flow:
     """Integers by rounding: a generative surjection, then a flow on the unit box.
 
@@ -308,9 +302,7 @@ def dequantization(
     )
 
 
-def anf(
-    features: int = 2, num_augmented: int = 1, num_steps: int = 3, net: Net = scaled_mlp
-) -> Flow:
+def anf(features: int = 2, num_augmented: int = 1, num_steps: int = 3, net: Net = zero_mlp) -> Flow:
     """The augmented normalizing flow: noise beside the data, then autoencoding couplings.
 
     Source: Huang et al. 2020, arXiv 2002.07101.
@@ -325,7 +317,7 @@ def anf(
 
 
 def vflow(
-    features: int = 2, num_augmented: int = 2, num_couplings: int = 8, net: Net = scaled_mlp
+    features: int = 2, num_augmented: int = 2, num_couplings: int = 8, net: Net = zero_mlp
 ) -> Flow:
     """VFlow: dimensions drawn from a learned q(e|x), then a flow of all of them together.
 
@@ -345,7 +337,7 @@ def vflow(
 
 
 def multi_scale(
-    features: int = 2, num_couplings: int = 4, num_bins: int = 8, net: Net = scaled_mlp
+    features: int = 2, num_couplings: int = 4, num_bins: int = 8, net: Net = zero_mlp
 ) -> Flow:
     """The multi-scale flow: after some layers a part is sliced off, the rest goes on.
 
@@ -370,7 +362,7 @@ def cif(
     num_layers: int = 2,
     num_couplings: int = 2,
     num_bins: int = 8,
-    net: Net = scaled_mlp,
+    net: Net = zero_mlp,
 ) -> Flow:
     """The continuously indexed flow: augment, a bijection indexed by what was added, slice.
 
@@ -402,7 +394,7 @@ def _affine_components(features: int, count: int, reach: float) -> list[Transfor
 
 
 def dif(
-    features: int = 2, num_components: int = 8, reach: float = 2.0, net: Net = scaled_mlp
+    features: int = 2, num_components: int = 8, reach: float = 2.0, net: Net = zero_mlp
 ) -> Flow:
     """The discretely indexed flow: an affine map chosen by a net, both ways.
 
@@ -422,7 +414,7 @@ def deep_gmm(
     features: int = 2,
     num_components: Sequence[int] = (8, 2),
     reach: Sequence[float] = (2.5, 0.5),
-    net: Net = scaled_mlp,
+    net: Net = zero_mlp,
 ) -> Flow:
     """The deep Gaussian mixture: layers of affine maps, chosen with fixed probabilities.
 
@@ -444,7 +436,7 @@ def rad(
     features: int = 2,
     num_intervals: int = 4,
     half_width: float = 4.0,
-    net: Net = scaled_mlp,
+    net: Net = zero_mlp,
 ) -> Flow:
     """The RAD flow: each coordinate's intervals folded upon one another, a net unfolds them.
 

@@ -58,6 +58,12 @@ def commit() -> tuple[str, bool]:
     return head, bool(_git("status", "--porcelain", "--", "src", "conf", "pyproject.toml"))
 
 
+def origin() -> dict[str, Any]:
+    """Commit, versions and machine: what a result is a result of."""
+    head, dirty = commit()
+    return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine()}
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}

@@ -249,6 +249,11 @@ class Transform(nn.Module, ABC):
         """'bijective', 'surjective (inference)', 'surjective (generative)' or 'stochastic'."""
         return kind_of(self.bijective, self.stochastic_forward, self.stochastic_inverse)
 
+    @property
+    def number(self) -> str:
+        """What the likelihood becomes by this layer: 'bound', 'estimate' or 'exact'."""
+        return number_of(self.lower_bound, self.estimated)
+
     # Checks -----------------------------------------------------------------------------------
 
     def where(self, method: str) -> str:
@@ -308,6 +313,11 @@ def kind_of(bijective: bool, stochastic_forward: bool, stochastic_inverse: bool)
     if stochastic_forward:
         return "surjective (generative)"
     return "surjective (inference)"
+
+
+def number_of(lower_bound: bool, estimated: bool) -> str:
+    """'bound', 'estimate' or 'exact'; an estimate of a bound is a bound."""
+    return "bound" if lower_bound else "estimate" if estimated else "exact"
 
 
 def has_estimates(module: nn.Module) -> bool:
