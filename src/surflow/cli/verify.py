@@ -327,6 +327,9 @@ def rows_of(specs: Sequence[str], n: int, seed: int, backend: str, workers: int)
         for spec in specs:
             yield prove_layer(spec, n, seed, backend)
         return
+    # of a worker that dies or is stopped Python's tracker frees the semaphores, and would say so
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker
     )
