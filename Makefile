@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment first: nothing to do by hand on a fresh machine.
 #   make help
 
-PROFILE  ?= paper
+# PROFILE unset: paper, or what a target says below (auto: paper on a GPU, smoke without one)
 SEEDS    ?= 0
 LAUNCHER ?= local
 WORKERS  ?= auto
@@ -13,15 +13,23 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH := $(VENV)/bench
 RUN   := $(BIN)/python -m surflow.cli
-REPRODUCE = $(RUN).reproduce profile=$(PROFILE) 'seeds=[$(SEEDS)]' launcher=$(LAUNCHER) workers=$(WORKERS)
+DEFAULT_PROFILE = paper
+REQUEST = profile=$(or $(PROFILE),$(DEFAULT_PROFILE)) 'seeds=[$(SEEDS)]' \
+	$(if $(WEIGHTS),weights=$(WEIGHTS)) $(if $(WEIGHTS_PATH),'weights_path="$(WEIGHTS_PATH)"') \
+	$(if $(INCEPTION),'inception="$(INCEPTION)"') \
+	$(if $(ROWS),'rows=[$(ROWS)]') $(if $(COLUMNS),'columns=[$(COLUMNS)]')
+REPRODUCE = $(RUN).reproduce $(REQUEST) launcher=$(LAUNCHER) workers=$(WORKERS) \
+	$(if $(DEVICES),devices=$(DEVICES)) $(if $(NODES),nodes=$(NODES)) $(if $(SLURM),'slurm={$(SLURM)}')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all verify docs bench reproduce-synthetic reproduce-compositions reproduce-unification figure-compositions report-synthetic lock clean
+.PHONY: help setup lint format test test-all verify docs bench reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 figure-compositions report-synthetic report-table4 report-table5 lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
 		awk -F'\t' '{printf "  %-22s %s\n", $$1, $$2}'
-	@echo; echo "  PROFILE=paper|short|smoke  SEEDS=0,1,2  LAUNCHER=local|submitit_local|submitit_slurm  WORKERS=auto|n"
+	@echo; echo "  PROFILE=paper|short|smoke|auto  SEEDS=0,1,2  ROWS=slice,max_pool  COLUMNS=cifar10"
+	@echo "  WORKERS=auto|n  DEVICES=n  NODES=n  LAUNCHER=local|submitit|submitit_local|submitit_slurm"
+	@echo "  SLURM=timeout_min:2880,slurm_partition:gpu  WEIGHTS=official  WEIGHTS_PATH=folder  INCEPTION=file"
 
 setup: $(STAMP)  ## Make the virtual environment from the lock file
 
@@ -68,8 +76,22 @@ reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D 
 reproduce-unification: $(STAMP)  ## The models SurVAE flows unify: bounds against likelihoods, 2-D data
 	$(REPRODUCE) artefact=unification
 
+reproduce-table4 reproduce-table5 report-table4 report-table5: DEFAULT_PROFILE = auto
+
+reproduce-table4: $(STAMP)  ## Images, bits per dim: MaxPoolFlow, slicing, Glow, RealNVP; no GPU: profile smoke
+	$(REPRODUCE) artefact=table4
+
+reproduce-table5: $(STAMP)  ## Images, Inception score and FID of table 4's runs; no GPU: profile smoke
+	$(REPRODUCE) artefact=table5
+
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
-	$(RUN).report artefact=synthetic profile=$(PROFILE) 'seeds=[$(SEEDS)]'
+	$(RUN).report artefact=synthetic $(REQUEST)
+
+report-table4: $(STAMP)
+	$(RUN).report artefact=table4 $(REQUEST)
+
+report-table5: $(STAMP)
+	$(RUN).report artefact=table5 $(REQUEST)
 
 reproduce-compositions: $(STAMP)
 	$(REPRODUCE) artefact=compositions

@@ -13,11 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from surflow.errors import UserError, close_match
 
 PROFILES = ("paper", "short", "smoke")
+EXTRACTORS = ("inception", "random_features")
+MEMORY_MODES = ("stored", "reversible", "checkpoint")
+WEIGHT_SOURCES = ("official",)
+SPLITS = ("train", "valid", "test")
 
 # keys that change where and how a run is carried out, not what it computes
 RUNTIME_KEYS = (
     "logger",
     "run",
+    "metrics",  # of the trained model's samples: the record keeps them with their protocol
+    "weights.path",
     "checkpoint",
     "split",
     "n",
@@ -40,7 +46,13 @@ RUNTIME_KEYS = (
     "trainer.deterministic",
     "trainer.finite_check_every",
     "trainer.log_every",
+    "trainer.memory",
+    "trainer.channels_last",
+    "trainer.checkpoint_minutes",
 )
+
+# keys that runs of an earlier version had not: at these values the hash does not see them
+ADDED_LATER: dict[str, Any] = {"weights.source": None, "trainer.scored": "last"}
 
 
 def _per_profile(values: DictConfig, *, _root_: DictConfig) -> Any:
@@ -104,6 +116,12 @@ def config_hash(cfg: DictConfig) -> str:
         for name in parents:
             node = node.get(name, {})
         node.pop(last, None)
+    for key, default in ADDED_LATER.items():
+        group, name = key.split(".")
+        if plain[group].get(name) == default:
+            plain[group].pop(name, None)
+            if not plain[group]:
+                plain.pop(group)
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -134,16 +152,31 @@ def check_config(cfg: DictConfig) -> None:
         "trainer.finite_check_every",
         "data.batch_size",
         "data.eval_batch_size",
+        "metrics.batch_size",
     )
     for key in positive:
         value = OmegaConf.select(cfg, key)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"{key}: expected a positive whole number, got {value}")
+    _check_metrics(cfg)
+    _check_weights(cfg)
+    _check_kind_of_data(cfg)
     lr = OmegaConf.select(cfg, "optimizer.lr")
     if lr is not None and not (isinstance(lr, int | float) and lr > 0):
         raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**31:
         raise UserError(f"seed: expected a whole number from 0 to 2^31 - 1, got {cfg.seed}")
+    _one_of("trainer.scored", cfg.trainer.scored, ("last", "best"))
+    _one_of("trainer.memory", cfg.trainer.memory, MEMORY_MODES)
+    if cfg.trainer.channels_last not in ("auto", True, False):
+        raise UserError(
+            f"trainer.channels_last: expected auto, true or false, got {cfg.trainer.channels_last}"
+        )
+    minutes = cfg.trainer.checkpoint_minutes
+    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
+        raise UserError(
+            f"trainer.checkpoint_minutes: expected a positive number or null, got {minutes}"
+        )
     ema = cfg.trainer.ema_decay
     if ema is not None and not 0 < ema < 1:
         raise UserError(f"trainer.ema_decay: expected a number in (0, 1) or null, got {ema}")
@@ -151,4 +184,51 @@ def check_config(cfg: DictConfig) -> None:
     if clip is not None and not clip > 0:
         raise UserError(
             f"trainer.gradient_clip_val: expected a positive number or null, got {clip}"
+        )
+
+
+def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(
+            f"{key}: expected one of {', '.join(known)}, got {value!r}"
+            + close_match(str(value), known)
+        )
+
+
+def _check_metrics(cfg: DictConfig) -> None:
+    m = cfg.metrics
+    if not isinstance(m.n, int) or m.n < 0 or m.n == 1:
+        raise UserError(f"metrics.n: expected 0 (none) or at least 2 images, got {m.n}")
+    _one_of("metrics.extractor", m.extractor, EXTRACTORS)
+    reference = list(m.reference) if OmegaConf.is_list(m.reference) else [m.reference]
+    if not reference:
+        raise UserError("metrics.reference: expected some of train, valid, test, got []")
+    for split in reference:
+        _one_of("metrics.reference", split, SPLITS)
+    if not isinstance(m.temperature, int | float) or not m.temperature > 0:
+        raise UserError(f"metrics.temperature: expected a positive number, got {m.temperature}")
+    if m.n and len(cfg.data.event_shape) != 3:
+        raise UserError(f"metrics.n: scores of samples are for images, not data={cfg.data.name}")
+
+
+def _check_weights(cfg: DictConfig) -> None:
+    if cfg.weights.source is not None:
+        _one_of("weights.source", cfg.weights.source, WEIGHT_SOURCES)
+    elif cfg.weights.path is not None:
+        raise UserError("weights.path: of no effect without weights.source=official")
+
+
+def _check_kind_of_data(cfg: DictConfig) -> None:
+    """Models of vectors take features, models of images a shape."""
+    event = list(cfg.data.event_shape)
+    images = "shape" in cfg.model.builder
+    if images and len(event) != 3:
+        raise UserError(
+            f"model={cfg.model.name} is for images, and data={cfg.data.name} has events of shape "
+            f"{event}; choose image data such as data=photo_patches, or model=coupling_flow"
+        )
+    if not images and len(event) != 1:
+        raise UserError(
+            f"model={cfg.model.name} is for vectors, and data={cfg.data.name} has events of shape "
+            f"{event}; choose model=pool_flow, realnvp or glow"
         )

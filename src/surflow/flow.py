@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Sequential, Transform, has_estimates, number_of
+from surflow.transforms.base import (
+    Sequential,
+    Transform,
+    has_estimates,
+    number_of,
+    repeat_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,28 @@ class Ledger(Sequence[LedgerRow]):
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Contributions of the layers of a flow, base last, and their moments over the rows.
+
+    Attributes:
+        parts: (layers, B), nats, float64.
+        mean: (layers,).
+        squares: (layers,), sums of squared deviations from the mean.
+        finite: (layers,), whether output and contribution were finite everywhere.
+    """
+
+    parts: Tensor
+    mean: Tensor
+    squares: Tensor
+    finite: Tensor
+
+
+def in_double(value: Tensor) -> Tensor:
+    """In float64, on the host where the device has no such numbers."""
+    return value.cpu().double() if value.device.type == "mps" else value.double()
+
+
 class Flow(nn.Module):
     r"""A base distribution and transforms.
 
@@ -177,6 +205,30 @@ class Flow(nn.Module):
         z, ldj = self.transforms(x, context)
         return self.base.log_prob(z, context) + ldj
 
+    def log_prob_samples(
+        self, x: Tensor, context: Tensor | None = None, num_samples: int = 1
+    ) -> Tensor:
+        """Several draws of ``log_prob`` of each row, as of the rows repeated, draw for draw.
+
+        What does not depend on a draw is computed once a row: see
+        :meth:`~surflow.transforms.base.Transform.forward_samples`.
+
+        Args:
+            x: data, (B, *event).
+            context: (B, ...) for a conditional flow.
+            num_samples: K.
+
+        Returns:
+            (K, B), nats.
+
+        Raises:
+            ValueError: as ``log_prob``, and for num_samples < 1.
+        """
+        self._check_context(context)
+        z, ldj = self.transforms.forward_samples(x, context, num_samples)
+        log_p = self.base.log_prob(z, repeat_rows(context, num_samples))
+        return (log_p + ldj).unflatten(0, (num_samples, -1))
+
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of each row (a draw of it where forward is stochastic)."""
         self._check_context(context)
@@ -219,25 +271,48 @@ class Flow(nn.Module):
             yield row
         yield f"base.{type(self.base).__name__}", self.base, z, self.base.log_prob(z, context)
 
+    def layers(self) -> Iterator[tuple[str, Transform | Distribution]]:
+        """Name and layer in the order of :meth:`trace`."""
+        yield from self.transforms.layers()
+        yield f"base.{type(self.base).__name__}", self.base
+
+    def moments(self, x: Tensor, context: Tensor | None = None) -> Moments:
+        """The contributions of every layer, and their moments over the rows of ``x``.
+
+        Nothing is read back from the device.
+        """
+        parts, finite = [], []
+        for _, _, z, part in self.trace(x, context):
+            parts.append(in_double(part))
+            finite.append(part.isfinite().all() & z.isfinite().all())
+        table = torch.stack(parts)
+        mean = table.mean(1)
+        squares = (table - mean.unsqueeze(1)).square().sum(1)
+        return Moments(table, mean, squares, torch.stack(finite).to(table.device))
+
     @torch.no_grad()
     def ledger(self, x: Tensor, context: Tensor | None = None) -> Ledger:
         """The likelihood of ``x``, layer by layer, as means over its rows, in nats."""
-        rows = []
-        for name, layer, z, part in self.trace(x, context):
-            part = part.double()
-            deviation = part.std() if len(part) > 1 else part.new_tensor(float("nan"))
-            rows.append(
-                LedgerRow(
-                    layer=name,
-                    kind=layer.kind if isinstance(layer, Transform) else "base",
-                    bound=isinstance(layer, Transform) and layer.lower_bound,
-                    mean=part.mean().item(),
-                    standard_error=(deviation / len(part) ** 0.5).item(),
-                    finite=bool(part.isfinite().all()) and bool(z.isfinite().all()),
-                    estimate=has_estimates(layer),
-                )
+        found = self.moments(x, context)
+        return self.ledger_of(x.shape[0], found.mean, found.squares, found.finite)
+
+    def ledger_of(self, count: int, mean: Tensor, squares: Tensor, finite: Tensor) -> Ledger:
+        """A ledger from the moments of ``count`` rows, (layers,) each: see :class:`Moments`."""
+        error = (squares / (count - 1) / count).sqrt() if count > 1 else mean * float("nan")
+        columns = zip(mean.tolist(), error.tolist(), finite.tolist(), strict=True)
+        rows = [
+            LedgerRow(
+                layer=name,
+                kind=layer.kind if isinstance(layer, Transform) else "base",
+                bound=isinstance(layer, Transform) and layer.lower_bound,
+                mean=m,
+                standard_error=e,
+                finite=ok,
+                estimate=has_estimates(layer),
             )
-        return Ledger(tuple(rows), count=x.shape[0])
+            for (name, layer), (m, e, ok) in zip(self.layers(), columns, strict=True)
+        ]
+        return Ledger(tuple(rows), count)
 
     def first_non_finite(self, x: Tensor, context: Tensor | None = None) -> str | None:
         """The first layer whose output or contribution is not finite; None if all are."""
@@ -279,6 +354,8 @@ class FlowDistribution(Distribution):
     1902.00275 (as a dequantizer).
     """
 
+    embeds_context = True  # layers then ask for several draws a row by ``num_samples``
+
     def __init__(
         self,
         flow: Flow,
@@ -316,13 +393,21 @@ class FlowDistribution(Distribution):
         return self.flow.sample(n, self._embed(context), temperature)
 
     def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None
+        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
     ) -> tuple[Tensor, Tensor]:
+        """Events and their log-probabilities, (K n, *event) and (K n,), nats.
+
+        Args:
+            n: rows; may be left out with a context.
+            context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
+            num_samples: K draws a row, sample k of row b at k n + b.
+        """
         if n is None:
             if context is None:
                 raise ValueError("FlowDistribution.sample_and_log_prob: expected n or a context")
             n = context.shape[0]
         context = self._embed(self._context(context, n, "sample_and_log_prob"))
-        z, log_p = self.flow.base.sample_and_log_prob(n, context)
+        context = repeat_rows(context, num_samples)
+        z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)
         x, ldj = self.flow.transforms.inverse_and_ldj(z, context)
         return x, log_p + ldj

@@ -64,11 +64,7 @@ def iwbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int 
 
     Source: Burda et al. 2016, arXiv 1509.00519, Sec. 3.
     """
-    if num_samples > 1 and flow.lower_bound and flow.estimated:
-        raise ValueError(
-            "iwbo: expected exact contributions for num_samples > 1, got a flow with estimated "
-            "log-determinants; take num_samples=1, or trace='exact' in those layers"
-        )
+    check_iwbo(flow, num_samples)
     values, score = _samples(flow, x, context, num_samples)
     bound = torch.logsumexp(values, 0) - math.log(values.shape[0])
     if score is None:
@@ -81,6 +77,15 @@ def iwbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int 
     return bound + (_zero_valued(score) * signal).sum(0)
 
 
+def check_iwbo(flow: Flow, num_samples: int) -> None:
+    """Raise ValueError where K draws of this flow give no bound: see :func:`iwbo`."""
+    if num_samples > 1 and flow.lower_bound and flow.estimated:
+        raise ValueError(
+            "iwbo: expected exact contributions for num_samples > 1, got a flow with estimated "
+            "log-determinants; take num_samples=1, or trace='exact' in those layers"
+        )
+
+
 def _samples(
     flow: Flow, x: Tensor, context: Tensor | None, num_samples: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -90,21 +95,16 @@ def _samples(
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     if not flow.lower_bound:
         return flow.log_prob(x, context).unsqueeze(0), None
-    if num_samples > 1:
-        x = x.expand(num_samples, *x.shape).flatten(0, 1)
-        if context is not None:
-            context = context.expand(num_samples, *context.shape).flatten(0, 1)
     tape = open_tape()
     try:
-        values = flow.log_prob(x, context)
+        values = flow.log_prob_samples(x, context, num_samples)
     finally:
         close_tape()
     score = None
     for log_q in tape:
-        if log_q.shape == values.shape:
+        if log_q.shape == (values.numel(),):
             score = log_q if score is None else score + log_q
-    values = values.unflatten(0, (num_samples, -1))
-    return values, None if score is None else score.unflatten(0, (num_samples, -1))
+    return values, None if score is None else score.unflatten(0, values.shape)
 
 
 def _zero_valued(score: Tensor) -> Tensor:

@@ -279,12 +279,12 @@ def test_full_disk_in_mid_run(call, tiny, config, monkeypatch):
 
 
 def test_full_disk_at_the_record(call, tiny, config, monkeypatch):
-    from surflow.cli import train
+    from surflow.cli import result
 
     folder = run_dir(config())
     full = SimpleNamespace(write=FullDisk._raise)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_json_atomic", full.write)
+        patch.setattr(result, "write_json_atomic", full.write)
         done = call("train", *tiny())
     assert done.code == 2
     last = done.err.splitlines()[-1]

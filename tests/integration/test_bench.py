@@ -9,8 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from surflow.cli import bench, bench_splines
+from surflow.cli import bench, bench_images, bench_splines
 from surflow.config import compose
+from surflow.errors import UserError
 
 TINY = (
     "compile=false",
@@ -25,6 +26,15 @@ TINY = (
     "spline.blocks=3",
     "spline.calls=1",
     "spline.compile_theirs=false",
+    "images.model={shape: [3, 8, 8], num_steps: 2, mid_channels: 8, depth: 2, growth: 4, "
+    "dequant_steps: 1, context_channels: 4}",
+    "images.batch_size=4",
+    "images.memory_batch=4",
+    "images.blocks=3",
+    "images.steps=1",
+    "images.samples=4",
+    "images.iwbo={rows: 2, samples: 3}",
+    "images.fid.n=0",
 )
 
 
@@ -56,10 +66,10 @@ def missing(cfg):
     raise ModuleNotFoundError("No module named 'zuko'")
 
 
-def test_both_parts(run, monkeypatch, capsys):
+def test_step_and_spline(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_splines, "LIBRARIES", {"nflows": stand_in, "zuko": missing})
     monkeypatch.setattr(bench_splines, "version", lambda name: "1.2.3")
-    folder = run("spline.libraries=[nflows,zuko]")
+    folder = run("parts=[step,spline]", "spline.libraries=[nflows,zuko]")
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("bench: ")]
     assert lines == ["bench: zuko left out: No module named 'zuko'; `make bench` installs it"]
@@ -135,7 +145,7 @@ def test_an_unlike_flow_is_not_compared(run, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parts=[spine]", "parts: expected some of step, spline, got 'spine'"),
+        ("parts=[spine]", "parts: expected some of step, spline, images, got 'spine'"),
         ("spline.libraries=[zuki]", "spline.libraries: expected some of nflows, normflows, zuko"),
         ("spline.blocks=2", "spline.blocks, spline.calls: expected >= 3 and >= 1, got 2, 1"),
         ("blocks=1", "blocks and steps: expected >= 3 and >= 1, got 1, 2"),
@@ -164,3 +174,85 @@ def test_each_library_builds_the_same_flow(name, path):
     difference = bench_splines.check_same(name, ours, theirs, x)
     assert difference is None if name == "zuko" else difference < 1e-4
     assert theirs.sample(7).shape == (7, 5) and theirs.log_prob(x).isfinite().all()
+
+
+# Image flows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_image_flows(run, profile):
+    """The script of `make bench-gpu` too, at small size and on the CPU."""
+    folder = run(
+        "parts=[images]",
+        f"bench_images@images={profile}",
+        "images.device=cpu",
+        "images.larger_batches=[8]",
+        "+images.peak_tflops.cpu=0.5",
+        "images.fid={n: 8, reference: 8, extractor: random_features, inception_weights: null}",
+    )
+    name = {"cpu": "images", "gpu": "images_gpu"}[profile]
+    result = json.loads((folder / f"{name}.json").read_text())
+    half = profile == "gpu"
+    assert result["setting"]["precision"] == ("bfloat16" if half else "float32")
+    assert result["best"] == "none" and set(result["ms_per_step"]) == {"plain", "none"}
+    bpd = result["bpd_of_the_same_weights"]
+    assert abs(bpd["plain"] - bpd["ours"]) < 1e-3
+    rows = result["batches"]
+    assert [row["batch_size"] for row in rows] == [4, 8]
+    per_image = result["gflop_per_image"]["step"]
+    for row in rows:
+        achieved = row["images_per_s"] * per_image / 1e3
+        assert row["tflops"] == pytest.approx(achieved, rel=0.02, abs=1e-4)
+        assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.5, abs=2e-4)
+    peaks = {row["mode"]: row["peak_mib"] for row in result["memory"]["rows"]}
+    assert list(peaks) == ["stored", "reversible", "checkpoint"]
+    assert 0 < peaks["reversible"] < peaks["stored"] and peaks["checkpoint"] < peaks["stored"]
+    assert min(result["samples_per_s"], result["iwbo_draws_per_s"]) > 0
+    seconds = result["fid"]["seconds"]
+    assert {"sampling", "sample features", "statistics", "total"} <= set(seconds)
+    page = (folder / f"{name}.md").read_text()
+    assert "| reversible |" in page and "of 0.5 TFLOP/s" in page and "not compiled" in page
+
+
+def test_counted_arithmetic():
+    """Convolutions and products of one image, by hand: 2 operations a weight and position."""
+    cfg = compose(["parts=[images]", *TINY, "+images.model.dequantization=uniform"], "bench").images
+    flow = bench_images.pool_flow(**OmegaConf.to_container(cfg.model))
+    images = torch.randint(256, (8, 3, 8, 8))
+    counted = bench_images.count_flops(bench_images.Training(flow, images, lr=1e-3), 4)
+    weights = {name: p for name, p in flow.named_parameters() if p.dim() > 1 and "base" not in name}
+    by_hand = sum(
+        2 * p.numel() * (16 if int(name.split(".")[2]) < 7 else 4) for name, p in weights.items()
+    )
+    assert counted["forward"] == by_hand
+    # backward: once for the weights and once for what they act on, except at the data
+    assert 2.8 * by_hand < counted["step"] <= 3 * by_hand
+
+
+def test_image_benchmark_names_what_is_wrong(run):
+    for wrong, message in [
+        ("images.precision=float8", "images.precision: expected one of float32, bfloat16"),
+        ("images.compile=[all]", "images.compile: expected one of whole, layers, nets, none"),
+        ("images.batch_size=4096", "batches of at most 512, got 3, 1 and 4096"),
+        ("images.blocks=1", "images: expected blocks >= 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run("parts=[images]", wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_one_line_says_so(run):
+    with pytest.raises(UserError, match="expected a CUDA device, got a machine without one"):
+        run("parts=[images]", "images.device=cuda")
+
+
+def test_known_chips_have_a_peak(monkeypatch):
+    cfg = compose(["bench_images@images=gpu"], "bench").images
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H200": 989,
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA H100 PCIe": None,
+    }.items():
+        monkeypatch.setattr(bench_images, "device_name", lambda device, name=name: name)
+        assert bench_images.peak_of(cfg) == peak

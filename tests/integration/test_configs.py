@@ -1,5 +1,6 @@
 """Every config composes and builds; what names a run follows from what it computes."""
 
+import inspect
 import math
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from surflow.cli.common import build_data, build_flow, check_everything, user_error_behind
 from surflow.cli.report import load_table_spec
 from surflow.config import (
+    ADDED_LATER,
     PROFILES,
     RUNTIME_KEYS,
     compose,
@@ -20,6 +23,9 @@ from surflow.config import (
     resolved,
     run_dir,
 )
+from surflow.errors import UserError
+from surflow.models import pool_flow
+from surflow.transforms import MaxPool2d
 
 CONF = Path(conf_dir())
 SIZES = ["data.train_size=640", "data.valid_size=100", "data.test_size=100"]
@@ -36,6 +42,14 @@ def spec_of(experiment: str):
     return spec, [row for row in spec.rows if row.experiment == experiment]
 
 
+def content(group: str, option: str) -> dict:
+    return yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+
+
+def of_images(cfg) -> bool:
+    return len(cfg.data.event_shape) == 3
+
+
 def build(cfg):
     """Data, flow, optimizer and schedule of a config, as training builds them."""
     check_everything(cfg)
@@ -45,8 +59,9 @@ def build(cfg):
     for group in plain.values():
         group.pop("name")
     optimizer = instantiate(plain["optimizer"])(flow.parameters())
+    epochs = cfg.trainer.max_epochs
     schedule = instantiate({**plain["schedule"], "_partial_": True})(
-        optimizer, total_steps=10, steps_per_epoch=5
+        optimizer, total_steps=1000 * epochs, steps_per_epoch=1000
     )
     return data, flow, optimizer, schedule
 
@@ -61,16 +76,28 @@ def test_experiment_builds_for_every_column(experiment, profile):
     assert rows, f"no row of {spec.path} runs {experiment}"
     for row in rows:
         for column in spec.columns:
+            if profile not in column.profiles:
+                continue
             cell = [f"experiment={experiment}", *row.overrides, *column.overrides]
-            cfg = compose([*cell, f"profile={profile}", *SIZES])
+            cfg = compose([*cell, f"profile={profile}"])
             assert cfg.artefact == spec.artefact
             assert cfg.row == row.name
             assert cfg.profile.name == profile
+            if of_images(cfg):
+                check_everything(cfg)
+                assert resolved(cfg)["model"]["builder"]["shape"] == list(cfg.data.event_shape)
+                if cfg.data.name != "photo_patches":  # files, and models too large for a test
+                    continue
+                cfg = compose([*cell, f"profile={profile}", "data.train_size=64"])
+            else:
+                cfg = compose([*cell, f"profile={profile}", *SIZES])
             data, flow, optimizer, schedule = build(cfg)
             x = data.splits["train"][: cfg.data.batch_size]
             assert flow.log_prob(x).isfinite().all()
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             assert trained == {id(p) for p in flow.parameters()}
+            optimizer.step()
+            schedule.step()
             assert schedule.get_last_lr()[0] > 0
 
 
@@ -82,13 +109,52 @@ def test_experiment_says_what_it_is(experiment):
     assert "seed" in resolved(compose([f"experiment={experiment}"]))
 
 
-def test_paper_budget_is_never_smaller():
-    for experiment in options("experiment"):
-        budgets = []
-        for profile in PROFILES:  # paper, short, smoke
-            cfg = compose([f"experiment={experiment}", f"profile={profile}"])
-            budgets.append(cfg.trainer.max_epochs * cfg.data.train_size)
-        assert budgets == sorted(budgets, reverse=True), (experiment, budgets)
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_paper_budget_is_never_smaller(experiment):
+    spec, _ = spec_of(experiment)
+    budgets = []
+    for profile in PROFILES:  # paper, short, smoke
+        columns = [c for c in spec.columns if profile in c.profiles]
+        if not columns:
+            continue
+        cfg = compose([f"experiment={experiment}", *columns[0].overrides, f"profile={profile}"])
+        size = cfg.data.train_size
+        budgets.append(cfg.trainer.max_epochs * (math.inf if size is None else size))
+    assert budgets == sorted(budgets, reverse=True), (experiment, budgets)
+
+
+@pytest.mark.parametrize("row", ["max_pool", "slice"])
+def test_table4_is_the_published_protocol(row):
+    """The architecture is the default of pool_flow, and the budget that of the paper's code."""
+    epochs = {"cifar10": (550, 500), "imagenet32": (27, 25), "imagenet64": (22, 20)}
+    for data, (whole, main) in epochs.items():
+        cfg = compose([f"experiment=table4/{row}", f"data={data}"])
+        builder = instantiate(cfg.model.builder)
+        mine = dict(builder.keywords)
+        published = {n: p.default for n, p in inspect.signature(pool_flow).parameters.items()}
+        published |= {"shape": list(cfg.data.event_shape)}
+        if data == "imagenet64":
+            published |= {"num_scales": 3, "num_steps": 8}
+        published.pop("downsampling")
+        assert mine == published
+        assert cfg.surjection.downsampling == row
+        assert (cfg.trainer.max_epochs, cfg.schedule.main_epochs) == (whole, main)
+        assert cfg.schedule.gamma == (0.995 if data == "cifar10" else 0.95)
+        assert cfg.schedule.cooldown_lr == (2e-5 if data == "cifar10" else 5e-5)
+        assert (cfg.schedule.warmup_steps, cfg.data.batch_size) == (5000, 32)
+        assert (cfg.optimizer.name, cfg.optimizer.lr) == ("adamax", 1e-3)
+        assert cfg.objective.iwbo_samples == (1000 if data == "cifar10" else 0)
+        assert cfg.metrics.n == (50_000 if data == "cifar10" else 0)
+        augmented = (cfg.data.flip, cfg.data.pad, cfg.data.translate)
+        assert augmented == ((True, 2, 0.04) if data == "cifar10" else (False, 0, 0.0))
+
+
+def test_recipes():
+    for recipe, lost in (("as_written", False), ("as_executed", True)):
+        cfg = compose(["experiment=table4/max_pool", f"recipe={recipe}"])
+        assert cfg.schedule.warmup_overwrites_decay is lost
+    published = compose(["experiment=table4/max_pool"])
+    assert published.schedule.warmup_overwrites_decay  # the published models were trained so
 
 
 def test_every_table_cell_names_an_experiment_that_exists():
@@ -96,8 +162,10 @@ def test_every_table_cell_names_an_experiment_that_exists():
     assert tables
     known = options("experiment")
     for path in tables:
-        for row in yaml.safe_load(path.read_text())["rows"]:
-            assert row["experiment"] in known, path
+        rows = yaml.safe_load(path.read_text())["rows"]
+        assert any("experiment" in row for row in rows)
+        for row in rows:  # one without an experiment is only quoted
+            assert row.get("experiment", known[0]) in known, path
 
 
 # Groups
@@ -105,6 +173,10 @@ def test_every_table_cell_names_an_experiment_that_exists():
 
 ALL_MODELS = options("model")
 PLAIN_MODELS = [m for m in ALL_MODELS if "/" not in m]
+IMAGE_MODELS = [m for m in PLAIN_MODELS if "shape" in content("model", m).get("builder", {})]
+VECTOR_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS})
+DOWNSAMPLING = [s for s in options("surjection") if "downsampling" in content("surjection", s)]
+VECTOR_SURJECTIONS = sorted({*options("surjection")} - {*DOWNSAMPLING})
 
 
 @pytest.mark.parametrize("model", [m for m in ALL_MODELS if "/" in m])
@@ -134,8 +206,86 @@ def test_unified_model(model, surjection):
     assert sample.dtype == built.splits["train"].dtype
 
 
+TINY = {
+    "pool_flow": "num_steps=1 mid_channels=4 depth=1 growth=4 dequant_steps=1 context_channels=2",
+    "glow": "num_scales=2 num_steps=1 hidden_channels=8",
+    "realnvp": "mid_channels=4 num_blocks=1",
+}
+
+
+def tiny(model: str) -> list[str]:
+    return [f"model.{size}" for size in TINY.get(model, "").split()]
+
+
 @pytest.mark.parametrize("surjection", options("surjection"))
-@pytest.mark.parametrize("model", PLAIN_MODELS)
+def test_image_model_and_surjection(surjection):
+    """pool_flow around any downsampling; anything else is refused in one line."""
+    overrides = ["data=photo_patches", "data.train_size=32", "data.batch_size=4"]
+    overrides += ["model=pool_flow", f"surjection={surjection}", *tiny("pool_flow")]
+    cfg = compose(overrides)
+    if surjection not in DOWNSAMPLING:
+        with pytest.raises(UserError, match=f"surjection={surjection}: .*max_pool, slice"):
+            build(cfg)
+        return
+    data, flow, _, _ = build(cfg)
+    x = data.splits["train"][:3]
+    log_prob = flow.log_prob(x)
+    assert log_prob.isfinite().all()
+    assert (log_prob.detach() > -3 * 3072 * math.log(256)).all()
+    sample = flow.sample(2)
+    assert sample.shape == (2, 3, 32, 32)
+    assert sample.min() >= 0
+    assert sample.max() <= 255
+
+
+@pytest.mark.parametrize("model", ["glow", "realnvp"])
+def test_image_model_without_a_surjection(model):
+    overrides = ["data=photo_patches", "data.train_size=32", f"model={model}", *tiny(model)]
+    data, flow, _, _ = build(compose(overrides))
+    assert flow.log_prob(data.splits["train"][:3]).isfinite().all()
+    for surjection in ("abs", "max_pool"):
+        with pytest.raises(
+            UserError, match=f"^surjection={surjection}: .*use.* surjection=none|dow"
+        ):
+            build(compose([*overrides, f"surjection={surjection}"]))
+
+
+def test_a_downsampling_of_ones_own():
+    """In a YAML file of one's own, surjection.downsampling may be any function of a shape."""
+    overrides = ["data=photo_patches", "data.train_size=32", "model=pool_flow", "surjection=slice"]
+    cfg = compose([*overrides, *tiny("pool_flow")])
+    own = {"_target_": "doubles.own_downsampling", "_partial_": True}
+    OmegaConf.update(cfg, "surjection.downsampling", own)
+    _, flow, _, _ = build(cfg)
+    assert any(isinstance(layer, MaxPool2d) for layer in flow.transforms)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=photo_patches"], "model=coupling_flow is for vectors, and data=photo_patches"),
+        (["model=pool_flow", "data=corners"], "model=pool_flow is for images, and data=corners"),
+        (["surjection=max_pool"], "surjection=max_pool downsamples images, which model=coupl"),
+        (["metrics.n=1"], "metrics.n: expected 0 .none. or at least 2 images, got 1"),
+        (["metrics.n=5"], "metrics.n: scores of samples are for images, not data=checkerboard"),
+        (["metrics.extractor=inceptoin"], "metrics.extractor: .*did you mean 'inception'"),
+        (["metrics.reference=[tset]"], "metrics.reference: expected one of train, valid, test"),
+        (["metrics.temperature=0"], "metrics.temperature: expected a positive number, got 0"),
+        (["weights.source=offcial"], "weights.source: .* did you mean 'official'"),
+        (["weights.path=x"], "weights.path: of no effect without weights.source=official"),
+        (["trainer.memory=reversed"], "trainer.memory: expected one of stored, reversible"),
+        (["trainer.scored=first"], "trainer.scored: expected one of last, best"),
+        (["trainer.checkpoint_minutes=0"], "trainer.checkpoint_minutes: expected a positive"),
+        (["trainer.channels_last=yes_please"], "trainer.channels_last: expected auto, true or"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        build(compose([*overrides]))
+
+
+@pytest.mark.parametrize("surjection", VECTOR_SURJECTIONS)
+@pytest.mark.parametrize("model", VECTOR_MODELS)
 @pytest.mark.parametrize("data", ["checkerboard", "corners"])
 def test_model_and_surjection(data, model, surjection):
     overrides = [f"data={data}", f"model={model}", f"surjection={surjection}", *SIZES]
@@ -165,7 +315,7 @@ def test_model_and_surjection(data, model, surjection):
         assert "expected real_line" in refused["unmapped"]
 
 
-IMAGES = [n for n in options("data") if "- _images" in (CONF / f"data/{n}.yaml").read_text()]
+IMAGES = [n for n in options("data") if "_synthetic" not in content("data", n)["defaults"]]
 
 
 @pytest.mark.parametrize("name", sorted({*options("data")} - {*IMAGES}))  # test_image_data.py
@@ -188,9 +338,11 @@ def test_data_group(name):
 def test_group_options_compose(group):
     for option in options(group):
         cfg = compose([f"{group}={option}", *SIZES])
-        assert cfg.profile.name in PROFILES
+        assert cfg.profile.name in (*PROFILES, "auto")  # auto: `reproduce` chooses
         if group in ("optimizer", "schedule"):
             assert cfg[group].name == option
+            if option == "staged":
+                cfg = compose([f"{group}={option}", "trainer.max_epochs=550", *SIZES])
             build(cfg)
 
 
@@ -211,11 +363,18 @@ def test_group_options_compose(group):
         "trainer.threads=1",
         "trainer.log_every=7",
         "trainer.finite_check_every=3",
+        "trainer.memory=reversible",
+        "trainer.channels_last=true",
+        "trainer.checkpoint_minutes=5",
+        "metrics.temperature=0.5",
+        "metrics.inception_weights=x.pth",
+        "trainer.scored=last",
         "data.eval_batch_size=17",
     ],
 )
 def test_hash_leaves_out_how_a_run_is_carried_out(override):
-    assert override.split("=")[0] in RUNTIME_KEYS or override.startswith("run.")
+    key = override.split("=")[0]
+    assert key in RUNTIME_KEYS or key.split(".")[0] in ("run", "metrics") or key in ADDED_LATER
     assert config_hash(compose([override])) == config_hash(compose())
 
 
@@ -242,6 +401,8 @@ def test_hash_leaves_out_how_a_run_is_carried_out(override):
         "trainer.ema_decay=0.99",
         "trainer.accumulate_grad_batches=2",
         "trainer.gradient_clip_val=1.0",
+        "trainer.scored=best",
+        "weights.source=official",
         "row=other",
     ],
 )

@@ -4,13 +4,31 @@ import csv
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from surflow.cli.launch import (
+    Allotment,
+    Job,
+    Places,
+    fitting,
+    places_here,
+    run_local,
+    run_logged,
+    run_submitit,
+    share,
+    slurm_parameters,
+    visible_gpus,
+)
 from surflow.cli.report import load_table_spec, plan_cells, write_report
-from surflow.cli.reproduce import Job, reproduce, run_local, visible_gpus
+from surflow.cli.reproduce import allot, reproduce
+from surflow.cli.request import check_request, make_command, results_name, settle
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
+from surflow.errors import UserError
+from surflow.reporting.records import write_json_atomic
 
 SMALL = (
     "data.train_size=640",
@@ -189,6 +207,410 @@ def test_submitit_failing_cell(request_of, table):
     cfg = request_of("launcher=submitit_local", overrides=(*SMALL, "optimizer.lr=1e6"))
     assert reproduce(cfg) == 1
     assert table()["flow", "corners"]["ours"] == ""
+
+
+# Sharing devices
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "devices", "nodes", "each"),
+    [
+        (0, 8, 2, None),
+        (1, 1, 1, (1, 1)),
+        (1, 8, 1, (8, 1)),
+        (1, 8, 2, (8, 2)),  # whole machines
+        (2, 8, 2, (8, 1)),
+        (2, 8, 4, (8, 2)),
+        (3, 8, 4, (8, 1)),  # floor(32 / 3) = 10 is more than a machine: one whole one
+        (3, 8, 1, (2, 1)),
+        (4, 8, 1, (2, 1)),
+        (5, 8, 1, (1, 1)),
+        (3, 8, 2, (4, 1)),  # floor(16 / 3) = 5 would leave no place for the third
+        (5, 8, 2, (2, 1)),
+        (16, 8, 2, (1, 1)),
+        (40, 8, 2, (1, 1)),  # they take turns
+    ],
+)
+def test_share(num_runs, devices, nodes, each):
+    found = share(num_runs, devices, nodes)
+    assert found == ([] if each is None else [Allotment(*each)] * num_runs)
+
+
+def test_shares_fit_side_by_side():
+    for devices in range(1, 9):
+        for nodes in range(1, 5):
+            for num_runs in range(1, devices * nodes + 1):
+                part = share(num_runs, devices, nodes)[0]
+                assert part.devices <= devices and part.nodes <= nodes
+                at_once = (nodes // part.nodes) * (devices // part.devices)
+                assert at_once >= num_runs, (num_runs, devices, nodes, part)
+                assert part.nodes == 1 or part.devices == devices
+                assert part.processes <= devices * nodes // num_runs
+
+
+@pytest.mark.parametrize("wrong", [(-1, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_share_refuses(wrong):
+    with pytest.raises(ValueError, match="expected num_runs >= 0, devices >= 1 and nodes >= 1"):
+        share(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "batch_size", "kept"),
+    [
+        ((8, 2), 32, (8, 2)),
+        ((6, 1), 32, (4, 1)),
+        ((3, 1), 32, (2, 1)),
+        ((8, 3), 32, (8, 2)),
+        ((5, 1), 7, (1, 1)),
+    ],
+)
+def test_a_batch_divides_over_the_processes(given, batch_size, kept):
+    assert fitting(Allotment(*given), batch_size) == Allotment(*kept)
+
+
+def test_overrides_of_an_allotment():
+    assert Allotment().overrides(cpu=True) == []
+    several = ["trainer.devices=4", "trainer.num_nodes=2", "trainer.strategy=ddp"]
+    assert Allotment(4, 2).overrides() == several
+    assert Allotment(4, 2).overrides(cpu=True) == [*several, "trainer.accelerator=cpu"]
+
+
+def test_places_on_this_machine():
+    gpus = ["0", "1", "2", "3"]
+    assert places_here(4, "auto", Allotment(2), gpus) == Places(2, ("0,1", "2,3"))
+    assert places_here(3, "auto", Allotment(1), gpus) == Places(3, ("0", "1", "2"))
+    assert places_here(4, "auto", Allotment(4), []) == Places(1)
+    assert places_here(4, "auto", Allotment(1), []) == Places(4)
+    assert places_here(None, 3, Allotment(), gpus) == Places(3, tuple(gpus))
+    with pytest.raises(UserError, match=r"devices=8: this machine has 4 GPU\(s\)"):
+        places_here(8, "auto", Allotment(8), gpus)
+
+
+def test_a_job_over_several_gpus_sees_all_of_them(tmp_path):
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [Job(str(i), [sys.executable, "-c", code], tmp_path / f"{i}.log") for i in range(2)]
+    run_local(jobs, 2, ("0,1", "2,3"))
+    assert sorted(job.last_line() for job in jobs) == ["0,1", "2,3"]
+
+
+@pytest.mark.slow
+def test_a_run_over_two_processes(request_of, table, capfd):
+    """devices=2 and one run, on CPUs: data parallel within it, by two gloo processes."""
+    assert reproduce(request_of("devices=2")) == 0
+    cfg = request_of()
+    _, cells = cells_of(cfg)
+    record = cells.record(("flow", "corners", 0))
+    assert float(table()["flow", "corners"]["ours"]) == pytest.approx(
+        record.metrics["test/nll_nats"].value, abs=1e-3
+    )
+    assert record.config["trainer"]["devices"] == 2
+    assert record.config["trainer"]["strategy"] == "ddp"
+
+
+def test_released_weights_need_no_second_device(request_of):
+    assert allot(request_of("devices=8"), 2) == Allotment(4)
+    assert allot(request_of(), 2) == Allotment()
+    assert allot(request_of("devices=8", "weights=official"), 2) == Allotment()
+
+
+# Slurm, as far as it goes without a cluster
+
+
+def test_what_slurm_is_asked_for(tmp_path, request_of, monkeypatch):
+    """Each job's parameters, and that every task runs the plain training command."""
+    asked, submitted = [], []
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            assert cluster == "slurm"
+
+        def update_parameters(self, **parameters):
+            asked.append(parameters)
+
+        def submit(self, function, *arguments):
+            assert function is run_logged
+            submitted.append(arguments)
+            return SimpleNamespace(done=lambda: True, results=lambda: [0] * 16)
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    cfg = request_of("launcher=submitit_slurm", "devices=8", "nodes=2", "slurm={timeout_min: 600}")
+    command = [sys.executable, "-m", "surflow.cli.train", "trainer.devices=8"]
+    job = Job("one", command, tmp_path / "train.log", Allotment(8, 2))
+    run_submitit([job], "slurm", cfg, Places(1))
+    assert job.code == 0
+    assert asked == [{"timeout_min": 600, "nodes": 2, "gpus_per_node": 8, "tasks_per_node": 8}]
+    assert submitted == [(command, str(tmp_path / "train.log"), {})]
+
+
+def test_slurm_starts_the_processes_that_lightning_expects(tmp_path, monkeypatch):
+    """The sbatch file of submitit asks for what Lightning's SLURMEnvironment then checks."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    from surflow.compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+    monkeypatch.setattr(SlurmExecutor, "affinity", classmethod(lambda cls: 2))
+    executor = SlurmExecutor(tmp_path)
+    parameters = executor._convert_parameters(slurm_parameters(Allotment(8, 2)))
+    executor._internal_update_parameters(**parameters)
+    text = executor._make_submission_file_text("train", "0")
+    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8"):
+        assert f"#SBATCH {line}\n" in text
+    assert "srun" in text
+    for key, value in {"NTASKS": 16, "NTASKS_PER_NODE": 8, "NNODES": 2, "PROCID": 9}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    monkeypatch.setenv("SLURM_JOB_NAME", "submitit")
+    assert SLURMEnvironment.detect()
+    environment = SLURMEnvironment()
+    environment.validate_settings(num_devices=8, num_nodes=2)
+    assert environment.creates_processes_externally and environment.global_rank() == 9
+    with pytest.raises(ValueError, match="devices=4"):
+        environment.validate_settings(num_devices=4, num_nodes=2)
+
+
+def test_tasks_of_a_job_have_logs_of_their_own(tmp_path, monkeypatch):
+    code = "import os, sys; print(os.environ['SLURM_PROCID'], os.environ['X']); sys.exit(3)"
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        done = run_logged([sys.executable, "-c", code], str(tmp_path / "train.log"), {"X": "y"})
+        assert done == 3
+    assert (tmp_path / "train.log").read_text() == "0 y\n"
+    assert (tmp_path / "train.log.1").read_text() == "1 y\n"
+
+
+# What was left open, or cannot be meant
+
+
+def asked(*overrides, artefact="table5"):
+    return compose([f"artefact={artefact}", *overrides], "reproduce")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "sbatch", "profile", "why"),
+    [
+        (["profile=auto"], True, False, "paper", "since this machine has a CUDA device"),
+        (
+            ["profile=auto"],
+            False,
+            False,
+            "smoke",
+            "since this machine has no CUDA device (PROFILE=paper runs the published protocol)",
+        ),
+        (["profile=short"], False, False, "short", "as asked"),
+        (
+            ["profile=auto", "weights=official"],
+            False,
+            False,
+            "paper",
+            "since released weights are of the published models",
+        ),
+        (
+            ["profile=auto", "launcher=submitit", "devices=8", "nodes=2"],
+            False,
+            True,
+            "paper",
+            "since its runs go to GPUs through Slurm",
+        ),
+        (
+            ["profile=auto", "launcher=submitit", "devices=2"],
+            False,
+            False,
+            "smoke",
+            "since this machine has no CUDA device (PROFILE=paper runs the published protocol)",
+        ),
+    ],
+)
+def test_profile_auto(monkeypatch, overrides, cuda, sbatch, profile, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/sbatch" if sbatch else None)
+    cfg = asked(*overrides)
+    check_request(cfg)
+    assert settle(cfg) == f"table5: profile {profile}, {why}"
+    assert cfg.profile.name == profile
+    assert cfg.profile.reproduction is (profile == "paper")
+    if "launcher=submitit" in overrides:
+        assert cfg.launcher == ("submitit_slurm" if sbatch else "submitit_local")
+
+
+def test_the_first_line_says_which_profile(request_of, capfd, monkeypatch):
+    cfg = request_of("rows=[flow]")
+    monkeypatch.setattr("surflow.cli.reproduce.run_missing", lambda *_: [])
+    assert reproduce(cfg) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "synthetic: profile smoke, as asked"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["devices=0"], "devices: expected a positive whole number or null, got 0"),
+        (["slurm=gpu"], "slurm: expected a mapping, such as {timeout_min: 60}, got gpu"),
+        (["nodes=0"], "nodes: expected a positive whole number, got 0"),
+        (["nodes=2", "devices=8"], "nodes=2: several machines need Slurm"),
+        (["weights=oficial"], "weights: expected one of official, got 'oficial'"),
+        (["weights_path=x"], "weights_path: of no effect without weights=official"),
+        (["weights=official", "profile=smoke"], "which profile smoke does not have"),
+        (["launcher=submititt"], "did you mean 'submitit'"),
+    ],
+)
+def test_requests_that_cannot_be_meant(overrides, message, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        cfg = asked(*overrides)
+        check_request(cfg)
+        settle(cfg)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_machines_need_a_number_of_devices(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/sbatch")
+    with pytest.raises(UserError, match="say with devices how many GPUs each machine has"):
+        settle(asked("launcher=submitit", "nodes=2"))
+
+
+# Tables that read the runs of another
+
+
+@pytest.fixture
+def image_cells(tmp_path):
+    """The cells of table 5 as asked for; nothing is run."""
+
+    def plan(*overrides):
+        places = [f"run_root={tmp_path / 'runs'}", f"results_root={tmp_path / 'results'}"]
+        cfg = asked("profile=paper", *places, *overrides)
+        check_request(cfg)
+        settle(cfg)
+        spec = load_table_spec("table5", cfg.profile.name)
+        return cfg, spec, plan_cells(cfg, spec)
+
+    return plan
+
+
+def put_record(cells, key, metrics, **changes):
+    """A record of exactly this cell's run."""
+    config = cells.configs[key]
+    protocol = {"n": config.metrics.n, "temperature": 1.0}
+    values = {
+        name: {
+            "value": value,
+            "unit": "score",
+            "kind": "score",
+            "estimator": "samples against images",
+            "protocol": {**protocol, **changes.get("protocol", {})},
+        }
+        for name, value in metrics.items()
+    }
+    content = {
+        "schema": 1,
+        "experiment": f"table4/{key[0]}",
+        "artefact": "table4",
+        "row": key[0],
+        "data": config.data.name,
+        "model": "pool_flow",
+        "profile": config.profile.name,
+        "seed": key[2],
+        "config_hash": cells.hashes[key],
+        "config": {},
+        "status": "complete",
+        "metrics": values,
+        **{k: v for k, v in changes.items() if k != "protocol"},
+    }
+    return write_json_atomic(cells.folder(key) / "record.json", content)
+
+
+KEY = ("slice", "fid", 0)
+BOTH = {"sample/inception_score": 5.1, "sample/fid": 49.2}
+
+
+def test_two_columns_of_one_run_are_run_once(image_cells):
+    _, _, cells = image_cells()
+    assert len(cells.chosen) == 4
+    assert [key[0] for key in cells.runs()] == ["slice", "max_pool"]
+    assert cells.missing() == cells.runs()
+    assert cells.folder(KEY) == cells.folder(("slice", "inception_score", 0))
+    assert cells.folder(KEY).parts[-5:-1] == ("paper", "table4", "slice", "cifar10")
+    put_record(cells, KEY, BOTH)
+    assert [key[0] for key in cells.missing()] == ["max_pool"]
+
+
+def test_what_a_score_lacks_is_run_again(image_cells):
+    _, _, cells = image_cells("rows=[slice]")
+    put_record(cells, KEY, BOTH)
+    assert cells.missing() == []
+    put_record(cells, KEY, BOTH, protocol={"n": 100})  # another protocol
+    assert len(cells.missing()) == 1
+    put_record(cells, KEY, {}, missing={"sample/fid": "no weights"})
+    assert len(cells.missing()) == 1
+    # table 4 shows none of these scores: its cells have what they need
+    cells.columns = {KEY[1]: load_table_spec("table4", "paper").columns[0]}
+    assert not cells.due(KEY)
+
+
+def test_table_of_scores(image_cells, capfd):
+    cfg, spec, cells = image_cells()
+    put_record(cells, KEY, BOTH)
+    reason = "no Inception weights"
+    put_record(cells, ("max_pool", "fid", 0), {}, missing=dict.fromkeys(BOTH, reason))
+    folder = write_report(cfg, spec, cells)
+    with open(folder / "table.csv", newline="") as file:
+        found = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
+    assert found["slice", "fid"]["verdict"] == "reproduced"
+    assert found["slice", "inception_score"]["ours"] == "5.10"
+    assert found["max_pool", "fid"]["verdict"] == f"missing: {reason}"
+    assert found["dcgan", "fid"]["verdict"] == "quoted only"
+    assert [p.name for p in (folder / "records").iterdir()] == ["slice-cifar10-seed0.json"]
+    assert (folder / "published.png").is_file()
+    assert not (folder / "samples.png").exists()
+    assert make_command(cfg) in (folder / "table.md").read_text()
+
+
+def test_released_and_trained_weights_never_mix(image_cells):
+    cfg, _, cells = image_cells()
+    _, _, released = image_cells("weights=official", "weights_path=/a folder/b")
+    assert {key[0] for key in released.chosen} == {"slice", "max_pool"}
+    config = released.configs[KEY]
+    assert (config.weights.source, config.weights.path) == ("official", "/a folder/b")
+    assert released.hashes[KEY] != cells.hashes[KEY]
+    put_record(cells, KEY, {"sample/fid": 60.0})
+    weights = {"source": "official", "sha256": "0" * 64}
+    put_record(released, KEY, {"sample/fid": 49.0}, weights=weights)
+    for plan, name, ours, verdict in (
+        (image_cells(), "table5", "60.00", "worse by 10.44"),
+        (
+            image_cells("weights=official"),
+            "table5_official",
+            "49.00",
+            "released weights: reproduced",
+        ),
+    ):
+        folder = write_report(*plan)
+        assert (folder.name, folder.parent.name) == (name, "paper")
+        with open(folder / "table.csv", newline="") as file:
+            found = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
+        assert (found["slice", "fid"]["ours"], found["slice", "fid"]["verdict"]) == (ours, verdict)
+        assert found["max_pool", "fid"]["verdict"] == "not run"
+    assert results_name(cfg) == "table5"
+    assert make_command(image_cells("weights=official")[0]) == (
+        "make reproduce-table5 PROFILE=paper SEEDS=0 WEIGHTS=official"
+    )
+
+
+def test_columns_of_another_profile_cannot_be_chosen(image_cells):
+    with pytest.raises(UserError, match="columns: expected some of fid_random_features, got 'fid'"):
+        image_cells("profile=smoke", "columns=[fid]")
+
+
+def test_inception_weights_are_passed_on(image_cells):
+    _, _, cells = image_cells("inception='/w/it is.pth'")
+    assert cells.configs[KEY].metrics.inception_weights == "/w/it is.pth"
+    assert cells.hashes == image_cells()[2].hashes
+
+
+def test_paper_profile_refuses_other_scores(image_cells):
+    with pytest.raises(UserError, match="change what the published protocol computes"):
+        image_cells(quoted(["metrics.n=100"]))
 
 
 # Sweeps

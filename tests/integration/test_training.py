@@ -72,7 +72,7 @@ def test_last_checkpoint_is_the_last_epoch_also_where_it_is_not_the_best(train):
     from surflow.training.checkpoint import load_checkpoint
 
     # a rate at which the validation loss jumps about
-    _, folder, _ = train("trainer.max_epochs=6", "optimizer.lr=0.1", "seed=3")
+    _, folder, _ = train("trainer.max_epochs=6", "optimizer.lr=0.3", "seed=3")
     last, best = load_checkpoint(folder / "last.ckpt"), load_checkpoint(folder / "best.ckpt")
     assert last["epoch"] == 5
     assert last["global_step"] == 30

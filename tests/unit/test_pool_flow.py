@@ -1,6 +1,5 @@
-"""PoolFlow: the architecture, and equality with values of the authors' implementation."""
+"""PoolFlow: the architecture, and the conversion of official weights."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from doubles import with_noise
+from safetensors.torch import save_file
 
-from surflow.distributions import DiagonalNormal, StandardNormal
-from surflow.distributions.base import Distribution
+from surflow.distributions import StandardNormal
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.models.official import (
@@ -27,14 +26,9 @@ from surflow.models.official import (
 )
 from surflow.models.pool_flow import DOWNSAMPLINGS, coupling_steps, flow_noise, pool_flow
 from surflow.nets import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
-from surflow.transforms import AffineCoupling, AffineMap, MaxPool2d, Sequential, Slice, Squeeze
+from surflow.transforms import MaxPool2d, Sequential, Slice, Squeeze
 
 OWN = Path(__file__).parents[1] / "fixtures" / "reference"
-FOLDER = Path(os.environ.get("SURFLOW_REFERENCE", OWN))
-FIXTURES = sorted(
-    p.stem for p in FOLDER.glob("*.json") if (FOLDER / f"{p.stem}.values.safetensors").exists()
-)
-
 SMALL = dict(num_steps=1, mid_channels=8, depth=2, growth=4, dequant_steps=1, context_channels=3)
 
 
@@ -48,154 +42,6 @@ def perturbed(flow, scale=0.05):
 
 def images(n=3, shape=(3, 8, 8), levels=256):
     return torch.randint(levels, (n, *shape))
-
-
-# Equality with the reference ---------------------------------------------------------------------
-
-
-class GivenNoise(Distribution):
-    """Uniform noise that is known."""
-
-    def __init__(self, u):
-        super().__init__(tuple(u.shape[1:]))
-        self.u = u
-
-    def _log_prob(self, x, context):
-        return x.new_zeros(x.shape[0])
-
-    def _sample(self, n, context, temperature):
-        return self.u
-
-
-class GivenDraw(DiagonalNormal):
-    """A normal whose draw is known."""
-
-    def _sample(self, n, context, temperature):
-        return self.given
-
-
-def reference(name):
-    config = reference_configuration(json.loads((FOLDER / f"{name}.json").read_text()))
-    weights = read_tensors(FOLDER / f"{name}.weights.safetensors")
-    return config, weights, load_file(FOLDER / f"{name}.values.safetensors")
-
-
-def with_noise(flow, values):
-    """The flow with the fixture's noise in place of its own draw."""
-    rounding = flow.transforms[0].transform
-    dtype = flow.base.loc.dtype
-    if rounding.noise is None:
-        rounding.noise = GivenNoise(values["u"].to(dtype))
-    else:
-        rounding.noise.flow.base.__class__ = GivenDraw
-        rounding.noise.flow.base.given = values["dequant_noise_sample"].to(dtype)
-    return flow
-
-
-def test_there_are_fixtures_of_each_kind():
-    names = {p.stem for p in OWN.glob("poolflow_small_*.json")}
-    assert names >= {"poolflow_small_max", "poolflow_small_none", "poolflow_small_uniform"}
-
-
-@pytest.mark.parametrize("name", FIXTURES)
-@torch.no_grad()
-def test_values_of_the_reference(name):
-    config, weights, values = reference(name)
-    flow = with_noise(load_official(pool_flow(**config), weights).eval(), values)
-    x = values["x"]
-    z, ldj = flow.transforms(x)
-    base = flow.base.log_prob(z)
-    # the values are float32: a unit in the last place is 6e-5 at 800 nats, 2e-3 at 20,000
-    torch.testing.assert_close(z, values["z"], atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(base, values["base_log_prob"], atol=1e-4, rtol=2.4e-7)
-    torch.testing.assert_close(base + ldj, values["log_prob"], atol=1e-4, rtol=2.4e-7)
-    if "log_q_u_given_x" in values:
-        rounding = flow.transforms[0].transform
-        u, log_q = rounding.noise.sample_and_log_prob(context=rounding._code(x))
-        torch.testing.assert_close(u, values["u"], atol=1e-6, rtol=0)
-        torch.testing.assert_close(log_q, values["log_q_u_given_x"], atol=1e-3, rtol=2e-6)
-
-
-@pytest.mark.parametrize("name", FIXTURES)
-@torch.no_grad()
-def test_values_of_the_reference_hold_in_float64(name, double):
-    """Where our own rounding is nothing, what is left is the fixture's."""
-    _, weights, values = reference(name)
-    flow = official_flow(weights, values["x"].shape[2:])
-    flow = with_noise(flow, values)
-    z, ldj = flow.transforms(values["x"])
-    got = flow.base.log_prob(z) + ldj
-    assert got.dtype == torch.float64
-    torch.testing.assert_close(z, values["z"].double(), atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(got, values["log_prob"].double(), atol=1e-4, rtol=4e-7)
-
-
-def exponential_scale(flow):
-    for layer in flow.transforms:
-        if isinstance(layer, AffineCoupling):
-            layer.map = AffineMap("exp")
-
-
-def swapped_halves(flow):
-    flow.transforms[4].swap = True
-
-
-def normal_remainders(flow):
-    pool = flow.transforms[7]
-    pool.decoder = StandardNormal(pool.decoder.event_shape)
-
-
-def no_shift(flow):
-    flow.transforms[1].shift.zero_()
-
-
-def columns_first(flow):
-    flow.transforms[3].weight.data = flow.transforms[3].weight.data.T
-
-
-@pytest.mark.parametrize(
-    "wrong", [exponential_scale, swapped_halves, normal_remainders, no_shift, columns_first]
-)
-@torch.no_grad()
-def test_the_values_tell_a_wrong_layer(wrong):
-    weights = read_tensors(OWN / "poolflow_small_uniform.weights.safetensors")
-    values = load_file(OWN / "poolflow_small_uniform.values.safetensors")
-    flow = with_noise(official_flow(weights), values)
-    torch.testing.assert_close(flow.log_prob(values["x"]), values["log_prob"])
-    wrong(flow)
-    assert (flow.log_prob(values["x"]) - values["log_prob"]).abs().min() > 0.02
-
-
-@pytest.mark.parametrize("name", FIXTURES)
-def test_the_configuration_is_read_off_the_names(name):
-    config, weights, values = reference(name)
-    found = official_configuration(weights, values["x"].shape[2:])
-    assert {k: found[k] for k in config if k in found} == {
-        k: v for k, v in config.items() if k in found
-    }
-    assert found["dequantization"] == config.get("dequantization", "uniform")
-    assert "context_channels" in found or found["dequantization"] == "uniform"
-
-
-@pytest.mark.parametrize("pooling", ["max", "none"])
-def test_the_full_model_has_the_official_names_and_shapes(pooling):
-    official = json.loads((OWN / "poolflow_cifar10_state_dict.json").read_text())[pooling]
-    flow = pool_flow(downsampling={"max": "max_pool", "none": "slice"}[pooling])
-    own = {name: tuple(p.shape) for name, p in flow.named_parameters()}
-    names, constants = official_names(flow), official_constants(flow)
-    assert set(names) | set(constants) == set(official) and not set(names) & set(constants)
-    assert sorted(names.values()) == sorted(own)  # each of ours once
-    for name, ours in names.items():
-        theirs = tuple(official[name])
-        assert theirs in (own[ours], (1, *own[ours])), name
-    assert sum(math.prod(s) for s in own.values()) == 105_023_968
-    meta = {name: torch.empty(shape, device="meta") for name, shape in official.items()}
-    found = official_configuration(
-        meta | {"transforms.0.ldj_per_dim": torch.tensor(-8 * math.log(2))}
-    )
-    assert found["downsampling"] == {"max": "max_pool", "none": "slice"}[pooling]
-    assert (found["num_scales"], found["num_steps"], found["depth"]) == (2, 12, 10)
-    assert (found["dequant_steps"], found["context_channels"], found["gated"]) == (4, 32, True)
 
 
 # Conversion --------------------------------------------------------------------------------------
@@ -223,7 +69,7 @@ VARIANTS = {
     "ungated": dict(gated=False),
     "three_scales": dict(num_scales=3, shape=(3, 16, 16)),
     "three_scales_slice": dict(num_scales=3, shape=(3, 16, 16), downsampling="slice"),
-    "five_bits": dict(num_bits=5),
+    "five_bits": dict(num_levels=32),
     "wide_grey": dict(shape=(1, 4, 8), num_blocks=2),
     "all": dict(actnorm=True, gated=False, num_scales=3, shape=(2, 8, 16), downsampling="slice"),
 }
@@ -243,7 +89,7 @@ def test_a_state_dict_goes_there_and_back(variant):
     assert {k: found[k] for k in config if k in found} == {
         k: v for k, v in config.items() if k in found
     }
-    x = images(2, config["shape"], 2 ** config.get("num_bits", 8))
+    x = images(2, config["shape"], config.get("num_levels", 256))
     torch.manual_seed(1)
     expected = flow.log_prob(x)
     torch.manual_seed(1)
@@ -501,7 +347,7 @@ def test_what_cannot_be_is_named():
         pool_flow((3, 8, 8), dequantization="unifrom")
     with pytest.raises(ValueError, match=r"expected \(C, H, W\), got \(3, 8\)"):
         pool_flow((3, 8))
-    with pytest.raises(ValueError, match="num_scales, num_bits >= 1"):
+    with pytest.raises(ValueError, match="num_scales >= 1, num_levels >= 2"):
         pool_flow((3, 8, 8), num_scales=0)
     with pytest.raises(ValueError, match="even height and width, got 3 x 4"):
         flow_noise((1, 3, 4))
@@ -513,7 +359,7 @@ def test_what_cannot_be_is_named():
         DenseBlock(2, 2, 0, 4)
     with pytest.raises(ValueError, match="context_features >= 0, got -1"):
         DenseNet(2, 2, context_features=-1)
-    flow = pool_flow((3, 8, 8), num_bits=5, **SMALL)
+    flow = pool_flow((3, 8, 8), num_levels=32, **SMALL)
     with pytest.raises(ValueError, match="levels 0 to 31"):
         flow.log_prob(torch.full((1, 3, 8, 8), 32))
 

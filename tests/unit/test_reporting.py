@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ from surflow.reporting.records import (
     write_json_atomic,
     write_text_atomic,
 )
+from surflow.reporting.spec import load_spec
 from surflow.reporting.table import (
     build_table,
-    load_spec,
     ordering_lines,
     render_csv,
     render_markdown,
@@ -136,7 +137,7 @@ def test_record_round_trip(tmp_path):
         ({"metrics": []}, "field 'metrics' must be a JSON object"),
         ({"status": None}, "field 'status' must be a non-empty string, got nothing"),
         ({"wall_time_s": -1.0}, "field 'wall_time_s' must be a finite number, 0 or more"),
-        ({"kind": "guess"}, "must be one of ('likelihood', 'bound'), got 'guess'"),
+        ({"kind": "guess"}, "must be one of ('likelihood', 'bound', 'score'), got 'guess'"),
     ],
 )
 def test_record_faults_are_one_clear_line(tmp_path, change, message):
@@ -486,6 +487,19 @@ def test_markdown(tmp_path):
         assert part in text
     assert render_markdown(table, command="c") == render_markdown(table, command="c")
     assert render_csv(table) == render_csv(fill(tmp_path, seeds=(0, 1)))
+
+
+def test_committed_table_follows_from_the_committed_records():
+    """The page and the CSV in results/ are what today's code writes of the records beside them."""
+    folder = ROOT / "results" / "paper" / "synthetic"
+    found = [load_record(path) for path in sorted((folder / "records").glob("*.json"))]
+    expected = {(r.row, r.data, r.seed): r.config_hash for r in found}
+    table = build_table(load_spec(SYNTHETIC), found, expected, "paper", (0, 1, 2))
+    assert render_csv(table) == (folder / "table.csv").read_text()
+    page = (folder / "table.md").read_text()
+    links = dict(re.findall(r"!\[(.*)\]\((.*)\)", page))
+    command = page.rpartition("```sh\n")[2].removesuffix("\n```\n")
+    assert render_markdown(table, command=command, figures=links) == page
 
 
 # ------------------------------------------------------------------------------------ figures

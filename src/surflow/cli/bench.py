@@ -2,8 +2,10 @@
 
     make bench
 
-Two parts. The first times a training step against a plain implementation of the same flow, the
-second (:mod:`surflow.cli.bench_splines`) a spline coupling flow against three other libraries.
+Three parts. The first times a training step against a plain implementation of the same flow, the
+second (:mod:`surflow.cli.bench_splines`) a spline coupling flow against three other libraries, the
+third (:mod:`surflow.cli.bench_images`) an image flow against the same run plainly; ``make
+bench-gpu`` runs that at full size.
 
 The plain implementation is what a textbook gives: separate modules, eager mode, torch Adam
 with neither fused nor batched kernels, one loop over parameters. Both run the published setting
@@ -136,7 +138,7 @@ def compiles(cfg: DictConfig) -> bool:
 
 def bench(cfg: DictConfig) -> None:
     """Run the parts that the config names."""
-    known = {"step": bench_step, "spline": bench_spline}
+    known = {"step": bench_step, "spline": bench_spline, "images": bench_images}
     wrong = [part for part in cfg.parts if part not in known]
     if wrong:
         raise UserError(f"parts: expected some of {', '.join(known)}, got {wrong[0]!r}")
@@ -159,6 +161,21 @@ def bench_spline(cfg: DictConfig) -> dict[str, object]:
     write_bytes_atomic(folder / "spline.png", bench_splines.picture(result))
     print(bench_splines.page(result))
     print(f"{relative(folder)}/: spline.json, spline.md, spline.png")
+    return result
+
+
+def bench_images(cfg: DictConfig) -> dict[str, object]:
+    """The third part; returns what is written to results/bench/images.json."""
+    from surflow.cli import bench_images
+    from surflow.training.record import origin
+
+    result = bench_images.run(cfg.images, compiles(cfg)) | origin()
+    folder = Path(cfg.results_root) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / f"{cfg.images.name}.json", result)
+    write_text_atomic(folder / f"{cfg.images.name}.md", bench_images.page(result))
+    print(bench_images.page(result))
+    print(f"{relative(folder)}/: {cfg.images.name}.json, {cfg.images.name}.md")
     return result
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +133,70 @@ def build_data(cfg: DictConfig) -> Any:
 
 
 def build_flow(cfg: DictConfig, data: Any) -> Any:
-    """The flow of a config, for this data; the same seed gives the same initial weights."""
+    """The flow of a config, for this data; the same seed gives the same initial weights.
+
+    A builder with a parameter ``surjection`` takes a layer in front and the box of the data; one
+    with ``downsampling`` takes what stands between the scales of an image; others take neither.
+
+    Raises:
+        UserError: for a surjection that is not of the model's kind.
+    """
     import torch
     from hydra.utils import instantiate
 
     torch.manual_seed(cfg.seed)
-    surjection = instantiate(cfg.surjection.transform) if cfg.surjection.transform else None
-    low, high = data.box
-    return instantiate(cfg.model.builder)(surjection=surjection, low=low, high=high)
+    builder = instantiate(cfg.model.builder)
+    takes = inspect.signature(builder).parameters
+    return builder(**_surjection_for(cfg, takes, data.box))
 
 
-def load_flow(cfg: DictConfig) -> tuple[Any, Any, Path]:
-    """The trained flow of a config, its data, and the checkpoint it came from.
+def _surjection_for(cfg: DictConfig, takes: Container[str], box: Any) -> dict[str, Any]:
+    """What of the surjection a builder with these parameters gets."""
+    from hydra.utils import instantiate
+
+    layer, between = cfg.surjection.transform, OmegaConf.select(cfg, "surjection.downsampling")
+    if "downsampling" in takes:
+        if between is None:
+            raise UserError(
+                f"surjection={cfg.surjection.name}: model={cfg.model.name} needs a downsampling "
+                f"surjection: {', '.join(_downsampling_options())}"
+            )
+        named = isinstance(between, str)
+        return {"downsampling": between if named else instantiate(between)}
+    if between is not None:
+        raise UserError(
+            f"surjection={cfg.surjection.name} downsamples images, which model={cfg.model.name} "
+            "does not do by a surjection of your choice; use model=pool_flow, or surjection=none"
+        )
+    if "surjection" in takes:
+        low, high = box
+        return {"surjection": instantiate(layer) if layer else None, "low": low, "high": high}
+    if layer:
+        raise UserError(
+            f"surjection={cfg.surjection.name}: model={cfg.model.name} takes none; "
+            "use surjection=none"
+        )
+    return {}
+
+
+def _downsampling_options() -> list[str]:
+    """The options of the group surjection that stand between two scales of an image."""
+    import yaml
+
+    found = []
+    for name in _group_options("surjection"):
+        content = yaml.safe_load((Path(conf_dir()) / "surjection" / f"{name}.yaml").read_text())
+        if "downsampling" in content:
+            found.append(name)
+    return found
+
+
+def load_flow(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[Any, Any, Path]:
+    """The trained flow of a config on its device, its data, and the checkpoint it came from.
+
+    Args:
+        cfg: of the run; with the key ``checkpoint`` where a command has it.
+        checkpoint: the file; None: as the config says, else the run's own.
 
     Raises:
         UserError: where there is no checkpoint, or it is damaged or of another config.
@@ -151,15 +204,62 @@ def load_flow(cfg: DictConfig) -> tuple[Any, Any, Path]:
     from surflow.config import config_hash, run_dir
     from surflow.training.checkpoint import check_same_config, flow_state, load_checkpoint
 
-    path = Path(cfg.checkpoint) if cfg.checkpoint else run_dir(cfg) / "last.ckpt"
-    checkpoint = load_checkpoint(path)
-    check_same_config(checkpoint, config_hash(cfg), relative(path))
+    named = checkpoint or OmegaConf.select(cfg, "checkpoint")
+    if cfg.weights.source is not None:
+        if named is not None:
+            raise UserError("checkpoint: not beside weights.source; leave one of them out")
+        data = build_data(cfg)
+        flow = build_flow(cfg, data)
+        path = Path(official_weights(cfg, flow)["path"])
+        return flow.to(device_of(cfg)).eval(), data, path
+    path = Path(named) if named else run_dir(cfg) / f"{cfg.trainer.scored}.ckpt"
+    state = load_checkpoint(path)
+    check_same_config(state, config_hash(cfg), relative(path))
     data = build_data(cfg)
     flow = build_flow(cfg, data)
     if str(cfg.trainer.precision) == "64-true":
         flow.double()
-    flow.load_state_dict(flow_state(checkpoint))
-    return flow.eval(), data, path
+    flow.load_state_dict(flow_state(state))
+    return flow.to(device_of(cfg)).eval(), data, path
+
+
+def official_weights(cfg: DictConfig, flow: Any) -> dict[str, Any]:
+    """Load released weights into a flow of the same configuration.
+
+    Returns:
+        what they are: source, file, its SHA-256, the number of parameters.
+
+    Raises:
+        UserError: where they are missing, of another configuration, or the model has none.
+    """
+    from surflow.models.official import find_checkpoint, load_official, read_tensors, sha256_of
+
+    if cfg.model.name != "pool_flow":
+        raise UserError(
+            f"weights.source=official: there are none of model={cfg.model.name}, only of pool_flow"
+        )
+    path = find_checkpoint(cfg.weights.path, cfg.data.name, cfg.surjection.name)
+    try:
+        load_official(flow, read_tensors(path))
+    except ValueError as error:
+        raise UserError(f"weights.path: {relative(path)}: {error}") from error
+    return {
+        "source": cfg.weights.source,
+        "path": relative(path),
+        "sha256": sha256_of(path),
+        "parameters": sum(p.numel() for p in flow.parameters()),
+    }
+
+
+def device_of(cfg: DictConfig) -> Any:
+    """The device that a command computes on: the trainer's accelerator, its first device."""
+    import torch
+
+    kinds = {"gpu": "cuda", "cuda": "cuda", "mps": "mps", "cpu": "cpu"}
+    kind = kinds.get(cfg.trainer.accelerator)
+    if kind is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(kind)
 
 
 def check_hardware(cfg: DictConfig) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from dataclasses import asdict
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import Progress
 
 from surflow.cli.common import (
     check_everything,
@@ -18,17 +18,20 @@ from surflow.cli.common import (
     relative,
     truth_of,
 )
+from surflow.cli.scoring import forget, score_split
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
 from surflow.reporting.records import write_json_atomic
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, float]:
-    """Score a split with the weights of a checkpoint; print, write and log what comes out."""
+    """Score a split with the weights of a checkpoint; print, write and log what comes out.
+
+    One that is cut off goes on where it was when the same command is given again.
+    """
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
-    from surflow.training.evaluation import evaluate
     from surflow.training.record import commit
 
     register_resolvers()
@@ -37,23 +40,11 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         raise UserError(f"split: expected train, valid or test, got {cfg.split!r}")
     flow, data, path = load_flow(cfg)
     rows = data.splits[cfg.split]
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(f"evaluating {cfg.split}", total=len(rows))
-        estimates, ledger = evaluate(
-            flow,
-            rows,
-            data.eval_batch_size,
-            seed=cfg.seed,
-            eval_samples=cfg.objective.eval_samples,
-            iwbo_samples=cfg.objective.iwbo_samples,
-            unit=cfg.objective.unit,
-            split=cfg.split,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+    folder = run_dir(cfg)
+    estimates, ledger = score_split(cfg, flow, data, cfg.split, folder)
     truth = truth_of(cfg)
     if truth is not None:
-        with console.status("likelihood itself") as status:
+        with Console(stderr=True).status("likelihood itself") as status:
             comparison = truth.compare(flow, rows, seed=cfg.seed, progress=status.update)
         estimates |= comparison.metrics(cfg.split)
     print(f"{relative(path)}, {len(rows)} {cfg.split} points, profile {cfg.profile.name}\n")
@@ -64,7 +55,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
             f"{name} = {e.value:.4f} ± {e.standard_error:.4f} {e.unit}  ({e.kind}: {e.estimator})"
         )
     if data.floor is not None:
-        print(f"floor = {data.floor.value:.4f} nats  ({data.floor.source})")
+        print(_floor_line(data, cfg.objective.unit))
     head, dirty = commit()
     result = {
         "schema": 1,
@@ -72,16 +63,24 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         "config_hash": config_hash(cfg),
         "profile": cfg.profile.name,
         "split": cfg.split,
-        "metrics": {name: asdict(e) for name, e in estimates.items()},
+        "metrics": {name: e.plain() for name, e in estimates.items()},
         "ledger": [asdict(r) for r in ledger.rows],
         "commit": head,
         "dirty": dirty,
     }
-    folder = run_dir(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / f"evaluation_{cfg.split}.json", result)
+    forget(folder, cfg.split)
     _log(cfg, {name: e.value for name, e in estimates.items()}, ledger)
     return {name: e.value for name, e in estimates.items()}
+
+
+def _floor_line(data: Any, unit: str) -> str:
+    """What no model can beat, in the unit of the scores."""
+    line = f"floor = {data.floor.value:.4f} nats"
+    if unit == "bpd":
+        bits = data.floor.value / (math.prod(data.event_shape) * math.log(2))
+        line = f"floor = {bits:.4f} bpd"
+    return f"{line}  ({data.floor.source})"
 
 
 def _log(cfg: DictConfig, values: dict[str, float], ledger: object) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from surflow.cli.common import guarded, one_line_errors, relative
+from surflow.cli.request import (
+    check_request,
+    make_command,
+    results_name,
+    settle,
+    shared_overrides,
+)
+from surflow.cli.result import SCORES, scores_due, wanted_protocol
 from surflow.config import (
     check_config,
     compose,
@@ -16,10 +26,13 @@ from surflow.config import (
     config_hash,
     project_root,
     register_resolvers,
+    resolved,
     run_dir,
 )
 from surflow.errors import UserError, close_match
 from surflow.reporting import (
+    Record,
+    Table,
     TableSpec,
     build_table,
     load_record,
@@ -30,18 +43,19 @@ from surflow.reporting import (
     write_markdown,
 )
 from surflow.reporting.records import RecordError
-
-Key = tuple[str, str, int]
-"""Row, column and seed."""
+from surflow.reporting.spec import ColumnSpec
+from surflow.reporting.table import Key
 
 
 @dataclass
 class Cells:
     """The runs of a table: for every row, column and seed its overrides and its config.
 
-    `chosen` are those to run; all are reported.
+    `chosen` are those to run; all are reported. Several cells may be of one run: they show other
+    metrics of it.
     """
 
+    columns: dict[str, ColumnSpec]
     overrides: dict[Key, list[str]]
     configs: dict[Key, DictConfig]
     hashes: dict[Key, str]
@@ -51,21 +65,45 @@ class Cells:
         """Where the run of a cell lies."""
         return run_dir(self.configs[key])
 
-    def complete(self, key: Key) -> bool:
-        """Whether the cell has a record of exactly its config."""
+    def record(self, key: Key) -> Record | None:
+        """The complete record of exactly the cell's config, if there is one."""
         try:
             record = load_record(self.folder(key))
         except RecordError:
-            return False
-        return record.status == "complete" and record.config_hash == self.hashes[key]
+            return None
+        complete = record.status == "complete" and record.config_hash == self.hashes[key]
+        return record if complete else None
+
+    def complete(self, key: Key) -> bool:
+        """Whether the cell has a record of exactly its config."""
+        return self.record(key) is not None
+
+    def due(self, key: Key) -> bool:
+        """Whether the cell needs a run: it has no record, or one without the score it shows.
+
+        A score that could not be computed (say, for want of the extractor's weights) is tried
+        again: the run then computes that alone.
+        """
+        record, config = self.record(key), self.configs[key]
+        if record is None:
+            return True
+        metric = self.columns[key[1]].metric
+        return metric in SCORES[config.metrics.extractor] and scores_due(config, record)
+
+    def runs(self) -> list[Key]:
+        """The chosen cells, one a run, in the table's order, seed by seed."""
+        return self._distinct(self.chosen)
 
     def missing(self) -> list[Key]:
-        """The chosen cells without a record, in the table's order, seed by seed."""
-        return [key for key in self.chosen if not self.complete(key)]
+        """The chosen cells that need a run, one a run."""
+        return self._distinct([key for key in self.chosen if self.due(key)])
+
+    def _distinct(self, keys: list[Key]) -> list[Key]:
+        return list({self.folder(key): key for key in reversed(keys)}.values())[::-1]
 
 
-def load_table_spec(artefact: str) -> TableSpec:
-    """experiments/<artefact>/table.yaml."""
+def load_table_spec(artefact: str, profile: str | None = None) -> TableSpec:
+    """experiments/<artefact>/table.yaml, as it is under the profile; None: all of it."""
     folder = project_root() / "experiments"
     known = sorted(p.parent.name for p in folder.glob("*/table.yaml"))
     if artefact not in known:
@@ -73,19 +111,24 @@ def load_table_spec(artefact: str) -> TableSpec:
             f"artefact: expected one of {', '.join(known)}, got {artefact!r}"
             + close_match(str(artefact), known)
         )
-    return load_spec(folder / artefact / "table.yaml")
+    spec = load_spec(folder / artefact / "table.yaml")
+    return spec if profile is None else spec.of_profile(profile)
 
 
 def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
     """Compose the config of every cell; a mistake in any of them shows before one runs.
 
-    Cells that are not chosen are not run, but what they have is reported.
+    Cells that are not chosen are not run, but what they have is reported. Rows that are quoted
+    only have no config, nor have, where released weights are asked for, rows without any.
     """
-    rows = _chosen("rows", cfg.rows, [r.name for r in spec.rows])
+    with_runs = [r for r in spec.rows if r.experiment and (r.official or cfg.weights is None)]
+    if not with_runs:
+        raise UserError(f"weights: no row of {spec.artefact} has released weights")
+    rows = _chosen("rows", cfg.rows, [r.name for r in with_runs])
     columns = _chosen("columns", cfg.columns, [c.name for c in spec.columns])
-    cells = Cells({}, {}, {}, [])
+    cells = Cells({c.name: c for c in spec.columns}, {}, {}, {}, [])
     for seed in cfg.seeds:
-        for row in spec.rows:
+        for row in with_runs:
             for column in spec.columns:
                 key = (row.name, column.name, int(seed))
                 published = [
@@ -95,6 +138,7 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
                     f"profile={cfg.profile.name}",
                     f"seed={seed}",
                     f"run.root={cfg.run_root}",
+                    *shared_overrides(cfg),
                 ]
                 cells.overrides[key] = [*published, *cfg.overrides]
                 config = compose(cells.overrides[key])
@@ -104,18 +148,25 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
                     cells.chosen.append(key)
                 check_config(config)
                 if cfg.overrides and cfg.profile.name == "paper":
-                    _refuse_changed(cells.hashes[key], published, cfg.overrides)
+                    _refuse_changed(config, compose(published), cfg.overrides)
     return cells
 
 
-def _refuse_changed(digest: str, published: list[str], overrides: list[str]) -> None:
+def _refuse_changed(config: DictConfig, published: DictConfig, overrides: list[str]) -> None:
     """Under the paper's profile nothing may change what is computed: its cells get a verdict."""
-    if digest != config_hash(compose(published)):
+    same = config_hash(config) == config_hash(published)
+    if not same or _scoring(config) != _scoring(published):
         raise UserError(
             f"overrides: {list(overrides)} change what the published protocol computes; keep to "
             "keys such as logger or trainer.compile, choose profile=short, or train the run by "
             "itself with surflow-train"
         )
+
+
+def _scoring(config: DictConfig) -> dict[str, Any]:
+    """What samples are scored with, but for what changes no score."""
+    free = ("batch_size", "inception_weights")
+    return {key: value for key, value in resolved(config)["metrics"].items() if key not in free}
 
 
 def _chosen(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
@@ -130,89 +181,159 @@ def _chosen(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
 
 def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     """Write results/<profile>/<artefact>/: table.md, table.csv, figures, records; say where."""
-    from surflow.reporting import bounds, figures
+    table = fill_table(cfg, spec, cells)
+    folder = Path(cfg.results_root) / cfg.profile.name / results_name(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {**DRAWN[spec.figure](table, folder), **_draw_curves(table, folder)}
+    _copy_records(table, folder / "records")
+    LAYOUTS[spec.layout](table, folder, make_command(cfg), pictures)
+    return folder
 
+
+def fill_table(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Table:
+    """The table, filled with the records of its runs that there are."""
     found = []
     exact = set(cells.hashes.values())
     current = {(c.row, c.data.name, c.seed) for k, c in cells.configs.items() if cells.complete(k)}
-    for record in load_records(Path(cfg.run_root) / cfg.profile.name / cfg.artefact):
+    for record in load_records(Path(cfg.run_root) / cfg.profile.name / spec.runs):
         # a record of another config counts (as refused) only where the right one is missing
         stale = not isinstance(record, RecordError) and record.config_hash not in exact
         if stale and (record.row, record.data, record.seed) in current:
             continue
+        # trained and released weights are no earlier states of each other
+        if stale and bool(record.weights) != (cfg.weights is not None):
+            continue
         found.append(record)
-    table = build_table(spec, found, cells.hashes, cfg.profile.name, [int(s) for s in cfg.seeds])
-    folder = Path(cfg.results_root) / cfg.profile.name / cfg.artefact
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+    protocols = {key: wanted_protocol(config) for key, config in cells.configs.items()}
+    seeds = [int(seed) for seed in cfg.seeds]
+    return build_table(spec, found, cells.hashes, cfg.profile.name, seeds, protocols)
+
+
+def _any_file(files: dict[str, dict[str, Path | None]]) -> bool:
+    return any(file for row in files.values() for file in row.values())
+
+
+def _draw_comparison(table: Table, folder: Path) -> dict[str, str]:
+    from surflow.reporting import figures
+
+    files = figures.run_files(table, "picture.npz")
+    if not _any_file(files):
+        return {}
+    figures.density_figure(files, folder / "density.png", metric=table.spec.metric)
+    figures.sample_figure(files, folder / "samples.png", metric=table.spec.metric)
+    return {
+        "Densities: data and models": "density.png",
+        "Samples: data and models": "samples.png",
+    }
+
+
+def _draw_each(table: Table, folder: Path) -> dict[str, str]:
+    from surflow.reporting import figures
+
     pictures = {}
-    metric = {"metric": spec.metric}
-    cells_ = figures.run_files(table, "picture.npz")
-    if spec.figure == "each":
-        for row, files in cells_.items():
-            for file in files.values():
-                if file is not None:
-                    name = f"{load_record(file.parent).row}.png"
-                    figures.model_figure(file, folder / name, title=row, **metric)
-                    pictures[row] = name
-    elif any(file for files in cells_.values() for file in files.values()):
-        figures.density_figure(cells_, folder / "density.png", **metric)
-        figures.sample_figure(cells_, folder / "samples.png", **metric)
-        pictures["Densities: data and models"] = "density.png"
+    for row, files in figures.run_files(table, "picture.npz").items():
+        for file in filter(None, files.values()):
+            name = f"{load_record(file.parent).row}.png"
+            figures.model_figure(file, folder / name, title=row, metric=table.spec.metric)
+            pictures[row] = name
+    return pictures
+
+
+def _draw_images(table: Table, folder: Path) -> dict[str, str]:
+    from surflow.reporting import figures
+
+    pictures = {}
+    if any(cell.ours is not None or cell.published is not None for cell in table.cells.values()):
+        figures.published_figure(table, folder / "published.png")
+        pictures["Published values and ours"] = "published.png"
+    if _any_file(figures.run_files(table, "images.npz")):
+        figures.image_figure(table, folder / "samples.png")
         pictures["Samples: data and models"] = "samples.png"
-    curves = figures.run_files(table, "metrics.csv")
-    if spec.layout == "grid" and any(p for r in curves.values() for p in r.values()):
-        column = _validation_column(curves)
-        figures.learning_curve_figure(
-            curves, folder / "learning_curves.png", column=column, **metric
-        )
-        pictures["Learning curves"] = "learning_curves.png"
-    for old in (folder / "records").glob("*.json"):
+    return pictures
+
+
+DRAWN = {"comparison": _draw_comparison, "each": _draw_each, "images": _draw_images}
+"""The pictures of a table beside its learning curves: captions and files, by its `figure`."""
+
+
+def _draw_curves(table: Table, folder: Path) -> dict[str, str]:
+    """The learning curves of the validation metric that most runs have logged."""
+    from surflow.reporting import figures
+
+    files = figures.run_files(table, "metrics.csv")
+    if table.spec.layout != "grid" or not _any_file(files):
+        return {}
+    logged = {f: _validation_columns(f) for row in files.values() for f in row.values() if f}
+    names = [name for columns in logged.values() for name in columns]
+    if not names:
+        return {}
+    column = max(dict.fromkeys(names), key=names.count)
+    shown = {
+        row: {label: f if f and column in logged[f] else None for label, f in of_row.items()}
+        for row, of_row in files.items()
+    }
+    metric = table.spec.metric or table.spec.columns[0].metric
+    path = folder / "learning_curves.png"
+    figures.learning_curve_figure(shown, path, column=column, metric=metric)
+    return {"Learning curves": path.name}
+
+
+def _validation_columns(file: Path) -> list[str]:
+    """The validation metrics that a run has logged: the objective's, not always the table's."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        return [name for name in next(csv.reader(lines), ()) if name.startswith("val/")]
+
+
+def _copy_records(table: Table, folder: Path) -> None:
+    """The records behind the table, one a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.json"):
         old.unlink()
+    shared = [column.data for column in table.spec.columns]
     for cell in table.cells.values():
+        column = cell.column
+        name = column.data if shared.count(column.data) > 1 else column.name
         for record in cell.records:
-            name = f"{cell.row.name}-{cell.column.name}-seed{record.seed}.json"
-            write_bytes_atomic(folder / "records" / name, record.path.read_bytes())
-    seeds = ",".join(map(str, cfg.seeds))
-    target = (
-        f"make reproduce-{cfg.artefact.replace('_', '-')} PROFILE={cfg.profile.name} SEEDS={seeds}"
-    )
-    if spec.layout == "bounds":
-        rows = bounds.bounds_rows(table)
-        if any(row.gaps for row in rows):
-            figures.gap_figure(rows, folder / "gap.png", profile=cfg.profile.name)
-            pictures = {"Gap against the number of samples": "gap.png", **pictures}
-        bounds.write_bounds(table, folder, command=target, figures=pictures)
-    else:
-        write_csv(table, folder / "table.csv")
-        write_markdown(table, folder / "table.md", command=target, figures=pictures)
-    print(
-        f"{relative(folder)}/: table.md, table.csv, {', '.join(pictures.values()) or 'no figures'}"
-    )
-    if spec.layout == "bounds":
-        _print_bounds(table, rows)
-    else:
-        _print_table(table)
-    return folder
+            path = folder / f"{cell.row.name}-{name}-seed{record.seed}.json"
+            write_bytes_atomic(path, record.path.read_bytes())
 
 
-def _validation_column(curves: dict) -> str:
-    """The validation metric that the runs have logged: the objective's, not always the table's."""
-    for files in curves.values():
-        for file in files.values():
-            if file is not None:
-                with file.open() as lines:
-                    header = lines.readline().strip().split(",")
-                return next(c for c in header if c.startswith("val/"))
-    raise AssertionError("called with at least one file")
+def _write_grid(table: Table, folder: Path, command: str, pictures: dict[str, str]) -> None:
+    write_csv(table, folder / "table.csv")
+    write_markdown(table, folder / "table.md", command=command, figures=pictures)
+    _say_where(folder, pictures)
+    _print_table(table)
 
 
-def _print_table(table: object) -> None:
+def _write_bounds(table: Table, folder: Path, command: str, pictures: dict[str, str]) -> None:
+    from surflow.reporting import bounds, figures
+
+    rows = bounds.bounds_rows(table)
+    if any(row.gaps for row in rows):
+        figures.gap_figure(rows, folder / "gap.png", profile=table.profile)
+        pictures = {"Gap against the number of samples": "gap.png", **pictures}
+    bounds.write_bounds(table, folder, command=command, figures=pictures)
+    _say_where(folder, pictures)
+    _print_bounds(table, rows)
+
+
+LAYOUTS = {"grid": _write_grid, "bounds": _write_bounds}
+"""What writes a table's pages, by its `layout`."""
+
+
+def _say_where(folder: Path, pictures: dict[str, str]) -> None:
+    drawn = ", ".join(pictures.values()) or "no figures"
+    print(f"{relative(folder)}/: table.md, table.csv, {drawn}")
+
+
+def _print_table(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
     from surflow.reporting.table import cell_text
 
-    rich = RichTable(title=f"{table.spec.title} ({table.spec.unit}), profile {table.profile}")
+    unit = f" ({table.spec.unit})" if table.spec.one_metric else ""
+    rich = RichTable(title=f"{table.spec.title}{unit}, profile {table.profile}")
     rich.add_column("")
     for column in table.spec.columns:
         rich.add_column(column.label)
@@ -222,7 +343,7 @@ def _print_table(table: object) -> None:
     Console(width=140).print(rich)
 
 
-def _print_bounds(table: object, rows: list) -> None:
+def _print_bounds(table: Table, rows: list) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
@@ -240,11 +361,10 @@ def _print_bounds(table: object, rows: list) -> None:
 @hydra.main(config_path=conf_dir(), config_name="report", version_base="1.3")
 def _main(cfg: DictConfig) -> None:
     with one_line_errors():
-        from surflow.cli.reproduce import check_request
-
         register_resolvers()
         check_request(cfg)
-        spec = load_table_spec(cfg.artefact)
+        print(settle(cfg))
+        spec = load_table_spec(cfg.artefact, cfg.profile.name)
         write_report(cfg, spec, plan_cells(cfg, spec))
 
 

@@ -1,9 +1,13 @@
-"""Draw samples from a trained run, to an .npz file and, in two dimensions, a picture."""
+"""Draw samples from a trained run: an .npz file or a folder of PNG files, and a picture."""
 
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -12,17 +16,20 @@ from surflow.cli.common import check_everything, guarded, load_flow, one_line_er
 from surflow.config import conf_dir, register_resolvers, run_dir
 from surflow.errors import UserError
 
+GRID = 64  # images of the picture
+NOTE = "samples.json"  # in a folder of PNG files: what they are samples of
+
 
 def sample_run(cfg: DictConfig) -> Path:
-    """Draw ``n`` samples with the weights of a checkpoint; returns the .npz file."""
+    """Draw ``n`` samples with the weights of a checkpoint; returns the file or the folder.
+
+    The draws follow from checkpoint, ``n``, ``seed`` and ``temperature``; no batch size changes
+    them. A folder that was begun is completed.
+    """
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
-    import numpy as np
     import torch
-
-    from surflow.reporting import figures
-    from surflow.reporting.records import write_bytes_atomic
 
     register_resolvers()
     check_everything(cfg)
@@ -30,27 +37,134 @@ def sample_run(cfg: DictConfig) -> Path:
         raise UserError(f"n: expected a positive whole number, got {cfg.n}")
     if not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    flow, data, path = load_flow(cfg)
+    images = len(cfg.data.event_shape) == 3
     out = Path(cfg.out) if cfg.out else run_dir(cfg) / "samples.npz"
-    torch.manual_seed(cfg.seed)
-    parts, left = [], cfg.n
-    with torch.no_grad():
-        while left:
-            size = min(left, data.eval_batch_size)
-            parts.append(flow.sample(size, temperature=cfg.temperature))
-            left -= size
-    samples = torch.cat(parts).numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, samples=samples, seed=cfg.seed, temperature=cfg.temperature)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(out, buffer.getvalue())
-    print(f"{relative(out)}: {len(samples)} samples from {relative(path)}")
-    if samples.shape[1:] == (2,):
-        picture = out.with_suffix(".png")
-        window = data.dataset.window
-        figures.scatter_figure(samples, picture, -window, window)
+    if images and out.suffix == ".png":
+        raise UserError(f"out: expected an .npz file or a folder for PNG files, got {cfg.out}")
+    to_folder = images and out.suffix != ".npz"
+    if to_folder and cfg.data.event_shape[0] not in (1, 3):
+        raise UserError(
+            f"out: PNG files have 1 or 3 channels, not {cfg.data.event_shape[0]}; give an .npz file"
+        )
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
+    flow, data, path = load_flow(cfg)
+    write = _write_pngs if to_folder else _write_images if images else _write_points
+    picture = write(cfg, flow, data, path, out)
+    print(f"{relative(out)}: {cfg.n} samples from {relative(path)}")
+    if picture is not None:
         print(relative(picture))
     return out
+
+
+def _drawn(cfg: DictConfig, flow: Any, unit: int, done: int = 0) -> Iterator[Any]:
+    """The units of ``n`` draws behind the first ``done``, on the CPU; progress is shown."""
+    from surflow.metrics.command import shown_progress
+    from surflow.metrics.samples import draw_unit, num_units
+
+    with shown_progress() as progress:
+        for index in range(done, num_units(cfg.n, unit)):
+            progress("samples", index * unit, cfg.n)
+            yield draw_unit(flow, index, cfg.n, cfg.seed, cfg.temperature, unit).cpu()
+        progress("samples", cfg.n, cfg.n)
+
+
+def _write_npz(cfg: DictConfig, samples: Any, out: Path) -> None:
+    import numpy as np
+
+    from surflow.reporting.records import write_bytes_atomic
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, samples=samples, seed=cfg.seed, temperature=cfg.temperature)
+    write_bytes_atomic(out, buffer.getvalue())
+
+
+def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path | None:
+    """Samples that are no images, and a scatter plot of those in the plane."""
+    import torch
+
+    from surflow.metrics.samples import POINT_UNIT
+    from surflow.reporting import figures
+
+    samples = torch.cat(list(_drawn(cfg, flow, POINT_UNIT))).numpy()
+    _write_npz(cfg, samples, out)
+    if samples.shape[1:] != (2,):
+        return None
+    window = data.dataset.window
+    picture = out.with_suffix(".png")
+    figures.scatter_figure(samples, picture, -window, window)
+    return picture
+
+
+def _write_images(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path | None:
+    """Images as one uint8 array (n, C, H, W), and a grid of the first ones."""
+    import torch
+
+    from surflow.metrics.samples import IMAGE_UNIT, as_images
+
+    levels = data.num_levels
+    parts = [as_images(part, levels) for part in _drawn(cfg, flow, IMAGE_UNIT)]
+    samples = torch.cat(parts).numpy()
+    _write_npz(cfg, samples, out)
+    if samples.shape[1] not in (1, 3):
+        return None
+    return _grid(samples, out.with_suffix(".png"), levels)
+
+
+def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path:
+    """One PNG file an image, each whole or not there; units that are complete are kept."""
+    import numpy as np
+    from PIL import Image
+
+    from surflow.metrics.samples import IMAGE_UNIT, as_images
+    from surflow.reporting.images import write_image
+
+    _claim(cfg, path, out)
+    files = [out / f"{i:06d}.png" for i in range(cfg.n)]
+    units = [files[i : i + IMAGE_UNIT] for i in range(0, cfg.n, IMAGE_UNIT)]
+    there = {file.name for file in out.glob("*.png")}
+    done = next((i for i, unit in enumerate(units) if {f.name for f in unit} - there), len(units))
+    levels = data.num_levels
+    with ThreadPoolExecutor() as pool:
+        for unit, drawn in zip(units[done:], _drawn(cfg, flow, IMAGE_UNIT, done), strict=True):
+            images = as_images(drawn, levels).numpy()
+            list(pool.map(write_image, images, unit, [levels] * len(unit)))
+    first = [np.atleast_3d(np.asarray(Image.open(file))) for file in files[:GRID]]
+    return _grid(np.stack(first).transpose(0, 3, 1, 2), out.with_name(f"{out.name}.png"))
+
+
+def _claim(cfg: DictConfig, path: Path, out: Path) -> None:
+    """Say in the folder what its files are; refuse one whose files are of something else."""
+    from surflow.metrics.inception import sha256_of
+    from surflow.reporting.records import write_json_atomic
+
+    note = {
+        "checkpoint_sha256": sha256_of(path),
+        "n": cfg.n,
+        "seed": cfg.seed,
+        "temperature": float(cfg.temperature),
+    }
+    if (out / NOTE).is_file():
+        try:
+            found = json.loads((out / NOTE).read_text())
+            other = [f"{key} {found.get(key)}" for key in note if found.get(key) != note[key]]
+        except (ValueError, AttributeError):
+            other = [f"a damaged {NOTE}"]
+        if other:
+            raise UserError(
+                f"out: {relative(out)} holds samples of other settings ({', '.join(other)}); "
+                "delete it or give another folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {relative(out)} is there and not a folder of ours; give another one")
+    write_json_atomic(out / NOTE, note)
+
+
+def _grid(images: Any, picture: Path, levels: int = 256) -> Path:
+    from surflow.reporting.images import image_grid
+
+    return image_grid(images[:GRID], picture, columns=8, num_levels=levels)
 
 
 @hydra.main(config_path=conf_dir(), config_name="sample", version_base="1.3")

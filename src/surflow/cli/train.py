@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import sys
 import time
@@ -19,17 +20,25 @@ from surflow.cli.common import (
     build_data,
     build_flow,
     check_everything,
+    device_of,
     guarded,
+    official_weights,
     one_line_errors,
     relative,
-    truth_of,
 )
+from surflow.cli.result import Times, add_scores, complete_record, scores_due, summary, write_result
 from surflow.config import conf_dir, config_hash, register_resolvers, resolved, run_dir
 from surflow.errors import UserError
-from surflow.reporting.records import load_record, write_json_atomic
 
-GRID = 256
-PICTURE_SAMPLES = 50_000
+RUN_FILES = (
+    "last.ckpt",
+    "best.ckpt",
+    "record.json",
+    "metrics.csv",
+    "picture.npz",
+    "images.npz",
+    "generation.npz",
+)
 
 
 @contextlib.contextmanager
@@ -54,18 +63,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def complete_record(folder: Path, digest: str) -> Any:
-    """The record of a finished run of this config, None if there is none."""
-    if not (folder / "record.json").is_file():
-        return None
-    try:
-        record = load_record(folder)
-    except ValueError:
-        return None
-    done = record.status == "complete" and record.config_hash == digest
-    return record if done else None
-
-
 def train(cfg: DictConfig) -> dict[str, float]:
     """Run one config to its record; resume it if it was interrupted; reuse it if it is complete.
 
@@ -77,14 +74,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
     digest = config_hash(cfg)
     folder = run_dir(cfg)
     record = None if cfg.run.force else complete_record(folder, digest)
-    if record is not None:
+    if record is not None and not scores_due(cfg, record):
         metrics = {name: m.value for name, m in record.metrics.items()}
-        print(f"{relative(folder)}: already complete ({_summary(metrics)}); run.force=true repeats")
+        print(f"{relative(folder)}: already complete ({summary(metrics)}); run.force=true repeats")
         return metrics
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()  # before Lightning, which imports torchvision
+    from surflow.metrics import check_inception_weights
+
+    check_inception_weights(cfg)
     with locked(folder) if first_process() else contextlib.nullcontext():
+        if record is not None:
+            return add_scores(cfg, folder) if first_process() else {}
+        if cfg.weights.source is not None:
+            return _score_released(cfg, digest, folder) if first_process() else {}
         return _train_locked(cfg, digest, folder)
 
 
@@ -103,7 +107,8 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from surflow.training.callbacks import EMA, RunProgress
+    from surflow.memory import set_memory
+    from surflow.training.callbacks import EMA, RunProgress, TimedCheckpoint
     from surflow.training.checkpoint import (
         AtomicCheckpointIO,
         check_same_config,
@@ -119,20 +124,22 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
     if cfg.run.force and first_process():
-        for name in ("last.ckpt", "best.ckpt", "record.json", "metrics.csv", "picture.npz"):
+        for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
     plain = resolved(cfg)
     data = build_data(cfg)
     flow = build_flow(cfg, data)
-    num_dims = 1
-    for size in data.event_shape:
-        num_dims *= size
-    objective = Objective(cfg.objective.num_samples, cfg.objective.unit, num_dims)
+    objective = Objective(
+        cfg.objective.num_samples, cfg.objective.unit, math.prod(data.event_shape)
+    )
     compile_ = cfg.trainer.compile
     if compile_ == "auto":
         compile_ = can_compile()
     elif compile_ and not can_compile():
         raise UserError("trainer.compile=true: no C++ compiler found; use trainer.compile=auto")
+    on_gpu = device_of(cfg).type == "cuda"
+    channels_last = on_gpu if cfg.trainer.channels_last == "auto" else cfg.trainer.channels_last
+    set_memory(flow, cfg.trainer.memory)
     module = FlowModule(
         flow,
         optimizer=instantiate(_without(cfg.optimizer, "name")),
@@ -143,6 +150,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         compile=bool(compile_),
         finite_check_every=cfg.trainer.finite_check_every,
         log_every=cfg.trainer.log_every,
+        channels_last=channels_last and len(data.event_shape) == 3,
     )
     last = folder / "last.ckpt"
     resumed_step = 0
@@ -171,16 +179,17 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
         ModelCheckpoint(filename="last", **saving),
     ]
+    if cfg.trainer.checkpoint_minutes is not None:
+        callbacks.append(TimedCheckpoint(last, cfg.trainer.checkpoint_minutes))
     if cfg.trainer.ema_decay is not None:
         # before the checkpoint, so that what is saved is this epoch's average
         callbacks.insert(1, EMA(cfg.trainer.ema_decay, cfg.trainer.ema_every))
-    strategy = cfg.trainer.strategy
     trainer = pl.Trainer(
         max_epochs=cfg.trainer.max_epochs,
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=strategy,
+        strategy=cfg.trainer.strategy,
         precision=cfg.trainer.precision,
         gradient_clip_val=cfg.trainer.gradient_clip_val,
         accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
@@ -207,150 +216,22 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         raise KeyboardInterrupt
     if not trainer.is_global_zero:
         return {}
+    set_memory(flow, "stored")
     # what is scored is what the checkpoint holds, also where there was nothing left to train
-    flow.load_state_dict(flow_state(load_checkpoint(last)))
-    return _finish(cfg, plain, digest, folder, module, data, loggers, start, train_time)
+    flow.load_state_dict(flow_state(load_checkpoint(folder / f"{cfg.trainer.scored}.ckpt")))
+    flow.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+    times = Times(start, train_time)
+    return write_result(cfg, digest, folder, flow, data, times, loggers)
 
 
-def _finish(
-    cfg: DictConfig,
-    plain: dict[str, Any],
-    digest: str,
-    folder: Path,
-    module: Any,
-    data: Any,
-    loggers: list[Any],
-    start: float,
-    train_time: float,
-) -> dict[str, float]:
-    """Evaluate on test once, draw the pictures, write the record last."""
-    from dataclasses import asdict
-
-    from surflow.training.evaluation import evaluate
-    from surflow.training.record import origin, peak_memory_mib
-
-    flow = module.flow
-    device = next(flow.parameters()).device
-    test = data.splits["test"].to(device)
-    estimates, ledger = evaluate(
-        flow,
-        test,
-        data.eval_batch_size,
-        seed=cfg.seed,
-        eval_samples=cfg.objective.eval_samples,
-        iwbo_samples=cfg.objective.iwbo_samples,
-        unit=cfg.objective.unit,
-    )
-    comparison = None
-    truth = truth_of(cfg)
-    if truth is not None:
-        comparison = truth.compare(flow, test, seed=cfg.seed)
-        estimates |= comparison.metrics()
-    values = {name: e.value for name, e in estimates.items()}
-    wandb_run = next(
-        (log.experiment for log in loggers if type(log).__name__ == "WandbLogger"), None
-    )
-    pictures = {}
-    if cfg.run.pictures and tuple(data.event_shape) == (2,):
-        pictures = _pictures(cfg, folder, flow, data)
-    floor = {}
-    if data.floor is not None:
-        floor = {n: {"value": data.floor.value, "source": data.floor.source} for n in values}
-    record = {
-        "schema": 1,
-        "experiment": f"{cfg.artefact}/{cfg.row}",
-        "artefact": cfg.artefact,
-        "row": cfg.row,
-        "data": cfg.data.name,
-        "model": cfg.model.name,
-        "surjection": cfg.surjection.name,
-        "profile": cfg.profile.name,
-        "seed": cfg.seed,
-        "config_hash": digest,
-        "config": plain,
-        "status": "complete",
-        "metrics": {name: asdict(e) for name, e in estimates.items()},
-        "floor": floor,
-        "ledger": {
-            "unit": "nats per data point, mean",
-            "rows": [asdict(r) for r in ledger.rows],
-            "total": ledger.total,
-            "lower_bound": ledger.lower_bound,
-        },
-        **({"truth": comparison.plain()} if comparison is not None else {}),
-        "parameters": sum(p.numel() for p in flow.parameters()),
-        **origin(),
-        "train_time_s": round(train_time, 2),
-        "wall_time_s": round(time.monotonic() - start, 2),
-        "peak_memory_mib": peak_memory_mib(),
-    }
-    if wandb_run is not None:
-        import wandb
-
-        from surflow.training.logging import ledger_table
-
-        floors = {f"floor/{name}": f["value"] for name, f in floor.items()}
-        wandb_run.summary.update({**values, **floors})
-        wandb_run.log({"test/ledger": ledger_table(ledger)})
-        if cfg.logger.images and pictures:
-            wandb_run.log({k: wandb.Image(str(p)) for k, p in pictures.items()})
-        wandb.finish()
-    write_json_atomic(folder / "record.json", record)
-    print(f"{relative(folder)}: {_summary(values)}")
-    return values
-
-
-def _pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
-    """Density and samples of a 2-D model: picture.npz for the tables' figures, two PNGs."""
-    import io
-
-    import numpy as np
-    import torch
-
-    from surflow.data.module import QuantizedData
-    from surflow.reporting import figures
-    from surflow.reporting.records import write_bytes_atomic
-    from surflow.training.evaluation import density_grid, mass_table
-
-    split = "test" if len(data.splits["test"]) >= PICTURE_SAMPLES else "train"
-    shown = data.splits[split][:PICTURE_SAMPLES]
-    torch.manual_seed(cfg.seed)
-    with torch.no_grad():
-        samples = flow.sample(PICTURE_SAMPLES).cpu()
-    if isinstance(data, QuantizedData):
-        low, high, size = -0.5, data.num_levels - 0.5, data.num_levels
-        density = mass_table(flow, size, lower_bound_samples=32)
-        true = data.probabilities
-        # a point anywhere in its cell, so that equal ones do not hide each other
-        samples, shown = (v + torch.rand(v.shape) - 0.5 for v in (samples, shown))
-    else:
-        low, high = -data.dataset.window, data.dataset.window
-        # a bound takes many draws a cell
-        size = GRID // 2 if flow.lower_bound else GRID
-        density = density_grid(flow, low, high, size, box=data.box, lower_bound_samples=32)
-        step = (high - low) / size
-        centres = low + step * (torch.arange(size) + 0.5)
-        true = data.dataset.log_prob(torch.cartesian_prod(centres, centres)).exp()
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        grid_low=np.float64(low),
-        grid_high=np.float64(high),
-        density=density.numpy().astype(np.float32),
-        true_density=true.reshape(size, size).numpy().astype(np.float32),
-        samples=samples.numpy().astype(np.float32),
-        data_samples=shown.numpy().astype(np.float32),
-    )
-    path = write_bytes_atomic(folder / "picture.npz", buffer.getvalue())
-    cells = {cfg.row: {cfg.data.name: path}}
-    return {
-        "figures/density": figures.density_figure(cells, folder / "density.png"),
-        "figures/samples": figures.sample_figure(cells, folder / "samples.png"),
-    }
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def _score_released(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float]:
+    """Score the weights that somebody else has trained and released."""
+    start = time.monotonic()
+    data = build_data(cfg)
+    flow = build_flow(cfg, data)
+    weights = official_weights(cfg, flow)
+    flow.to(device_of(cfg))
+    return write_result(cfg, digest, folder, flow, data, Times(start, 0.0), weights=weights)
 
 
 def _without(cfg: DictConfig, key: str) -> DictConfig:

@@ -39,7 +39,7 @@ class ImageBatches:
 
     Args:
         images: (N, C, H, W), uint8, on the device or on the host, memory-mapped or not.
-        batch_size, seed, epoch, drop_last, rank, world_size: see
+        batch_size, seed, epoch, drop_last, rank, world_size, whole: see
             :class:`~surflow.data.batches.TensorBatches`.
         augmentation: what is done to the images of a batch; None: nothing.
         device: where batches are wanted; None: where the images are.
@@ -57,6 +57,7 @@ class ImageBatches:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        whole: bool = False,
         augmentation: Augmentation | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -66,29 +67,18 @@ class ImageBatches:
         self.seed = seed
         self.epoch = epoch
         rows = torch.arange(len(images), device=images.device)
-        self.rows = TensorBatches(rows, batch_size, seed, epoch, drop_last, rank, world_size)
-        self._done = (-1, 0)  # epoch, batches of it that were given out
-        self._resume = (-1, 0)
+        self.rows = TensorBatches(rows, batch_size, seed, epoch, drop_last, rank, world_size, whole)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        epoch = self.epoch()
-        resumed, start = self._resume
-        self._resume = (-1, 0)
-        if resumed != epoch or start >= len(self):
-            start = 0
-        self._done = (epoch, start)
         draws = None
         if self.augmentation is not None:
             n, _, height, width = self.images.shape
-            draws = self.augmentation.draws(n, height, width, self.seed or 0, epoch)
+            draws = self.augmentation.draws(n, height, width, self.seed or 0, self.epoch())
             draws = draws.to(self.device)
-        for i, rows in enumerate(self.rows):
-            if i < start:
-                continue
-            self._done = (epoch, i + 1)
+        for rows in self.rows:
             batch = self._to_device(self.images[rows])
             if draws is not None:
                 batch = Augmentation.apply(batch, draws.of(rows.to(self.device)))
@@ -103,11 +93,11 @@ class ImageBatches:
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and how many of its batches were given out."""
-        return {"epoch": self._done[0], "batches": self._done[1]}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next pass behind these batches, if it is still that epoch."""
-        self._resume = (int(state["epoch"]), int(state["batches"]))
+        self.rows.load_state_dict(state)
 
 
 class ImageData(TensorDataModule):
@@ -179,8 +169,6 @@ class ImageData(TensorDataModule):
         self.augmentation = Augmentation(flip, pad, translate)
         self.augmentation.check(shape[1], shape[2])
         self.on_device = on_device
-        self._batches: ImageBatches | None = None
-        self._state: dict[str, int] = {}
 
     # What a model and a table must know --------------------------------------------------------
 
@@ -298,40 +286,14 @@ class ImageData(TensorDataModule):
             self._resident[split] = images.to(device) if self.fits(device) else images
         return self._resident[split]
 
-    def train_dataloader(self) -> ImageBatches:
-        trainer = self.trainer
-        self._batches = ImageBatches(
-            self.resident("train"),
-            self.batch_size,
-            self.seed,
-            epoch=lambda: trainer.current_epoch,
-            drop_last=True,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            augmentation=self.augmentation,
-            device=self._device(),
-        )
-        if self._state:
-            self._batches.load_state_dict(self._state)
-            self._state = {}
-        return self._batches
-
-    def state_dict(self) -> dict[str, int]:
-        """Where in an epoch training is, for its checkpoint."""
-        return self._batches.state_dict() if self._batches is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let training go on behind the batches that it had."""
-        self._state = dict(state_dict)
-
-    def val_dataloader(self) -> ImageBatches:
-        trainer = self.trainer
+    def batches(self, split: str, batch_size: int, **keys: Any) -> ImageBatches:
+        augmentation = self.augmentation if split == "train" else None
         return ImageBatches(
-            self.resident("valid"),
-            self.eval_batch_size * trainer.world_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            self.resident(split),
+            batch_size,
+            augmentation=augmentation,
             device=self._device(),
+            **keys,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -28,6 +29,17 @@ class Floor:
     source: str
 
 
+BLOCK_NUMBERS = 2**18
+"""Numbers in a block of validation rows: 85 images of 32x32, 21 of 64x64."""
+
+MOST_BLOCK_ROWS = 4096
+
+
+def block_rows(event_shape: tuple[int, ...]) -> int:
+    """Rows of a block in validation: they follow from the shape of the data alone."""
+    return min(MOST_BLOCK_ROWS, max(1, BLOCK_NUMBERS // math.prod(event_shape)))
+
+
 class TensorDataModule(pl.LightningDataModule):
     """Train, validation and test tensors, held in memory and batched by indexing.
 
@@ -35,7 +47,7 @@ class TensorDataModule(pl.LightningDataModule):
 
     Args:
         batch_size: training rows a step, over all processes.
-        eval_batch_size: rows at a time in validation and test; never changes a result.
+        eval_batch_size: rows at a time when a split is scored; never changes a result.
         seed: of the shuffling.
     """
 
@@ -53,6 +65,8 @@ class TensorDataModule(pl.LightningDataModule):
         self.seed = seed
         self.splits: dict[str, Tensor] = {}
         self._resident: dict[str, Tensor] = {}
+        self._train: Any = None
+        self._state: dict[str, int] = {}
 
     def resident(self, split: str) -> Tensor:
         """A split on the trainer's device, moved there once."""
@@ -61,26 +75,43 @@ class TensorDataModule(pl.LightningDataModule):
             self._resident[split] = self.splits[split].to(device)
         return self._resident[split]
 
-    def train_dataloader(self) -> TensorBatches:
+    def batches(self, split: str, batch_size: int, **keys: Any) -> Any:
+        """Batches of a split; ``keys`` as of :class:`~surflow.data.batches.TensorBatches`."""
+        return TensorBatches(self.resident(split), batch_size, **keys)
+
+    def train_dataloader(self) -> Any:
         trainer = self.trainer
-        return TensorBatches(
-            self.resident("train"),
+        self._train = self.batches(
+            "train",
             self.batch_size,
-            self.seed,
+            seed=self.seed,
             epoch=lambda: trainer.current_epoch,
             drop_last=True,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+        if self._state:
+            self._train.load_state_dict(self._state)
+            self._state = {}
+        return self._train
 
-    def val_dataloader(self) -> TensorBatches:
-        trainer = self.trainer
-        return TensorBatches(
-            self.resident("valid"),
-            self.eval_batch_size * trainer.world_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+    def val_dataloader(self) -> Any:
+        """Blocks of rows that depend on neither batch size nor processes, and so do their draws."""
+        return self.batches(
+            "valid",
+            block_rows(self.event_shape),
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            whole=True,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in an epoch training is, for its checkpoint."""
+        return {} if self._train is None else self._train.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let training go on behind the batches that it had."""
+        self._state = dict(state_dict)
 
     def transfer_batch_to_device(self, batch: Tensor, device: torch.device, index: int) -> Tensor:
         return batch  # it is there already

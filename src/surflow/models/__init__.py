@@ -2,20 +2,28 @@
 
 from surflow.models.autoregressive_flow import autoregressive_flow
 from surflow.models.coupling_flow import coupling_flow, coupling_net, image_of
+from surflow.models.glow import glow
+from surflow.models.interpolation import all_latents, from_latents, latent_interpolation
 from surflow.models.official import load_official, official_flow, read_tensors
 from surflow.models.pool_flow import DOWNSAMPLINGS, flow_noise, pool_flow
+from surflow.models.realnvp import realnvp
 from surflow.models.vae import vae_flow
 
 __all__ = [
     "DOWNSAMPLINGS",
+    "all_latents",
     "autoregressive_flow",
     "coupling_flow",
     "coupling_net",
     "flow_noise",
+    "from_latents",
+    "glow",
     "image_of",
+    "latent_interpolation",
     "load_official",
     "official_flow",
     "pool_flow",
     "read_tensors",
+    "realnvp",
     "vae_flow",
 ]

@@ -7,6 +7,7 @@ against the flow and otherwise left.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 import re
@@ -82,6 +83,79 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return dict(found)
 
 
+RELEASE = "https://github.com/didriknielsen/survae_flows/releases/tag/v1.0.0"
+"""Where the official repository keeps its trained weights."""
+
+_DATA_WORDS = {
+    "cifar10": ("cifar10", "c10"),
+    "imagenet32": ("imagenet32", "i32"),
+    "imagenet64": ("imagenet64", "i64"),
+}
+_POOLING_WORDS = {
+    "max_pool": ("max_pool", "maxpool", "max"),
+    "slice": ("slice", "nonpool", "none", "non"),
+}
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+
+
+def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path:
+    """The released checkpoint for a dataset and a downsampling: a file, or the one in a folder.
+
+    In a folder it is the only checkpoint whose path below the folder names both, in our words or
+    theirs: ``cifar10_max_pool.pt``, ``c10_max/check/checkpoint.pt``, ``cifar10/nonpool.pt``.
+
+    Args:
+        path: the file or folder.
+        data: name of the dataset.
+        surjection: name of the downsampling: max_pool or slice.
+
+    Raises:
+        UserError: where there is none, or more than one.
+    """
+    if surjection not in _POOLING_WORDS:
+        raise UserError(
+            f"weights.source=official: expected surjection={' or '.join(_POOLING_WORDS)}, got "
+            f"{surjection!r}"
+        )
+    wanted = f"{data}_{surjection}.pt"
+    if path is None:
+        raise UserError(
+            "weights.path: expected the file of the released weights, or a folder that has it as "
+            f"{wanted}; the official repository releases them at {RELEASE}"
+        )
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"weights.path: no file or folder {path}; released at {RELEASE}")
+    found = sorted(
+        p
+        for p in path.rglob("*")
+        if p.suffix in _SUFFIXES
+        and _names(p.relative_to(path), _DATA_WORDS.get(data, (data,)))
+        and _names(p.relative_to(path), _POOLING_WORDS[surjection])
+    )
+    if len(found) != 1:
+        which = ", ".join(str(p.relative_to(path)) for p in found[:3]) or "none"
+        raise UserError(
+            f"weights.path: expected one checkpoint for data={data} surjection={surjection} in "
+            f"{path}, such as {wanted}, got {which}"
+        )
+    return found[0]
+
+
+def _names(path: Path, words: Sequence[str]) -> bool:
+    """Whether a path has one of these words in it, between other characters than letters."""
+    text = path.as_posix().lower()
+    return any(re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", text) for word in words)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _numpy_numbers() -> list[Any]:
     """What a pickled NumPy number consists of, under its old names and its new ones."""
     scalar = np.float64(0).__reduce__()[0]
@@ -99,7 +173,6 @@ REFERENCE_POOLING = {"max": "max_pool", "none": "slice"}
 REFERENCE_DEQUANTIZATION = {"uniform": "uniform", "flow": "variational"}
 REFERENCE_KEYS = {
     "shape": "shape",
-    "bits": "num_bits",
     "scales": "num_scales",
     "num_scales": "num_scales",
     "steps": "num_steps",
@@ -129,6 +202,8 @@ def reference_configuration(config: Mapping[str, Any]) -> dict[str, Any]:
             arguments["downsampling"] = _looked_up(REFERENCE_POOLING, key, value)
         elif key == "dequant":
             arguments["dequantization"] = _looked_up(REFERENCE_DEQUANTIZATION, key, value)
+        elif key == "bits":
+            arguments["num_levels"] = 2**value
         else:
             arguments[_looked_up(REFERENCE_KEYS, "key", key)] = value
     return arguments
@@ -184,7 +259,7 @@ def official_configuration(
         "shape": (state[f"{net}.0.weight"].shape[1] // 2, height, width),
         # a slice has a squeeze, without parameters, before it; pooling follows the last coupling
         "downsampling": "slice" if any(c - 1 not in layers for c in cuts) else "max_pool",
-        "num_bits": round(-float(state["transforms.0.ldj_per_dim"]) / math.log(2)),
+        "num_levels": round(math.exp(-float(state["transforms.0.ldj_per_dim"]))),
         "num_scales": scales,
         "num_steps": len(couplings) // scales,
         "mid_channels": state[f"{net}.0.weight"].shape[0],

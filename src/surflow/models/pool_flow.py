@@ -181,7 +181,7 @@ def _smaller(layers: Sequence[Transform], shape: Shape) -> Shape:
 def pool_flow(
     shape: Sequence[int] = (3, 32, 32),
     downsampling: str | Downsampling = "max_pool",
-    num_bits: int = 8,
+    num_levels: int = 256,
     num_scales: int = 2,
     num_steps: int = 12,
     mid_channels: int = 64,
@@ -205,7 +205,7 @@ def pool_flow(
         downsampling: what stands between two scales: "max_pool", "learned_max_pool", "slice",
             "conditional_slice", or any ``f(shape)`` that gives a transform, or several in order,
             for latents of the shape (C, H, W).
-        num_bits: data are integers 0 ... 2 ** num_bits - 1.
+        num_levels: K: data are integers 0 ... K - 1.
         num_scales, num_steps: scales, and steps a scale.
         mid_channels, depth, growth, gated, num_blocks: of the couplings' :class:`DenseNet`.
         dequantization: "uniform" or "variational" (:func:`flow_noise`).
@@ -229,10 +229,10 @@ def pool_flow(
     shape = as_shape(shape)
     if len(shape) != 3:
         raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
-    if min(num_scales, num_bits) < 1 or min(num_steps, dequant_steps) < 0:
+    if min(num_scales, num_levels - 1) < 1 or min(num_steps, dequant_steps) < 0:
         raise ValueError(
-            "model: expected num_scales, num_bits >= 1 and num_steps, dequant_steps >= 0, got "
-            f"{num_scales}, {num_bits}, {num_steps}, {dequant_steps}"
+            "model: expected num_scales >= 1, num_levels >= 2, num_steps, dequant_steps >= 0, got "
+            f"{num_scales}, {num_levels}, {num_steps}, {dequant_steps}"
         )
     if any(side % 2**num_scales for side in shape[1:]):
         raise ValueError(
@@ -271,7 +271,7 @@ def pool_flow(
             num_blocks,
         )
     layers: list[Transform] = [
-        Dequantization(2**num_bits, noise),
+        Dequantization(num_levels, noise),
         Affine(shape, shift=-0.5),
         Squeeze(),
     ]

@@ -1,9 +1,11 @@
 """Neural nets; nothing probabilistic in here."""
 
 from surflow.nets.densenet import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
+from surflow.nets.glow_net import GlowNet, StandardisedConv2d, ZeroConv2d
 from surflow.nets.lipschitz import LipschitzMLP
 from surflow.nets.made import MADE, MaskedLinear
 from surflow.nets.mlp import ACTIVATIONS, MLP, FourierFeatures, make_activation
+from surflow.nets.resnet import ResidualBlock, ResNet, TanhScale, WeightNormConv2d
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,8 +16,15 @@ __all__ = [
     "DenseNet",
     "FourierFeatures",
     "GatedConv2d",
+    "GlowNet",
     "ImageEmbedding",
     "LipschitzMLP",
     "MaskedLinear",
+    "ResNet",
+    "ResidualBlock",
+    "StandardisedConv2d",
+    "TanhScale",
+    "WeightNormConv2d",
+    "ZeroConv2d",
     "make_activation",
 ]

@@ -15,13 +15,12 @@ from surflow.reporting.records import (
     write_json_atomic,
     write_text_atomic,
 )
+from surflow.reporting.spec import TableSpec, load_spec
 from surflow.reporting.table import (
     CSV_FIELDS,
     Cell,
     Table,
-    TableSpec,
     build_table,
-    load_spec,
     render_csv,
     render_markdown,
     write_csv,

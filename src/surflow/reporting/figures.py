@@ -20,16 +20,19 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from surflow.reporting.bounds import BoundsRow
 from surflow.reporting.records import RECORD_NAME, Record, load_record, write_bytes_atomic
-from surflow.reporting.table import Table
+from surflow.reporting.spec import ColumnSpec
+from surflow.reporting.table import Cell, Table
 
 Cells = Mapping[str, Mapping[str, "str | Path | None"]]
 
 DPI = 120
 PANEL = 2.15  # inches
+IMAGE_PANEL = 3.2  # inches: 384 pixels, for 8 x 8 images of 32 to 64
 INK, GREY = "#222222", "#8a8a8a"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 COLORMAP = "magma"
@@ -38,13 +41,25 @@ GAP_FLOOR = 1e-5  # nats; smaller gaps are drawn at the edge
 
 def run_files(table: Table, name: str) -> dict[str, dict[str, Path | None]]:
     """`cells` for the functions below: cells[row label][column label] is the file `name` of the
-    cell's first accepted run, or None where there is no such run or file."""
+    cell's first accepted run, or None where there is no such run or file.
+
+    Rows that are quoted only are left out. In a table of images the columns go by their data: those
+    that show several metrics of the same data are one, named after it.
+    """
     cells: dict[str, dict[str, Path | None]] = {}
-    for cell in table.cells.values():
-        file = cell.records[0].run_dir / name if cell.records else None
-        found = file if file is not None and file.is_file() else None
-        cells.setdefault(cell.row.label, {})[cell.column.label] = found
+    for row in table.spec.rows:
+        if row.experiment is None:
+            continue
+        files = cells.setdefault(row.label, {})
+        for label, shown in _columns_of(table).items():
+            found = (_run_file(table.cells[row.name, column.name], name) for column in shown)
+            files[label] = next(filter(None, found), None)
     return cells
+
+
+def _run_file(cell: Cell, name: str) -> Path | None:
+    file = cell.records[0].run_dir / name if cell.records else None
+    return file if file is not None and file.is_file() else None
 
 
 def _record(file: str | Path | None) -> Record | None:
@@ -71,15 +86,22 @@ def _caution(records: list[Record | None]) -> str:
     return f"not a reproduction (profile {', '.join(profiles)})" if profiles else ""
 
 
-def _load_picture(file: Path, *names: str) -> dict[str, np.ndarray]:
+def _load_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an npz, among them these."""
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            found = {name: np.asarray(arrays[name], float) for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
     except (OSError, EOFError, ValueError, AttributeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{file}: not readable as npz ({error}); evaluate the run again") from None
-    missing = [name for name in ("grid_low", "grid_high", *names) if name not in found]
+    missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"{file}: lacks {', '.join(missing)}; evaluate the run again")
+    return found
+
+
+def _load_picture(file: Path, *names: str) -> dict[str, np.ndarray]:
+    arrays = _load_arrays(file, ("grid_low", "grid_high", *names))
+    found = {name: np.asarray(value, float) for name, value in arrays.items()}
     for name in ("grid_low", "grid_high"):
         found[name] = np.broadcast_to(found[name], (2,))
     return found
@@ -116,19 +138,28 @@ def _not_run(axes: Axes) -> None:
 class _Sheet:
     """A sheet of square panels, a dataset a row: Data, then each model; a slim axis for a scale.
 
-    All measures in inches. The caption under a panel is one small line.
+    All measures in inches. The caption under a panel is one small line, or as many as `lines`.
     """
 
-    LEFT, RIGHT, TOP, BOTTOM, GAP, CAPTION = 0.42, 0.62, 0.38, 0.12, 0.10, 0.27
+    LEFT, TOP, BOTTOM, GAP, CAPTION, LINE = 0.42, 0.38, 0.12, 0.10, 0.27, 0.16
 
-    def __init__(self, cells: dict[str, dict[str, Path | None]], title: str) -> None:
+    def __init__(
+        self,
+        cells: dict[str, dict[str, Path | None]],
+        title: str,
+        panel: float = PANEL,
+        lines: int = 1,
+        right: float = 0.62,
+    ) -> None:
+        self.panel = panel
+        self.below = self.CAPTION + (lines - 1) * self.LINE
         self.models = list(cells)
         self.datasets = list(next(iter(cells.values())))
         self.top = self.TOP + (0.26 if title else 0.0)
         across = len(self.models) + 1
-        self.width = self.LEFT + across * PANEL + (across - 1) * self.GAP + self.RIGHT
+        self.width = self.LEFT + across * panel + (across - 1) * self.GAP + right
         down = len(self.datasets)
-        self.height = self.top + down * (PANEL + self.CAPTION) + self.BOTTOM
+        self.height = self.top + down * (panel + self.below) + self.BOTTOM
         self.figure = Figure(figsize=(self.width, self.height))
         if title:
             y = 1 - 0.12 / self.height
@@ -140,14 +171,14 @@ class _Sheet:
             row[0].set_ylabel(label, fontsize=11, color=INK, labelpad=7)
 
     def _bottom(self, i: int) -> float:
-        return self.height - self.top - i * (PANEL + self.CAPTION) - PANEL
+        return self.height - self.top - i * (self.panel + self.below) - self.panel
 
     def _axes(self, x: float, i: int, width: float) -> Axes:
         w, h = self.width, self.height
-        return self.figure.add_axes((x / w, self._bottom(i) / h, width / w, PANEL / h))
+        return self.figure.add_axes((x / w, self._bottom(i) / h, width / w, self.panel / h))
 
     def _panel(self, i: int, j: int) -> Axes:
-        axes = self._axes(self.LEFT + j * (PANEL + self.GAP), i, PANEL)
+        axes = self._axes(self.LEFT + j * (self.panel + self.GAP), i, self.panel)
         _frame(axes)
         return axes
 
@@ -156,7 +187,7 @@ class _Sheet:
         axes.set_xlabel(text, fontsize=8.5, color=INK, labelpad=3)
 
     def scale(self, i: int, image, clipped: bool) -> None:
-        x = self.LEFT + (len(self.models) + 1) * (PANEL + self.GAP) - self.GAP + 0.09
+        x = self.LEFT + (len(self.models) + 1) * (self.panel + self.GAP) - self.GAP + 0.09
         axes = self._axes(x, i, 0.09)
         bar = self.figure.colorbar(image, cax=axes, extend="max" if clipped else "neither")
         bar.outline.set_linewidth(0.5)
@@ -305,6 +336,196 @@ def sample_figure(
     return _save(sheet.figure, path)
 
 
+def image_grid_array(images: np.ndarray, columns: int = 8, gap: int = 0) -> np.ndarray:
+    """(N, C, H, W) uint8 images in one picture, row by row, `columns` a row; the rest is white.
+
+    Args:
+        images: (N, C, H, W), uint8, C = 1 or 3.
+        columns: images a row.
+        gap: white pixels to the right of each image and below it.
+
+    Returns:
+        (ceil(N / columns) * (H + gap), columns * (W + gap), 3), uint8.
+
+    Raises:
+        ValueError: for another shape or dtype.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(
+            "images: expected uint8 of shape (N, 1 or 3, H, W), got "
+            f"{images.dtype} of shape {images.shape}"
+        )
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=255)
+    count, channels, height, width = images.shape
+    down = math.ceil(count / columns)
+    sheet = np.full((down * columns, channels, height, width), 255, np.uint8)
+    sheet[:count] = images
+    sheet = sheet.reshape(down, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(down * height, columns * width, channels)
+    return np.repeat(sheet, 3, axis=2) if channels == 1 else sheet
+
+
+def image_figure(table: Table, path: str | Path) -> Path:
+    """Draw the samples of the models side by side: a row of panels a dataset, the data first.
+
+    Each panel is the grid of `images.npz` of the cell's first run, and names its data, its profile
+    and the table's own numbers of that run. Returns the path.
+    """
+    files = run_files(table, "images.npz")
+    caution = _caution(list(table.records))
+    numbers = max(len(shown) for shown in _columns_of(table).values())
+    sheet = _Sheet(files, caution, panel=IMAGE_PANEL, lines=2 + numbers, right=0.12)
+    for i, label in enumerate(sheet.datasets):
+        shown = _columns_of(table)[label]
+        found = [files[model][label] for model in sheet.models]
+        grids = [None if f is None else _load_arrays(f, ("samples", "data")) for f in found]
+        first = next((grid["data"] for grid in grids if grid is not None), None)
+        panels = [first, *(None if grid is None else grid["samples"] for grid in grids)]
+        for axes, panel in zip(sheet.panels[i], panels, strict=True):
+            if panel is None:
+                _not_run(axes)
+            else:
+                axes.imshow(image_grid_array(panel, gap=1), interpolation="antialiased")
+        sheet.caption(i, 0, "test images")
+        rows = [row for row in table.spec.rows if row.experiment is not None]
+        for j, (row, file) in enumerate(zip(rows, found, strict=True), 1):
+            if file is not None:
+                sheet.caption(i, j, _image_caption(table, row.name, shown))
+    return _save(sheet.figure, path)
+
+
+def _columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
+    """The columns behind each column label of `run_files`."""
+    columns: dict[str, list[ColumnSpec]] = {}
+    for column in table.spec.columns:
+        label = column.data if table.spec.figure == "images" else column.label
+        columns.setdefault(label, []).append(column)
+    return columns
+
+
+def _image_caption(table: Table, row: str, columns: Sequence[ColumnSpec]) -> str:
+    record = next(record for column in columns for record in table.cells[row, column.name].records)
+    said = "" if record.profile == "paper" else ": not a reproduction"
+    released = ", released weights" if record.weights else ""
+    lines = [
+        f"{record.data}, seed {record.seed}{released}",
+        f"profile {record.profile}{said}",
+    ]
+    for column in columns:
+        metric = record.metrics.get(column.metric)
+        if metric is not None:
+            bound = "≤ " if metric.kind == "bound" else ""
+            unit = f" {metric.unit}" if metric.kind != "score" else ""
+            lines.append(f"{column.metric} {bound}{metric.value:.{column.digits}f}{unit}")
+    return "\n".join(lines)
+
+
+PUBLISHED, OURS, OTHERS = LINES[1], LINES[0], GREY
+
+
+def published_figure(table: Table, path: str | Path) -> Path:
+    """Draw published values beside ours: a panel a column, a line a row of the table.
+
+    Ours: filled circles with bars, the sample standard deviation over the seeds, or the metric's
+    standard error where there is one seed. Published: hollow diamonds; values of other sources:
+    hollow squares. Rows that are quoted only have hollow marks only. Returns the path.
+    """
+    spec = table.spec
+    across = min(len(spec.columns), 3)
+    down = math.ceil(len(spec.columns) / across)
+    height = down * (0.34 * len(spec.rows) + 1.0) + 0.8
+    figure = Figure(figsize=(1.6 + 3.1 * across, height), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.ravel()[len(spec.columns) :]:
+        axes.remove()
+    for index, (axes, column) in enumerate(zip(grid.ravel(), spec.columns, strict=False)):
+        _published_panel(axes, table, column)
+        axes.set_yticks(range(len(spec.rows)))
+        axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
+    caution = _caution(list(table.records))
+    compared = any(cell.published is not None for cell in table.cells.values())
+    title = "Published values and ours" if compared else "Ours; nothing is published"
+    title += f"; {caution}" if caution else ""
+    figure.suptitle(title, fontsize=9.5, color="#b00020" if caution else INK)
+    figure.legend(
+        handles=_published_legend(table),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
+    return _save(figure, path)
+
+
+def _published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
+    cells = table.of_column(column)
+    hollow = {"ls": "none", "mfc": "white", "ms": 6.5, "mew": 1.3, "zorder": 3}
+    unit = next((cell.unit for cell in cells if cell.unit and cell.kind != "score"), "")
+    seen = False
+    for line, cell in enumerate(cells):
+        if cell.published is not None:
+            axes.plot(cell.published, line, marker="D", color=PUBLISHED, **hollow)
+        for quote in cell.quoted:
+            axes.plot(quote.value, line, marker="s", color=OTHERS, **hollow)
+        if cell.ours is not None:
+            error = _spread(cell)
+            bars = {"xerr": error, "capsize": 3, "elinewidth": 1.2}
+            axes.errorbar(cell.ours, line, fmt="o", color=OURS, ms=5.5, zorder=4, **bars)
+        seen |= cell.ours is not None or cell.published is not None or bool(cell.quoted)
+    axes.set_title("\n".join(textwrap.wrap(column.label, 36)), fontsize=9.5, color=INK)
+    name = f"{column.metric} ({unit})" if unit else column.metric
+    axes.set_xlabel(f"{name}, {column.direction} is better", fontsize=8, color=INK)
+    axes.set_ylim(len(cells) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.grid(color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, color=GREY, labelcolor=INK, width=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not seen:
+        axes.set_xticks([])
+        axes.text(
+            0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color=GREY
+        )
+
+
+def _spread(cell: Cell) -> float | None:
+    """The half-width of a cell's error bar; None where nothing is known of it."""
+    if cell.std is not None:
+        return cell.std
+    errors = [metric.standard_error for metric in cell.metrics]
+    return errors[0] if len(errors) == 1 else None
+
+
+def _published_legend(table: Table) -> list[Line2D]:
+    """What each mark is, of those that the figure has."""
+    cells = table.cells.values()
+    ours = "ours, released weights" if table.released else "ours"
+    if any(cell.std is not None for cell in cells):
+        ours += " (bar: standard deviation over seeds)"
+    elif any(_spread(cell) is not None for cell in cells):
+        ours += " (bar: standard error)"
+    marks = (
+        (any(c.ours is not None for c in cells), "o", OURS, OURS, ours),
+        (any(c.published is not None for c in cells), "D", PUBLISHED, "white", "published"),
+        (any(c.quoted for c in cells), "s", OTHERS, "white", "quoted from others"),
+    )
+    return [
+        Line2D([], [], ls="none", marker=mark, color=color, mfc=face, ms=6, label=label)
+        for there, mark, color, face, label in marks
+        if there
+    ]
+
+
+CURVE_WORDS = {"nll": "NLL", "elbo": "negative ELBO", "iwbo": "negative IWBO"}
+CURVE_UNITS = {"bpd": "bits/dim"}
+
+
+def curve_label(column: str) -> str:
+    """Such as "validation negative ELBO (bits/dim)" for ``val/elbo_bpd``."""
+    name, _, unit = column.rpartition("/")[2].partition("_")
+    return f"validation {CURVE_WORDS.get(name, name)} ({CURVE_UNITS.get(unit, unit)})"
+
+
 def _read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(epochs, values), both (N,), from the lines of a metrics.csv where both are given."""
     with open(file, newline="", encoding="utf-8") as stream:
@@ -333,13 +554,15 @@ def learning_curve_figure(
     *,
     column: str = "val/nll_nats",
     metric: str = "test/nll_nats",
-    label: str = "validation NLL (nats)",
+    label: str | None = None,
 ) -> Path:
     """Draw `column` of each run's metrics.csv against the epoch: a panel a dataset, a line a model.
 
     `cells[row label][column label]` is a run's `metrics.csv` or None. A dashed line marks the floor
     that the records name for `metric`. The first twentieth of a curve does not stretch the scale.
+    `label` None makes one of `column`.
     """
+    label = curve_label(column) if label is None else label
     files = _existing(cells)
     records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
     caution = _caution([r for row in records.values() for r in row.values()])
@@ -398,6 +621,7 @@ def learning_curve_figure(
         axes.grid(color="#e4e4e4", lw=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8, color=GREY, labelcolor=INK, width=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel("epoch", fontsize=9, color=INK)
         axes.set_ylabel(label, fontsize=9, color=INK)
         for side, spine in axes.spines.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
-KINDS = ("likelihood", "bound")
+KINDS = ("likelihood", "bound", "score")
 
 
 class RecordError(ValueError):
@@ -41,9 +41,12 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a run, in `unit`; `kind` says whether it is a likelihood or a bound on one.
+    """One number of a run, in `unit`; `kind` says whether it is a likelihood, a bound on one, or a
+    score of samples (FID, Inception score).
 
-    `standard_error` (same unit, Monte Carlo over the `count` test points) may be None.
+    `standard_error` (same unit, Monte Carlo over the `count` test points or samples) may be None.
+    `protocol` is what a score depends on beside the model: number of samples, reference images,
+    extractor and its checksum, temperature, precision; empty for a likelihood or a bound.
     """
 
     value: float
@@ -52,6 +55,7 @@ class Metric:
     estimator: str
     standard_error: float | None = None
     count: int | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class Record:
     """The content of one `record.json`. Times are in seconds, memory in MiB.
 
     `ledger` holds the likelihood layer by layer; `truth`, where the model's likelihood is known
-    otherwise, its comparison with the bounds; both as written by the run.
+    otherwise, its comparison with the bounds; both as written by the run. `missing` maps a metric
+    that could not be computed to the reason, one line; `provenance` says which data it was (name,
+    version, rows, checksum); `weights` describes released weights, and is empty where the run
+    trained its own.
     """
 
     path: Path
@@ -94,6 +101,9 @@ class Record:
     ledger: Mapping[str, Any] = field(default_factory=dict)
     truth: Mapping[str, Any] = field(default_factory=dict)
     parameters: int | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -211,11 +221,15 @@ def load_record(path: str | Path) -> Record:
             estimator=one.text("estimator"),
             standard_error=one.number("standard_error", optional=True, least=0),
             count=one.integer("count", optional=True),
+            protocol=one.mapping("protocol", optional=True),
         )
     floor = {}
     for name, fields in top.mapping("floor", optional=True).items():
         one = _Reader(path, fields, f"floor.{name}", content)
         floor[name] = Floor(value=one.number("value"), source=one.text("source"))
+
+    absent = _Reader(path, top.mapping("missing", optional=True), "missing", content)
+    missing = {name: absent.text(name) for name in absent.fields}
 
     dirty = top.get("dirty", optional=True)
     if dirty not in (None, False, True):
@@ -245,6 +259,9 @@ def load_record(path: str | Path) -> Record:
         ledger=top.mapping("ledger", optional=True),
         truth=top.mapping("truth", optional=True),
         parameters=top.integer("parameters", optional=True),
+        missing=missing,
+        provenance=top.mapping("provenance", optional=True),
+        weights=top.mapping("weights", optional=True),
     )
 
 

@@ -1,13 +1,15 @@
-"""What a person sees of a run, and the average of its weights."""
+"""What a person sees of a run, the average of its weights, checkpoints by the clock."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback, Checkpoint, WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -34,6 +36,7 @@ class RunProgress(Callback):
         self._epoch_start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: FlowModule) -> None:
+        self._epoch_start = time.monotonic()  # a run resumed within an epoch does not start one
         if not trainer.is_global_zero or not sys.stderr.isatty():
             return
         self._bar = Progress(
@@ -112,3 +115,64 @@ class EMA(WeightAveraging):
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self.every == 0
+
+
+class TimedCheckpoint(Checkpoint):
+    """Write a checkpoint every so many minutes, within an epoch, behind an optimizer step.
+
+    What resumes from it continues the unbroken run exactly: weights, optimizer, schedule, average,
+    the place in the epoch's order and the sum behind the next logged loss are in it, and what
+    layers draw follows from the place in the epoch (:class:`FlowModule`). None is written at the
+    end of an epoch, which has one of its own.
+
+    Args:
+        path: the file, replaced each time.
+        minutes: between two of them, and from an epoch's start to the first; 0: at every step.
+        look_every: optimizer steps between looks at the clock where several processes must agree.
+        clock: seconds, as of ``time.monotonic``.
+
+    Raises:
+        ValueError: for negative minutes, or a ``look_every`` that is not positive.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        minutes: float,
+        look_every: int = 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not minutes >= 0:
+            raise ValueError(f"trainer.checkpoint_minutes: expected minutes >= 0, got {minutes}")
+        if look_every < 1:
+            raise ValueError(f"look_every: expected a positive number, got {look_every}")
+        self.path = Path(path)
+        self.seconds = 60.0 * minutes
+        self.look_every = look_every
+        self.clock = clock
+        self._last = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: FlowModule) -> None:
+        self._last = self.clock()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: FlowModule) -> None:
+        self._last = self.clock()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = batch_idx + 1
+        steps, rest = divmod(done, trainer.accumulate_grad_batches)
+        if rest or done >= trainer.num_training_batches:
+            return
+        if trainer.world_size == 1:
+            due = self._due()
+        else:
+            look = steps % self.look_every == 0
+            due = look and bool(trainer.strategy.broadcast(self._due()))
+        if due:
+            trainer.save_checkpoint(self.path)
+            self._last = self.clock()
+
+    def _due(self) -> bool:
+        return self.clock() - self._last >= self.seconds

@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return load_checkpoint(path)
+        return read_file(path)  # also what processes of one run hand to each other
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -47,20 +47,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: where it is missing, truncated, or no checkpoint of a flow.
     """
+    checkpoint = read_file(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: expected a checkpoint with a state_dict, found something else")
+    return checkpoint
+
+
+def read_file(path: str | Path) -> Any:
+    """Tensors and plain values of a file that torch has written, on the CPU.
+
+    Raises:
+        UserError: where it is missing or truncated.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train the run first, or name its .ckpt file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: damaged or truncated checkpoint ({first[:120]}); delete it and train "
             "the run again, from its start"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: expected a checkpoint with a state_dict, found something else")
-    return checkpoint
 
 
 def check_same_config(checkpoint: dict[str, Any], config_hash: str, name: str) -> None:
@@ -71,6 +80,14 @@ def check_same_config(checkpoint: dict[str, Any], config_hash: str, name: str) -
             f"{name}: written by another config (its hash is {theirs}, this config's is "
             f"{config_hash}); use the overrides it was trained with, or another folder"
         )
+
+
+def resume_point(checkpoint: dict[str, Any]) -> str:
+    """Where training goes on: "after epoch 3", or "in epoch 4, after step 1200"."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    if epochs["processed"] < epochs["started"]:
+        return f"in epoch {epochs['started']}, after step {int(checkpoint['global_step'])}"
+    return f"after epoch {epochs['processed']}"
 
 
 def flow_state(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

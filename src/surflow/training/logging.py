@@ -91,6 +91,9 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     folder.mkdir(parents=True, exist_ok=True)
+    row, surjection = config["row"], config["surjection"]["name"]
+    if row == config["model"]["name"] and surjection != "none":
+        row = f"{row}-{surjection}"  # a sweep without an experiment, over surjections too
     logger = WandbLogger(
         project=config["logger"]["project"],
         entity=config["logger"]["entity"],
@@ -98,10 +101,10 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
         save_dir=str(folder),
         id=f"{config['profile']['name']}-{config_hash}",
         resume="allow",
-        name=f"{config['row']}-{config['data']['name']}-seed{config['seed']}",
+        name=f"{row}-{config['data']['name']}-seed{config['seed']}",
         group=config["artefact"],
-        job_type=config["row"],
-        tags=[config["profile"]["name"], config["data"]["name"], config["surjection"]["name"]],
+        job_type=row,
+        tags=[config["profile"]["name"], config["data"]["name"], surjection],
         config=dict(config),
     )
     # Lightning always hands it on, and wandb warns of it

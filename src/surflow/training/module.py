@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -17,6 +18,27 @@ from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.objectives import iwbo
 from surflow.transforms import ActNorm
+
+_START, _TRAINING, _VALIDATION = range(3)  # what random numbers are drawn for
+
+
+def seed_draws(device: torch.device, *key: int) -> None:
+    """Begin the random numbers of the CPU and of a device anew, at a hash of numbers >= 0.
+
+    The hash mixes all bits of the key into the low 32, which are all that torch's generator on
+    the CPU looks at.
+
+    >>> cpu = torch.device("cpu")
+    >>> seed_draws(cpu, 3, 0, 7)
+    >>> first = torch.rand(3)
+    >>> seed_draws(cpu, 3, 0, 7)
+    >>> torch.equal(torch.rand(3), first)
+    True
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes ten times as long
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -55,19 +77,29 @@ class Objective:
 class FlowModule(pl.LightningModule):
     """Train a flow.
 
+    What a layer draws follows from the seed, the epoch, the batch's number in it and the process,
+    and from nothing before it: a run that goes on from a checkpoint, at the end of an epoch or
+    within one, draws what the unbroken one drew. In validation it follows from the seed and the
+    rows alone, each epoch alike, so that epochs are compared on the same draws, whatever the
+    number of processes.
+
+    The gradient of a step is that of the mean loss over all rows of the step: the same for one
+    large batch, several accumulated ones (an incomplete last group too), and shares of several
+    processes. What layers draw differs between these; with given draws the steps are equal.
+
     Args:
         flow: the model.
         optimizer: parameters -> optimizer.
         schedule: (optimizer, total_steps, steps_per_epoch) -> learning-rate scheduler, stepped
             once per optimizer step.
         objective: what is maximised.
-        seed: the random numbers of an epoch follow from it and the epoch's number, so that a run
-            resumed at an epoch's start draws what the unbroken one drew.
+        seed: of what the layers draw, >= 0.
         config_hash: names the config in checkpoints.
         compile: compile the loss with ``torch.compile``.
         finite_check_every: steps between checks of the loss on an accelerator, where reading it
             makes the device wait; on a CPU every step is checked.
-        log_every: steps between logged training losses.
+        log_every: batches between logged training losses.
+        channels_last: lay out images, and the weights of convolutions, with the channels last.
     """
 
     def __init__(
@@ -81,9 +113,11 @@ class FlowModule(pl.LightningModule):
         compile: bool = False,
         finite_check_every: int = 50,
         log_every: int = 50,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.flow = flow
+        self.flow = flow.to(memory_format=torch.channels_last) if channels_last else flow
+        self.channels_last = channels_last
         self.objective = objective or Objective()
         self.make_optimizer = optimizer
         self.make_schedule = schedule
@@ -97,6 +131,8 @@ class FlowModule(pl.LightningModule):
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._sum: Tensor | None = None
         self._count = 0
+        self._val_sum: Tensor | None = None
+        self._val_count = 0
         self._checked_values = False
         self.last_train: float | None = None
         self.last_val: float | None = None
@@ -117,12 +153,12 @@ class FlowModule(pl.LightningModule):
         }
 
     def on_train_epoch_start(self) -> None:
-        pl.seed_everything(
-            ((self.seed << 20) + self.current_epoch * self.trainer.world_size + self.global_rank)
-            % 2**32,
-            verbose=False,
-        )
         self._sum, self._count = None, 0
+
+    def _laid_out(self, batch: Tensor) -> Tensor:
+        if self.channels_last and batch.dim() == 4:
+            return batch.contiguous(memory_format=torch.channels_last)
+        return batch
 
     def initialise(self, x: Tensor) -> None:
         """Let the data-dependent layers set themselves from a batch; check it value by value."""
@@ -134,30 +170,50 @@ class FlowModule(pl.LightningModule):
 
     def _whole_batch(self, batch: Tensor) -> Tensor:
         """The shares of all processes, so that each of them initialises alike."""
-        if self.trainer.world_size == 1:
-            return batch
-        return self.all_gather(batch).flatten(0, 1)
+        return self._gathered(batch).flatten(0, 1)
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        """A tensor of every process, stacked: (processes, *shape)."""
+        parts = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
+        if len(parts) == 1:
+            return value.unsqueeze(0)
+        torch.distributed.all_gather(parts, value)
+        return torch.stack(parts)
+
+    def _first_batch(self, batch: Tensor) -> None:
+        """Once, eagerly: values outside a layer's support are named here."""
+        seed_draws(self.device, _START, self.seed)  # the same draws in every process
+        if any(isinstance(m, ActNorm) and not m.initialised for m in self.flow.modules()):
+            self.initialise(self._whole_batch(batch))
+        else:
+            with torch.no_grad():
+                self.flow.log_prob(batch)
+
+    def _group_share(self, batch_idx: int) -> float:
+        """Lightning divides by the batches that a step accumulates; fewer may be left for the last
+        step of an epoch, and this makes up for it."""
+        group = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % group
+        return group / min(group, self.trainer.num_training_batches - first)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        batch = self._laid_out(batch)
         if not self._checked_values:
-            # once, eagerly: values outside a layer's support are named here
             self._checked_values = True
-            if any(isinstance(m, ActNorm) and not m.initialised for m in self.flow.modules()):
-                self.initialise(self._whole_batch(batch))
-            else:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    self.flow.log_prob(batch)
+            self._first_batch(batch)
+        place = self.seed, self.current_epoch, batch_idx, self.global_rank
+        seed_draws(self.device, _TRAINING, *place)
         with check_values(False):
             loss = self._loss(batch)
         detached = loss.detach()
-        self._sum = detached if self._sum is None else self._sum + detached
+        self._sum = detached if self._sum is None else self._sum.to(detached.device) + detached
         self._count += 1
         every = 1 if detached.device.type == "cpu" else self.finite_check_every
         if (batch_idx + 1) % every == 0 and not math.isfinite(self._sum.item()):
             self._stop(batch, batch_idx)
         if (batch_idx + 1) % self.log_every == 0:
             self._log_train(self.global_step + 1)  # this batch's step is still to come
-        return loss * self.objective.scale
+        return loss * (self.objective.scale * self._group_share(batch_idx))
 
     def _log_train(self, step: int) -> None:
         if self._count:
@@ -191,33 +247,47 @@ class FlowModule(pl.LightningModule):
 
     # Validation --------------------------------------------------------------------------------
 
+    def on_validation_epoch_start(self) -> None:
+        self._val_sum, self._val_count = None, 0
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        score = iwbo(self.flow, batch, num_samples=self.objective.num_samples)
-        value = -score.double().mean() * self.objective.scale
-        self.log(
-            self.val_key,
-            value.float(),
-            on_epoch=True,
-            batch_size=len(batch),
-            sync_dist=True,
-            logger=False,  # Lightning would name the step before the one it belongs to
-        )
+        if len(batch) == 0:  # this process's share of the last blocks may be none
+            return
+        block = batch_idx * self.trainer.world_size + self.global_rank
+        seed_draws(self.device, _VALIDATION, self.seed, block)
+        score = iwbo(self.flow, self._laid_out(batch), num_samples=self.objective.num_samples)
+        total = score.double().sum()
+        self._val_sum = total if self._val_sum is None else self._val_sum + total
+        self._val_count += len(batch)
 
     def on_validation_epoch_end(self) -> None:
-        value = self.trainer.callback_metrics.get(self.val_key)
-        self.last_val = None if value is None else float(value)
-        if self.last_val is not None and not self.trainer.sanity_checking:
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = none if self._val_sum is None else self._val_sum
+        both = torch.stack([total, none + self._val_count])
+        total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
+        self.last_val = (-total / count * self.objective.scale).float().item()
+        # for the choice of the best checkpoint; Lightning's loggers would name an earlier step
+        self.log(self.val_key, self.last_val, logger=False)
+        if not self.trainer.sanity_checking:
             self._log({self.val_key: self.last_val}, self.global_step)
 
     # Checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["surflow"] = {"config_hash": self.config_hash, "seed": self.seed}
+        own: dict[str, Any] = {"config_hash": self.config_hash, "seed": self.seed}
+        if self._sum is not None:  # within an epoch: every process's sum since the last log line
+            own["running"] = {"sums": self._gathered(self._sum).cpu(), "count": self._count}
+        checkpoint["surflow"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         from surflow.training.checkpoint import check_same_config
 
         check_same_config(checkpoint, self.config_hash, "the checkpoint to resume from")
+        running = checkpoint["surflow"].get("running")
+        if running is not None:
+            sums, self._count = running["sums"], int(running["count"])
+            same = len(sums) == self.trainer.world_size
+            self._sum = sums[self.global_rank] if same else sums.mean()
 
 
 def can_compile() -> bool:

@@ -55,3 +55,74 @@ def exponential(
     if not 0 < gamma <= 1:
         raise ValueError(f"schedule.gamma: expected 0 < gamma <= 1, got {gamma}")
     return _schedule(optimizer, lambda step: gamma ** (step // steps_per_epoch), warmup_steps)
+
+
+def staged(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: int,
+    gamma: float,
+    warmup_steps: int,
+    main_epochs: int,
+    cooldown_lr: float | None,
+    warmup_overwrites_decay: bool,
+) -> LambdaLR:
+    r"""Warm-up by step and decay by epoch in a main phase, then a constant rate to cool down.
+
+    .. math:: \mathrm{lr}_t = \mathrm{lr} \cdot \min(1, t / W) \cdot \gamma^{e_t}, \quad
+              e_t = \lfloor t / S \rfloor < E; \qquad \mathrm{lr}_t = \mathrm{lr}_c
+              \text{ from epoch } E
+
+    t counts the optimizer steps done, so the first one has rate 0; S are the steps of an epoch.
+    With ``warmup_overwrites_decay`` the factor of the decay is gamma in the first step of an epoch
+    behind the first one, and 1 in every other step. This is what a scheduler does that
+    multiplies the current rate by gamma after an epoch, beside one that sets it to
+    lr min(1, t/W) after every step: so the official code ran, and the published models trained
+    at a constant rate.
+
+    Args:
+        optimizer: its rate is lr.
+        total_steps: of the run, main phase and cooldown.
+        steps_per_epoch: S.
+        gamma: in (0, 1].
+        warmup_steps: W, fewer than the steps of the main phase; 0 for none.
+        main_epochs: E; the epochs left of the run are the cooldown.
+        cooldown_lr: lr_c; None where no epoch is left.
+        warmup_overwrites_decay: see above.
+
+    Raises:
+        ValueError: for a parameter out of range, a main phase that is longer than the run or
+            shorter than its warm-up, or a cooldown without a rate.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, image experiments and their official code.
+    """
+    epochs = total_steps // steps_per_epoch
+    if not 0 < gamma <= 1:
+        raise ValueError(f"schedule.gamma: expected 0 < gamma <= 1, got {gamma}")
+    if not 1 <= main_epochs <= epochs:
+        raise ValueError(
+            f"schedule.main_epochs: expected 1 to the {epochs} epochs of the run, got {main_epochs}"
+        )
+    main_steps = main_epochs * steps_per_epoch
+    if not 0 <= warmup_steps < main_steps:
+        raise ValueError(
+            f"schedule.warmup_steps: expected 0 to {main_steps - 1}, fewer than the steps of the "
+            f"main phase, got {warmup_steps}"
+        )
+    if main_epochs < epochs and (cooldown_lr is None or not cooldown_lr > 0):
+        raise ValueError(
+            f"schedule.cooldown_lr: expected a positive rate for the {epochs - main_epochs} "
+            f"epochs behind schedule.main_epochs, got {cooldown_lr}"
+        )
+    base = optimizer.param_groups[0]["lr"]
+
+    def factor(step: int) -> float:
+        epoch, within = divmod(step, steps_per_epoch)
+        if epoch >= main_epochs and cooldown_lr is not None:
+            return cooldown_lr / base
+        warm = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+        if warmup_overwrites_decay:
+            return warm * (gamma if within == 0 and epoch > 0 else 1.0)
+        return warm * gamma**epoch
+
+    return LambdaLR(optimizer, factor)

@@ -35,6 +35,7 @@ __all__ = [
     "Sequential",
     "Transform",
     "check_values",
+    "repeat_rows",
     "require",
     "run_net",
     "sum_event",
@@ -53,6 +54,13 @@ def zero_ldj(x: Tensor) -> Tensor:
 def contribution_dtype(ldj: Tensor) -> Tensor:
     """Lift a half-precision contribution to float32."""
     return ldj.float() if ldj.dtype in (torch.float16, torch.bfloat16) else ldj
+
+
+def repeat_rows(value: Tensor | None, num_samples: int) -> Tensor | None:
+    """The rows, again and again: (B, ...) -> (K B, ...), row b of sample k at k B + b."""
+    if value is None or num_samples == 1:
+        return value
+    return value.expand(num_samples, *value.shape).flatten(0, 1)
 
 
 def takes_context(module: nn.Module | None) -> bool:
@@ -145,6 +153,8 @@ class Transform(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._several_as_one("_forward_samples", "_forward")
+        cls._several_as_one("_inverse_and_ldj_samples", "_inverse_and_ldj")
         if inspect.isabstract(cls) or cls.__name__.startswith("_"):
             return
         missing = [
@@ -154,6 +164,13 @@ class Transform(nn.Module, ABC):
         ]
         if missing:
             raise TypeError(f"{cls.__name__} must declare {', '.join(missing)}")
+
+    @classmethod
+    def _several_as_one(cls, several: str, one: str) -> None:
+        """Drop a parent's way to several samples where a class has overridden what it is of."""
+        place = {name: i for i, c in reversed([*enumerate(cls.__mro__)]) for name in vars(c)}
+        if place[one] < place[several]:
+            setattr(cls, several, vars(Transform)[several])
 
     # What a subclass writes -------------------------------------------------------------------
 
@@ -178,6 +195,19 @@ class Transform(nn.Module, ABC):
     def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
         """z alone: what a turned layer generates. Override it where V costs more than z."""
         return self._forward(x, context)[0]
+
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Several draws of ``_forward`` a row. Override it, with the same draws in the same order,
+        where a part of the work does not depend on the draw."""
+        return self(repeat_rows(x, num_samples), repeat_rows(context, num_samples))
+
+    def _inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same of ``_inverse_and_ldj``."""
+        return self.inverse_and_ldj(repeat_rows(z, num_samples), repeat_rows(context, num_samples))
 
     @classmethod
     def example(cls) -> Example:
@@ -223,6 +253,50 @@ class Transform(nn.Module, ABC):
         self._check_context(context, z.shape[0], "inverse")
         x, ldj = self._inverse_and_ldj(z, context)
         return x, contribution_dtype(ldj)
+
+    def forward_samples(
+        self, x: Tensor, context: Tensor | None = None, num_samples: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Infer several latents of each row: ``forward`` of the rows repeated, draw for draw.
+
+        What does not depend on a draw (deterministic layers before the first stochastic one, the
+        embedding of a dequantizer's context) is computed once a row. A layer with random estimates
+        draws them for every sample.
+
+        Args:
+            x: data, (B, *event).
+            context: (B, ...) or None.
+            num_samples: K.
+
+        Returns:
+            z: (K B, *latent), sample k of row b at k B + b.
+            ldj: (K B,), nats.
+
+        Raises:
+            ValueError: as ``forward``, and for num_samples < 1.
+        """
+        if not self._several(num_samples, "forward"):
+            return self(x, context)
+        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
+        self._check_context(context, x.shape[0], "forward")
+        z, ldj = self._forward_samples(x, context, num_samples)
+        return z, contribution_dtype(ldj)
+
+    def inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None = None, num_samples: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Generate several x of each latent, and score the pairs; see :meth:`forward_samples`."""
+        if not self._several(num_samples, "inverse"):
+            return self.inverse_and_ldj(z, context)
+        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
+        self._check_context(context, z.shape[0], "inverse")
+        x, ldj = self._inverse_and_ldj_samples(z, context, num_samples)
+        return x, contribution_dtype(ldj)
+
+    def _several(self, num_samples: int, method: str) -> bool:
+        if num_samples < 1:
+            raise ValueError(f"{self.where(method)}: expected num_samples >= 1, got {num_samples}")
+        return num_samples > 1
 
     @property
     def lower_bound(self) -> bool:
@@ -433,6 +507,25 @@ class Sequential(Transform):
             ldj = part if ldj is None else ldj + part
         return x, zero_ldj(x) if ldj is None else ldj
 
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        repeated = False
+        for transform in self.transforms:
+            if not repeated and (transform.stochastic_forward or transform.estimated):
+                x, part = transform.forward_samples(x, context, num_samples)
+                ldj = repeat_rows(ldj, num_samples)
+                context = repeat_rows(context, num_samples)
+                repeated = True
+            else:
+                x, part = transform(x, context)
+            ldj = part if ldj is None else ldj + part
+        ldj = zero_ldj(x) if ldj is None else ldj
+        if not repeated:
+            x, ldj = repeat_rows(x, num_samples), repeat_rows(ldj, num_samples)
+        return x, ldj
+
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         for transform in reversed(self.transforms):
             z = transform.inverse(z, context)
@@ -445,22 +538,25 @@ class Sequential(Transform):
             ldj = part if ldj is None else ldj + part
         return z, zero_ldj(z) if ldj is None else ldj
 
+    def layers(self, prefix: str = "") -> Iterator[tuple[str, Transform]]:
+        """Name (such as ``2.AffineCoupling``) and layer, nested sequences unfolded."""
+        for i, transform in enumerate(self.transforms):
+            if isinstance(transform, Sequential):
+                yield from transform.layers(f"{prefix}{i}.")
+            else:
+                yield f"{prefix}{i}.{transform.label}", transform
+
     def trace(
         self, x: Tensor, context: Tensor | None = None, prefix: str = ""
     ) -> Iterator[tuple[str, Transform, Tensor, Tensor]]:
         """Run forward layer by layer, nested sequences unfolded.
 
         Yields:
-            name (such as ``2.AffineCoupling``), the layer, its output z, its ldj (B,) in nats.
+            name (as in :meth:`layers`), the layer, its output z, its ldj (B,) in nats.
         """
-        for i, transform in enumerate(self.transforms):
-            if isinstance(transform, Sequential):
-                for row in transform.trace(x, context, f"{prefix}{i}."):
-                    x = row[2]
-                    yield row
-            else:
-                x, ldj = transform(x, context)
-                yield f"{prefix}{i}.{transform.label}", transform, x, ldj
+        for name, transform in self.layers(prefix):
+            x, ldj = transform(x, context)
+            yield name, transform, x, ldj
 
     @classmethod
     def example(cls) -> Example:
@@ -571,11 +667,23 @@ class Inverse(Transform):
         z, ldj = self.transform.inverse_and_ldj(x, context)
         return z, -ldj
 
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        z, ldj = self.transform.inverse_and_ldj_samples(x, context, num_samples)
+        return z, -ldj
+
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self.transform.latent(z, context)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ldj = self.transform(z, context)
+        return x, -ldj
+
+    def _inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        x, ldj = self.transform.forward_samples(z, context, num_samples)
         return x, -ldj
 
     @classmethod

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
+from surflow.transforms.base import repeat_rows
 
 
 def at_least_single(value: Tensor) -> Tensor:
@@ -69,12 +70,24 @@ def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> T
 
 
 def draw(
-    distribution: Distribution, seen: Tensor, context: Tensor | None, features: int, where: str
+    distribution: Distribution,
+    seen: Tensor,
+    context: Tensor | None,
+    features: int,
+    where: str,
+    num_samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """One event a row of ``seen`` and its log-density, (B, *event) and (B,), nats."""
+    """K events a row of ``seen`` and their log-densities, (K B, *event) and (K B,), nats.
+
+    Sample k of row b is at k B + b. A distribution that embeds its context (``embeds_context``)
+    does so once a row.
+    """
     if not distribution.conditional:
-        return distribution.sample_and_log_prob(seen.shape[0])
-    return distribution.sample_and_log_prob(context=beside(seen, context, features, where))
+        return distribution.sample_and_log_prob(num_samples * seen.shape[0])
+    given = beside(seen, context, features, where)
+    if num_samples > 1 and getattr(distribution, "embeds_context", False):
+        return distribution.sample_and_log_prob(context=given, num_samples=num_samples)
+    return distribution.sample_and_log_prob(context=repeat_rows(given, num_samples))
 
 
 def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from surflow.transforms.bijections.linear import (
     QRLinear,
     _example,
     _perturbed,
-    along_channels,
     at_least_float,
     dense_inverse,
     dense_log_abs_det,
@@ -54,6 +54,7 @@ class Conv1x1(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    channels_last = False  # whether the result lies so in memory even where x does not
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
         super().__init__()
@@ -76,21 +77,44 @@ class Conv1x1(Transform):
         """W, (C, C)."""
         return self.weight if self.linear is None else self.linear.weight_matrix()
 
+    def _inverse_matrix(self) -> Tensor:
+        if self.linear is None:
+            return dense_inverse(self.weight)
+        like = at_least_float(self._like)
+        eye = torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
+        return self.linear._solve(eye)
+
+    @property
+    def _like(self) -> Tensor:
+        """A parameter, for its dtype."""
+        return self.weight if self.linear is None else self.linear._like
+
+    def _log_abs_det(self, x: Tensor) -> Tensor:
+        if self.linear is None:
+            return per_position(dense_log_abs_det(self.weight), x)
+        return per_position(self.linear._log_abs_det(), x)
+
+    def _at_every_pixel(self, x: Tensor, matrix: Callable[[], Tensor]) -> Tensor:
+        """The matrix times the channels, in float32 or better whatever autocast; as x lies in
+        memory, so does the result."""
+        dtype = torch.promote_types(x.dtype, self._like.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(dtype, torch.float32))
+            factor = matrix().to(x.dtype)
+            if self.channels_last or x.stride(1) == 1:
+                out = (x.permute(0, 2, 3, 1) @ factor.T).permute(0, 3, 1, 2)
+            else:
+                out = (factor @ x.flatten(2)).reshape(x.shape)
+        return out.to(dtype)
+
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.linear is not None:
-            return self.linear._forward(x, context)
-        z = along_channels(x, self.weight, lambda c: self.weight.to(c.dtype) @ c)
-        return z, per_position(dense_log_abs_det(self.weight), x)
+        return self._at_every_pixel(x, self.weight_matrix), self._log_abs_det(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        if self.linear is not None:
-            return self.linear._inverse(z, context)
-        return along_channels(z, self.weight, lambda c: dense_inverse(self.weight).to(c.dtype) @ c)
+        return self._at_every_pixel(z, self._inverse_matrix)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.linear is not None:
-            return self.linear._inverse_and_ldj(z, context)
-        return self._inverse(z, context), per_position(dense_log_abs_det(self.weight), z)
+        return self._inverse(z, context), self._log_abs_det(z)
 
     @classmethod
     def example(cls) -> Example:

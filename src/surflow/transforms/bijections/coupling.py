@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,14 @@ class Coupling(Transform):
             return torch.cat([first, second], dim=1)
         return torch.slice_scatter(x, changed, dim=1, start=0 if self.swap else 1, step=2)
 
+    def _join(self, like: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
+        """The same where x is not at hand: it lies in memory as ``like`` does."""
+        if self.split == "alternate":
+            like = torch.empty_like(like, dtype=conditioning.dtype)
+            start = 1 if self.swap else 0
+            like = torch.slice_scatter(like, conditioning, dim=1, start=start, step=2)
+        return self._merge(like, conditioning, changed)
+
     def _params(self, seen: Tensor, like: Tensor, context: Tensor | None, method: str) -> Tensor:
         out = run_net(self.net, seen, context, self.where(method))
         count = self.map.num_params
@@ -154,6 +163,58 @@ class Coupling(Transform):
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._apply_map(z, context, "inverse", self.map.inverse_and_ldj)
+
+    def retrace(
+        self, value: Tensor, context: Tensor | None, turned: bool
+    ) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+        """From an output, the input and the graph that leads back, at a single pass of the net.
+
+        The part that conditions is the same in input and output, so the net's output serves the
+        inverse, which finds the other part, and the graph. For a backward pass that kept the
+        output only; to be called with gradients enabled.
+
+        Args:
+            value: z, or x where ``turned``.
+            context: (B, ...) or None.
+            turned: whether the layer ran from z to x.
+
+        Returns:
+            The input's two parts, leaves of the graph; a function that joins two such parts (their
+            gradients too); the output and the contribution as the graph gives them.
+        """
+        function = self.map.inverse_and_ldj if turned else self.map.forward
+        method = "inverse" if turned else "forward"
+        if self.mask is not None:
+            mask = self._mask_for(value, method)
+            kept = torch.where(mask, value, 0.0).detach().requires_grad_()
+            params = self._params(kept, value, context, method)
+            moved = torch.where(mask, 0.0, self._undo(value, params, turned)).requires_grad_()
+            whole = torch.where(mask, kept, moved)
+            changed, log_derivative = function(whole, params)
+            return (
+                (kept, moved),
+                lambda a, b: torch.where(mask, a, b),
+                torch.where(mask, whole, changed),
+                sum_event(torch.where(mask, 0.0, log_derivative)),
+            )
+        kept, changed = self._parts(value, method)
+        kept = kept.detach().requires_grad_()
+        params = self._params(kept, changed, context, method)
+        moved = self._undo(changed, params, turned).requires_grad_()
+        changed, log_derivative = function(moved, params)
+        return (
+            (kept, moved),
+            partial(self._join, value),
+            self._join(value, kept, changed),
+            sum_event(log_derivative),
+        )
+
+    @torch.no_grad()
+    def _undo(self, value: Tensor, params: Tensor, turned: bool) -> Tensor:
+        """What the map took to ``value``."""
+        if turned:
+            return self.map.forward(value, params)[0]
+        return self.map.inverse(value, params)
 
     @classmethod
     def example(cls) -> Example:

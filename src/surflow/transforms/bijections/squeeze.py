@@ -8,6 +8,25 @@ from torch import Tensor
 from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
 
 
+def to_channels(x: Tensor, factor: int) -> Tensor:
+    """Space to channels: (B, C, f H, f W) -> (B, C f², H, W), in one copy that lies as x does.
+
+    (On a GPU ``pixel_unshuffle`` gives an image with channels last back with channels first.)
+    """
+    if x.stride(1) != 1:
+        return F.pixel_unshuffle(x, factor)
+    x = x.permute(0, 2, 3, 1).unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)  # from B h f w f C
+
+
+def to_pixels(z: Tensor, factor: int) -> Tensor:
+    """Channels to space: (B, C f², H, W) -> (B, C, f H, f W), in one copy that lies as z does."""
+    if z.stride(1) != 1:
+        return F.pixel_shuffle(z, factor)
+    z = z.permute(0, 2, 3, 1).unflatten(3, (-1, factor, factor))  # B h w C f f
+    return z.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class Squeeze(Transform):
     r"""Blocks of pixels become channels.
 
@@ -50,7 +69,7 @@ class Squeeze(Transform):
                 f"{self.where('forward')}: expected height and width divisible by "
                 f"{self.factor}, got shape {tuple(x.shape)}"
             )
-        return F.pixel_unshuffle(x, self.factor), zero_ldj(x)
+        return to_channels(x, self.factor), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         if z.shape[1] % self.factor**2:
@@ -58,7 +77,7 @@ class Squeeze(Transform):
                 f"{self.where('inverse')}: expected channels divisible by {self.factor**2}, "
                 f"got shape {tuple(z.shape)}"
             )
-        return F.pixel_shuffle(z, self.factor)
+        return to_pixels(z, self.factor)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._inverse(z, context), zero_ldj(z)

@@ -12,6 +12,11 @@ from surflow.transforms.base import Example, Inverse
 from surflow.transforms.surjections.max import _Max
 
 
+def _lying_as(like: Tensor, image: Tensor) -> Tensor:
+    """The image with its channels last in memory if those of ``like`` are."""
+    return image.contiguous(memory_format=torch.channels_last) if like.stride(1) == 1 else image
+
+
 class MaxPool2d(_Max):
     r"""The inference surjection z = maxpool(x), with a model of what pooling forgets.
 
@@ -77,6 +82,14 @@ class MaxPool2d(_Max):
         self._setup(k, (c * k, *small), (c * (k - 1), *small), decoder, True, False, net)
         if learn and net is None:
             self.logits = nn.Parameter(torch.zeros(c * k, 1, 1))
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, ldj = super()._forward(x, context)
+        return _lying_as(x, z), ldj
+
+    def _draw(self, z: Tensor, event: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, index = super()._draw(z, event, table)
+        return _lying_as(z, x), index
 
     def _cut(self, x: Tensor) -> Tensor:
         b, (c, h, w), k = x.shape[0], self.latent_shape, self.kernel_size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surflow.checks import require
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.transforms.base import Example, Inverse, Transform, repeat_rows, zero_ldj
 from surflow.transforms.conditioning import (
     at_least_single,
     check_distribution,
@@ -141,19 +141,27 @@ class Rounding(Transform):
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._inverse_and_ldj_samples(z, context, 1)
+
+    def _inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
         where = self.where("inverse")
         dtype = torch.promote_types(self.unit.dtype, torch.float32)
         level = z.to(dtype)
         inside = (level >= 0) & (level < self.num_levels)
         require(inside, where, f"levels 0 to {self.num_levels - 1}", z)
         if self.noise is None:
-            u = torch.rand(z.shape, dtype=dtype, device=z.device)
+            shape = (num_samples * z.shape[0], *z.shape[1:])
+            u = torch.rand(shape, dtype=dtype, device=z.device)
             log_p = zero_ldj(u)
         else:
-            u, log_p = draw(self.noise, self._code(level), context, self.context_features, where)
+            seen, features = self._code(level), self.context_features
+            u, log_p = draw(self.noise, seen, context, features, where, num_samples)
             require((u >= 0) & (u <= 1), where, "noise in [0, 1]", u)
         u = u.to(dtype).clamp(*self._margins(dtype))
-        x = (level + u) / self.num_levels if self.scale else level + u
+        x = repeat_rows(level, num_samples) + u
+        x = x / self.num_levels if self.scale else x
         return x, log_p + self._volume(x)
 
     @classmethod

@@ -1,0 +1,501 @@
+"""What a training step keeps in memory for its backward pass, and how images lie in it.
+
+``stored`` keeps every activation, as autograd does. The two other choices pay with time:
+
+    mode         kept for the backward pass                  passes of the nets a step
+    stored       all activations of all layers               forward, backward
+    checkpoint   the input of every step of the flow         2 forward, backward
+    reversible   the output of every bijective stretch       2 forward, backward
+
+A stretch is a run of bijective layers with a cheap, exact inverse. In the backward pass its layers
+are walked from the last to the first: a layer's input is computed from its output, the layer runs
+once more on it, with a graph, and gives its gradients. The memory kept does not grow with the
+number of layers. (A coupling needs its net once for both.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from surflow.checks import check_values, values_are_checked
+from surflow.nets.lipschitz import LipschitzLinear
+from surflow.transforms import (
+    ActNorm,
+    AdditiveMap,
+    Affine,
+    AffineMap,
+    BatchNorm,
+    Conv1x1,
+    Coupling,
+    FullLinear,
+    HouseholderLinear,
+    Inverse,
+    PeriodicConv2d,
+    Permute,
+    PLULinear,
+    RationalQuadraticSpline,
+    Reverse,
+    Rotation,
+    Sequential,
+    Squeeze,
+    Transform,
+)
+from surflow.transforms.base import repeat_rows, zero_ldj
+
+MODES = ("stored", "reversible", "checkpoint")
+
+EXACT_MAPS = (AffineMap, AdditiveMap, RationalQuadraticSpline)
+"""Maps of a coupling whose inverse is a formula; that of a mixture is a search."""
+
+
+def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
+    """Choose what a flow keeps for its backward pass.
+
+    Values do not change (contributions are added up in another order), nor do names of parameters;
+    ``ledger`` and ``trace`` go layer by layer as before. Gradients of "checkpoint" are those of
+    "stored" bit for bit where the kernels are deterministic. Those of "reversible" carry the
+    rounding of the inverses: about 1e-15 of their norm in float64 and 1e-7 in float32 for an image
+    flow of 12 steps a scale, more where a layer's inverse magnifies more. Under autocast what
+    conditions a coupling comes back with float32's rounding, and a few numbers are then rounded to
+    another bfloat16: a difference of the size of that between bfloat16 and float32.
+
+    Stored as before, in each mode, are layers that are no bijections; in mode "reversible" also
+    bijections without a cheap exact inverse (autoregressive, planar, residual, continuous layers,
+    couplings with mixtures), elementwise squashings such as a sigmoid, which lose digits at their
+    ends, an :class:`ActNorm` before its first batch, and whatever would not repeat itself: batch
+    normalisation and dropout in training. A layer of one's own takes part if it has the attribute
+    ``reversible = True``.
+
+    Args:
+        module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
+            in whichever direction they run.
+        mode: "stored", "reversible" or "checkpoint".
+        compile_nets: compile the couplings' nets. Under an outer ``torch.compile`` the stretches of
+            "reversible" are left to themselves (the graph breaks around each); this compiles what
+            is heavy in them.
+
+    Returns:
+        The number of sequences of layers that it concerns.
+
+    Raises:
+        ValueError: for an unknown mode.
+
+    Cost: none by itself. A step takes about a third more time in both other modes.
+
+    Source: Gomez et al. 2017, arXiv 1707.04585 (reversible); Chen et al. 2016, arXiv 1604.06174
+    (checkpointing).
+
+    >>> from surflow.models import pool_flow
+    >>> flow = pool_flow((3, 8, 8), num_steps=1, mid_channels=8, depth=1, growth=4)
+    >>> set_memory(flow, "reversible")  # the flow, and that of its dequantizer
+    3
+    """
+    if mode not in MODES:
+        raise ValueError(f"memory: expected one of {', '.join(MODES)}, got {mode!r}")
+    count = 0
+    for part in module.modules():
+        if type(part) in (Sequential, _LeanSequential):
+            part.__class__ = Sequential if mode == "stored" else _LeanSequential
+            part.memory = mode
+            count += 1
+        if compile_nets and isinstance(part, Coupling):
+            part.net.compile(dynamic=False)
+    return count
+
+
+def use_channels_last(module: nn.Module) -> nn.Module:
+    """Lay out the convolutions' weights with channels last, in place; values do not change.
+
+    Convolutions of images on a GPU in bfloat16 run on tensor cores without a transposition where
+    both weights and images lie so. Images made so once, ``x.to(memory_format=
+    torch.channels_last)``, stay so through the layers of an image flow; those with a single
+    channel or pixel are the same either way.
+
+    Returns:
+        The module.
+    """
+    for part in module.modules():
+        if isinstance(part, Conv1x1):
+            part.channels_last = True
+    return module.to(memory_format=torch.channels_last)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that live, on any device: new ones, while it is entered.
+
+    Attributes:
+        peak: the most bytes alive at once.
+
+    Cost: some microseconds an operation; for measurements.
+
+    >>> with LiveBytes() as live:
+    ...     a = torch.zeros(1000)
+    ...     b = a + 1
+    ...     del a
+    ...     c = b + 1
+    >>> live.peak, live.now()
+    (8000, 8000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._total = 0
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def now(self) -> int:
+        """The bytes alive now."""
+        for key in [k for k, (ref, _) in self._known.items() if ref.expired()]:
+            self._total -= self._known.pop(key)[1]
+        return self._total
+
+    def forget(self) -> None:
+        """Count no more what there is by now."""
+        self._known.clear()
+        self._total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor) and not t.is_sparse
+        }
+        out = func(*args, **(kwargs or {}))
+        self.now()
+        for t in tree_leaves(out):
+            if not isinstance(t, Tensor):
+                continue
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in given and key not in self._known:
+                self._known[key] = (StorageWeakRef(storage), storage.nbytes())
+                self._total += storage.nbytes()
+        self.peak = max(self.peak, self._total)
+        return out
+
+
+# What can be recomputed ---------------------------------------------------------------------------
+
+
+@singledispatch
+def _has_exact_inverse(layer: Transform) -> bool:
+    """Whether the inverse is a formula that costs about as much as forward."""
+    return bool(getattr(layer, "reversible", False))
+
+
+@_has_exact_inverse.register(Affine)
+@_has_exact_inverse.register(ActNorm)
+@_has_exact_inverse.register(BatchNorm)
+@_has_exact_inverse.register(Conv1x1)
+@_has_exact_inverse.register(FullLinear)
+@_has_exact_inverse.register(HouseholderLinear)  # and QRLinear
+@_has_exact_inverse.register(PLULinear)
+@_has_exact_inverse.register(PeriodicConv2d)
+@_has_exact_inverse.register(Permute)
+@_has_exact_inverse.register(Reverse)
+@_has_exact_inverse.register(Rotation)
+@_has_exact_inverse.register(Squeeze)
+def _(layer: Transform) -> bool:
+    return True
+
+
+@_has_exact_inverse.register(Coupling)
+def _(layer: Coupling) -> bool:
+    return isinstance(layer.map, EXACT_MAPS)
+
+
+def _repeats(layer: Transform) -> bool:
+    """Whether a second run on the same input gives the same, and changes nothing."""
+    if isinstance(layer, ActNorm) and layer.training and not layer._initialised:
+        return False
+    return not any(
+        m.training
+        and (
+            isinstance(m, (BatchNorm, _BatchNorm, LipschitzLinear))
+            or (isinstance(m, _DropoutNd) and m.p > 0)
+            or type(m).__name__ == "_SpectralNorm"
+        )
+        for m in layer.modules()
+    )
+
+
+@dataclass(eq=False)
+class _Step:
+    """One layer in the direction in which it runs, and the sign of its contribution."""
+
+    layer: Transform
+    turned: bool
+    sign: int
+
+    def __call__(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        run = self.layer.inverse_and_ldj if self.turned else self.layer
+        z, ldj = run(x, context)
+        return z, ldj if self.sign > 0 else -ldj
+
+    def alone(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The output without the contribution, which may not exist where it is not asked for."""
+        run = self.layer.inverse if self.turned else self.layer.latent
+        return run(x, context)
+
+    def retrace(
+        self, z: Tensor, context: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor], Tensor, Tensor]:
+        """From an output: the input, in parts that are leaves of a graph; how to join such parts;
+        and the output and contribution that the graph gives."""
+        if isinstance(self.layer, Coupling):
+            parts, join, again, ldj = self.layer.retrace(z, context, self.turned)
+        else:
+            back = self.layer.latent if self.turned else self.layer.inverse
+            with torch.no_grad():
+                x = back(z, context)
+            parts = (x.detach().requires_grad_(),)
+            run = self.layer.inverse_and_ldj if self.turned else self.layer
+            again, ldj = run(parts[0], context)
+            join = _only
+        return parts, join, again, ldj if self.sign > 0 else -ldj
+
+
+def _only(part: Tensor) -> Tensor:
+    return part
+
+
+def _steps(layers: Iterable[Transform], turned: bool, sign: int = 1) -> Iterator[_Step]:
+    """The layers in the order in which they run, nested sequences and inverses unfolded."""
+    for layer in reversed(list(layers)) if turned else layers:
+        if isinstance(layer, Sequential) and type(layer) in (Sequential, _LeanSequential):
+            yield from _steps(layer.transforms, turned, sign)
+        elif isinstance(layer, Inverse) and layer.bijective and _only_turns(layer):
+            yield from _steps([layer.transform], not turned, -sign)
+        else:
+            yield _Step(layer, turned, sign)
+
+
+def _only_turns(layer: Inverse) -> bool:
+    """Whether it adds nothing of its own to the layer that it turns round."""
+    names = ("_forward", "_inverse", "_inverse_and_ldj", "_latent")
+    return all(getattr(type(layer), name) is getattr(Inverse, name) for name in names)
+
+
+def _grouped(steps: Iterable[_Step], mode: str) -> Iterator[tuple[bool, list[_Step]]]:
+    """Runs of layers: whether they are to be recomputed in the backward pass, and the layers.
+
+    "reversible": as long as can be. "checkpoint": each ends with the first layer that has a net.
+    """
+    run: list[_Step] = []
+    for step in steps:
+        layer = step.layer
+        fits = layer.bijective and not layer.estimated and _repeats(layer)
+        if mode == "reversible":
+            fits = fits and _has_exact_inverse(layer)
+        if not fits:
+            if run:
+                yield _worth_it(run), run
+                run = []
+            yield False, [step]
+            continue
+        run.append(step)
+        if mode == "checkpoint" and _worth_it([step]):
+            yield True, run
+            run = []
+    if run:
+        yield _worth_it(run), run
+
+
+def _worth_it(steps: Sequence[_Step]) -> bool:
+    """Whether there is a net in them: it is nets whose activations fill the memory."""
+    return any(not isinstance(m, Transform) for step in steps for m in step.layer.children())
+
+
+# Running them -------------------------------------------------------------------------------------
+
+
+class _LeanSequential(Sequential):
+    """A :class:`Sequential` that recomputes in the backward pass; ``set_memory`` makes it one."""
+
+    memory: str = "stored"
+
+    def _lean(self, *tensors: Tensor | None) -> bool:
+        """Whether there will be a backward pass."""
+        if not torch.is_grad_enabled():
+            return False
+        given = (t for t in tensors if t is not None)
+        return any(t.requires_grad for t in (*given, *self.parameters()))
+
+    def _run(
+        self,
+        layers: Iterable[Transform],
+        x: Tensor,
+        context: Tensor | None,
+        turned: bool,
+        scored: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        for recomputed, steps in _grouped(_steps(layers, turned), self.memory):
+            if recomputed:
+                x, part = _RUNS[self.memory](steps, x, context)
+            elif scored:
+                x, part = _in_turn(steps, x, context)
+            else:
+                for step in steps:
+                    x = step.alone(x, context)
+                continue
+            ldj = part if ldj is None else ldj + part
+        return x, zero_ldj(x) if ldj is None else ldj
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._lean(x, context):
+            return super()._forward(x, context)
+        return self._run(self.transforms, x, context, turned=False)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        if not self._lean(z, context):
+            return super()._inverse(z, context)
+        return self._run(self.transforms, z, context, turned=True, scored=False)[0]
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._lean(z, context):
+            return super()._inverse_and_ldj(z, context)
+        return self._run(self.transforms, z, context, turned=True)
+
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        if not self._lean(x, context):
+            return Sequential._forward_samples(self, x, context, num_samples)
+        layers = list(self.transforms)
+        drawn = (i for i, t in enumerate(layers) if t.stochastic_forward or t.estimated)
+        first = next(drawn, len(layers))
+        x, ldj = self._run(layers[:first], x, context, turned=False)
+        ldj = repeat_rows(ldj, num_samples)
+        if first == len(layers):
+            return repeat_rows(x, num_samples), ldj
+        x, part = layers[first].forward_samples(x, context, num_samples)
+        context = repeat_rows(context, num_samples)
+        x, rest = self._run(layers[first + 1 :], x, context, turned=False)
+        return x, ldj + part + rest
+
+    @property
+    def label(self) -> str:
+        return "Sequential"
+
+    def where(self, method: str) -> str:
+        return super().where(method).replace(type(self).__name__, "Sequential")
+
+
+def _in_turn(steps: Sequence[_Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    ldj: Tensor | None = None
+    for step in steps:
+        x, part = step(x, context)
+        ldj = part if ldj is None else ldj + part
+    return x, ldj
+
+
+def _checkpointed(
+    steps: Sequence[_Step], x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    checked = values_are_checked()
+
+    def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return _in_turn(steps, x, context)
+        with check_values(checked):
+            return _in_turn(steps, x, context)
+
+    return checkpoint(run, x, context, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.compiler.disable
+def _reversed(steps: Sequence[_Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    parameters = {id(p): p for s in steps for p in s.layer.parameters() if p.requires_grad}
+    return _Stretch.apply(steps, x, context, *parameters.values())
+
+
+_RUNS = {"checkpoint": _checkpointed, "reversible": _reversed}
+
+
+class _Stretch(torch.autograd.Function):
+    """Layers of which only the last output is kept.
+
+    The parameters are inputs, so that their gradients go the usual way: into ``.grad``, through
+    hooks, and through those of distributed data parallel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, steps: Sequence[_Step], x: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        device = x.device.type
+        ctx.steps = steps
+        ctx.dtype = x.dtype
+        # without autocast's cache: here it would keep copies of weights that know no gradient, for
+        # the rest of the step to find
+        ctx.autocast = dict(
+            device_type=device,
+            enabled=torch.is_autocast_enabled(device),
+            dtype=torch.get_autocast_dtype(device),
+            cache_enabled=False,
+        )
+        with torch.autocast(**ctx.autocast):
+            z, ldj = _in_turn(steps, x, context)
+        ctx.save_for_backward(z, context, *parameters)
+        return z, ldj
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_ldj: Tensor) -> tuple[Tensor | None, ...]:
+        z, context, *parameters = ctx.saved_tensors
+        seen = None
+        if context is not None:
+            seen = context.detach().requires_grad_(ctx.needs_input_grad[2])
+        sums: dict[int, Tensor] = {}
+        z = z.detach()
+        with check_values(False), torch.autocast(**ctx.autocast):
+            for step in reversed(ctx.steps):
+                z, grad_z = _back(step, z, seen, grad_z, grad_ldj, sums)
+        return (
+            None,
+            grad_z.to(ctx.dtype) if ctx.needs_input_grad[1] else None,
+            None if seen is None else sums.get(id(seen)),
+            *(sums.get(id(p)) for p in parameters),
+        )
+
+
+def _back(
+    step: _Step,
+    z: Tensor,
+    context: Tensor | None,
+    grad_z: Tensor,
+    grad_ldj: Tensor,
+    sums: dict[int, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """One layer's input and the gradient there; those of its parameters are added to ``sums``."""
+    with torch.enable_grad():
+        parts, join, again, ldj = step.retrace(z, context)
+    others = [p for p in step.layer.parameters() if p.requires_grad]
+    if context is not None and context.requires_grad:
+        others.append(context)
+    pairs = [(again, grad_z.to(again.dtype)), (ldj, grad_ldj.to(ldj.dtype))]
+    outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+    found = torch.autograd.grad(outputs, [*parts, *others], gradients, allow_unused=True)
+    for leaf, gradient in zip(others, found[len(parts) :], strict=True):
+        if gradient is not None:
+            key = id(leaf)
+            sums[key] = sums[key] + gradient if key in sums else gradient
+    into = [
+        torch.zeros_like(part) if gradient is None else gradient
+        for part, gradient in zip(parts, found, strict=False)
+    ]
+    return join(*(p.detach() for p in parts)), join(*into)

@@ -1,0 +1,422 @@
+"""Inception score and FID of a flow's samples, from memory, by torch-fidelity's formulas."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surflow.errors import close_match
+from surflow.flow import Flow
+from surflow.metrics.inception import InceptionFeatures, Unavailable
+from surflow.metrics.moments import FeaturePass
+from surflow.metrics.random_features import RandomFeatures
+from surflow.metrics.samples import (
+    IMAGE_UNIT,
+    BrokenSamples,
+    as_images,
+    draw_unit,
+    flow_device,
+    full_range,
+    num_units,
+)
+
+EXTRACTORS = {kind.name: kind for kind in (InceptionFeatures, RandomFeatures)}
+SHUFFLE_SEED = 2020  # torch-fidelity's own, of the splits of an Inception score
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many images of how many are done."""
+
+
+@dataclass(frozen=True)
+class GenerationProtocol:
+    """What a score of samples depends on, besides the model and the reference images.
+
+    Attributes:
+        n: images to draw.
+        extractor: "inception", or "random_features" for checks without trained weights.
+        reference: names of the splits that the samples are compared with.
+        temperature: of the base distribution.
+        seed: of the draws.
+        batch_size: images at a time through the extractor; changes nothing but rounding.
+        splits: parts that an Inception score is averaged over.
+    """
+
+    n: int = 50_000
+    extractor: str = "inception"
+    reference: tuple[str, ...] = ("train", "valid")
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+    splits: int = 10
+
+    def __post_init__(self) -> None:
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(
+                f"metrics.extractor: expected one of {', '.join(EXTRACTORS)}, got "
+                f"{self.extractor!r}{close_match(self.extractor, EXTRACTORS)}"
+            )
+        for key, least in (("n", 2), ("batch_size", 1), ("splits", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(
+                    f"metrics.{key}: expected at least {least}, got {getattr(self, key)}"
+                )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"metrics.temperature: expected a positive number, got {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a set of samples.
+
+    Attributes:
+        value: the score.
+        unit: "score": it has none.
+        kind: "score", neither a likelihood nor a bound.
+        estimator: how it was obtained, in words.
+        standard_error: of a mean over splits; None where there is none.
+        count: samples it is from.
+        protocol: what else it depends on, for a record.
+    """
+
+    value: float
+    unit: str
+    kind: str
+    estimator: str
+    standard_error: float | None
+    count: int
+    protocol: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it: without a standard error that it does not have."""
+        fields = asdict(self)
+        if self.standard_error is None:
+            del fields["standard_error"]
+        return fields
+
+
+class Stopwatch:
+    """Seconds by name: ``with watch("sampling"): ...`` adds to ``watch.seconds["sampling"]``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds.items())
+
+
+class _Reference:
+    """Rows of several tensors as if they were one; nothing is copied but the rows asked for."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        for part in parts:
+            if part.dtype != torch.uint8 or part.dim() != 4:
+                raise ValueError(
+                    f"reference: expected uint8 images (N, C, H, W), got {part.dtype} "
+                    f"{tuple(part.shape)}"
+                )
+        if len({tuple(part.shape[1:]) for part in parts}) != 1:
+            raise ValueError("reference: expected images of one shape")
+        self.parts = list(parts)
+        self.shape = tuple(parts[0].shape[1:])
+        self.length = sum(len(part) for part in parts)
+        if self.length < 2:
+            raise ValueError(f"reference: expected at least 2 images, got {self.length}")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        found = []
+        for part in self.parts:
+            if start < len(part) and stop > 0:
+                found.append(part[max(start, 0) : min(stop, len(part))])
+            start, stop = start - len(part), stop - len(part)
+        return torch.cat(found)
+
+    def sha256(self) -> str:
+        """Of shape and pixels, whatever parts they are in."""
+        digest = hashlib.sha256(repr((self.length, *self.shape)).encode())
+        for part in self.parts:
+            for rows in part.split(4096):
+                digest.update(rows.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+
+def fingerprint(*contents: Any) -> str:
+    """SHA-256 of plain values, 64 hex digits."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def weights_sha256(flow: torch.nn.Module) -> str:
+    """SHA-256 of names, types and bytes of all parameters and kept buffers."""
+    digest = hashlib.sha256()
+    for name, value in flow.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """float32 throughout: neither TF32 nor autocast."""
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            cudnn.flags(
+                enabled=cudnn.enabled,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            ),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def generation_scores(
+    flow: Flow,
+    reference: Tensor | Sequence[Tensor],
+    protocol: GenerationProtocol,
+    inception_weights: str | None = None,
+    num_levels: int = 256,
+    progress: Progress = lambda what, done, total: None,
+    resume: Path | None = None,
+    cache: Path | None = None,
+    stopwatch: Stopwatch | None = None,
+    save_interval: float = 60.0,
+) -> tuple[dict[str, Score], dict[str, str]]:
+    r"""Inception score and FID of draws from a flow, or a Fréchet distance of random features.
+
+    .. math:: \mathrm{IS} = \exp E_x \mathrm{KL}(p(y \mid x) \,\|\, p(y)), \quad
+              \mathrm{FID} = |\mu_1 - \mu_2|^2
+              + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
+
+    The draws are made in units of 256, each from a seed of its own, in float32 without TF32, and
+    are kept only as features: no image is written. Weights are looked for before anything is
+    drawn.
+
+    Args:
+        flow: a model of integer images (C, H, W), on the device to compute on; evaluated in
+            evaluation mode.
+        reference: uint8 (N, C, H, W), or several such, on any device or mapped from disk.
+        protocol: how many draws, which extractor, and so on.
+        inception_weights: a file; None: torch hub's folder, or torch-fidelity's download.
+        num_levels: K, levels of the images; fewer than 256 are scaled to 0 ... 255 for the
+            extractor.
+        progress: told "reference features" or "samples", images done, images in all.
+        resume: a file that keeps what is done of the draws; a second call with the same weights
+            and protocol goes on there. Deleted at the end.
+        cache: a folder that keeps the reference's statistics, by pixels and extractor.
+        stopwatch: gets the seconds of reference features, sampling, sample features, statistics.
+        save_interval: seconds between writes of these files, at the least.
+
+    Returns:
+        scores by name, ``sample/inception_score`` and ``sample/fid``, or
+        ``sample/fid_random_features``; and why those that are missing are, one line each.
+
+    Raises:
+        ValueError: for a reference that is no uint8 images, or of another shape than the samples.
+        UserError: for a weights file that is missing, damaged or of another net.
+
+    Cost: n samples; n + N images through the extractor; for Inception the eigenvalues of a
+    2048 x 2048 matrix, and 4 kB of memory an image for its logits.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498, Sec. 4; Heusel et al. 2017, arXiv 1706.08500,
+    Sec. 2.
+    """
+    flow.eval()
+    watch = stopwatch or Stopwatch()
+    images = _Reference([reference] if isinstance(reference, Tensor) else reference)
+    device = flow_device(flow)
+    kind = EXTRACTORS[protocol.extractor]
+    names = [name for name in (kind.inception_score, kind.distance) if name is not None]
+    try:
+        extract = kind(images.shape[0], inception_weights, device)
+    except Unavailable as reason:
+        return {}, {name: str(reason) for name in names}
+
+    def features(batch: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        found = []
+        for part in batch.split(protocol.batch_size):
+            found.append(extract(full_range(part.to(device), num_levels)))
+        rows, logits = zip(*found, strict=True)
+        return (
+            torch.cat(rows).cpu().numpy(),
+            None if logits[0] is None else torch.cat(logits).cpu().numpy(),
+        )
+
+    def of_reference(unit: int) -> tuple[np.ndarray, None]:
+        with watch("reference features"):
+            rows = images.rows(unit * IMAGE_UNIT, (unit + 1) * IMAGE_UNIT)
+            return features(rows)[0], None
+
+    def of_samples(unit: int) -> tuple[np.ndarray, np.ndarray | None]:
+        with watch("sampling"):
+            drawn = draw_unit(flow, unit, protocol.n, protocol.seed, protocol.temperature)
+            drawn = as_images(drawn, num_levels)
+            if tuple(drawn.shape[1:]) != images.shape:
+                raise ValueError(
+                    f"reference: expected images of the samples' shape {tuple(drawn.shape[1:])}, "
+                    f"got {images.shape}"
+                )
+        with watch("sample features"):
+            return features(drawn)
+
+    library = f"torch-fidelity {importlib.metadata.version('torch-fidelity')}"
+    pixels = images.sha256()
+    key = fingerprint("reference", 1, pixels, extract.sha256, num_levels, library)
+    kept = None if cache is None else Path(cache) / f"{kind.name}-{key[:16]}.npz"
+    draws = fingerprint(
+        "samples",
+        1,
+        weights_sha256(flow),
+        [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT],
+        [extract.sha256, num_levels, library, device.type, torch.__version__],
+    )
+    real = FeaturePass(kind.dim, key, kept, save_interval)
+    fake = FeaturePass(kind.dim, draws, resume, save_interval)
+    n, length = protocol.n, images.length
+    with exact_float32(device):
+        real.run(
+            num_units(length, IMAGE_UNIT),
+            of_reference,
+            lambda done: progress("reference features", done, length),
+        )
+        try:
+            fake.run(
+                num_units(n, IMAGE_UNIT), of_samples, lambda done: progress("samples", done, n)
+            )
+        except BrokenSamples as reason:
+            return {}, {name: str(reason) for name in names}
+    words = {
+        "n": n,
+        "reference": {
+            "splits": list(protocol.reference),
+            "images": length,
+            "sha256": pixels,
+        },
+        "extractor": extract.details,
+        "temperature": float(protocol.temperature),
+        "seed": protocol.seed,
+        "unit": IMAGE_UNIT,
+        "precision": str(next((p.dtype for p in flow.parameters()), torch.float32))[6:],
+        "device": device.type,
+        "library": library,
+        **({"levels": f"{num_levels}, scaled to 256"} if num_levels != 256 else {}),
+    }
+    scores: dict[str, Score] = {}
+    missing: dict[str, str] = {}
+    with watch("statistics"):
+        if kind.inception_score is not None:
+            if n < protocol.splits:
+                missing[kind.inception_score] = (
+                    f"metrics.n: expected at least {protocol.splits} samples, one for each split, "
+                    f"got {n}"
+                )
+            else:
+                scores[kind.inception_score] = _inception_score(
+                    fake.all_logits(), protocol, words, extract.caution
+                )
+        value = frechet_distance(fake.moments.statistics(), real.moments.statistics())
+        few = min(n, length)
+        rank = ""
+        if few <= kind.dim:
+            rank = (
+                f"; {few} images are too few for the covariance of {kind.dim} features: too "
+                "high, and comparable with nothing"
+            )
+        scores[kind.distance] = Score(
+            value=value,
+            unit="score",
+            kind="score",
+            estimator=(
+                f"Fréchet distance of {kind.what}, {n} samples against {length} "
+                f"{' + '.join(protocol.reference)} images{rank}{extract.caution}"
+            ),
+            standard_error=None,
+            count=n,
+            protocol=words,
+        )
+    if resume is not None:
+        Path(resume).unlink(missing_ok=True)
+    return scores, missing
+
+
+def generation_seconds(
+    flow: Flow, reference: Tensor | Sequence[Tensor], protocol: GenerationProtocol, **others: Any
+) -> dict[str, float]:
+    """Where the time of :func:`generation_scores` goes: seconds by stage, and in total.
+
+    Args:
+        flow, reference, protocol, others: as there.
+
+    Returns:
+        seconds of "reference features", "sampling", "sample features", "statistics" (means,
+        eigenvalues) and "total", which holds the rest too: loading weights, moments, files.
+    """
+    watch = Stopwatch()
+    with watch("total"):
+        _, missing = generation_scores(flow, reference, protocol, stopwatch=watch, **others)
+    if missing:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+    return watch.seconds
+
+
+def frechet_distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The squared Fréchet distance of two normals, given as mu and sigma: torch-fidelity's."""
+    from surflow.compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    return float(fid_statistics_to_metric(one, other, False)[KEY_METRIC_FID])
+
+
+def _inception_score(
+    logits: np.ndarray, protocol: GenerationProtocol, words: dict[str, Any], caution: str
+) -> Score:
+    from torch_fidelity.metric_isc import (
+        KEY_METRIC_ISC_MEAN,
+        KEY_METRIC_ISC_STD,
+        isc_features_to_metric,
+    )
+
+    splits = protocol.splits
+    found = isc_features_to_metric(torch.from_numpy(logits), splits, True, SHUFFLE_SEED)
+    deviation = float(found[KEY_METRIC_ISC_STD])
+    return Score(
+        value=float(found[KEY_METRIC_ISC_MEAN]),
+        unit="score",
+        kind="score",
+        estimator=(
+            f"mean over {splits} splits of {protocol.n} samples, standard deviation over them "
+            f"{deviation:.3g}{caution}"
+        ),
+        standard_error=deviation / math.sqrt(splits - 1) if splits > 1 else None,
+        count=protocol.n,
+        protocol={**words, "splits": splits, "splits_standard_deviation": deviation},
+    )

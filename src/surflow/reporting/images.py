@@ -1,0 +1,89 @@
+"""Grids of images as PNG files, pixel for pixel; and single images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from surflow.reporting.records import write_bytes_atomic
+
+PAPER = 255  # grey level between and behind the images
+
+
+def image_grid(
+    images: np.ndarray,
+    path: str | Path,
+    columns: int = 8,
+    scale: int = 2,
+    num_levels: int = 256,
+    gap: int = 2,
+) -> Path:
+    """Draw images side by side, row by row, on white; the last row may be short.
+
+    Each pixel becomes a square of ``scale`` x ``scale``, with no smoothing.
+
+    Args:
+        images: (N, C, H, W), integer levels 0 ... K - 1; one channel is grey, three are RGB.
+        path: the PNG file, written whole or not at all.
+        columns: images a row.
+        scale: side of a pixel in the picture.
+        num_levels: K, 2 to 256; level K - 1 is white, or the full colour.
+        gap: white pixels of the picture between the images and around them.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: for another shape or number of channels, reals, or levels out of range.
+    """
+    for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("gap", gap, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    pixels = _pixels(images, num_levels)
+    n, height, width, channels = pixels.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    cell_height, cell_width = (side * scale + gap for side in (height, width))
+    cells = np.full((rows * columns, cell_height, cell_width, channels), PAPER, np.uint8)
+    cells[:n, gap:, gap:] = pixels.repeat(scale, 1).repeat(scale, 2)
+    sheet = cells.reshape(rows, columns, cell_height, cell_width, channels)
+    sheet = sheet.transpose(0, 2, 1, 3, 4)
+    sheet = sheet.reshape(rows * cell_height, columns * cell_width, channels)
+    sheet = np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
+    return write_bytes_atomic(path, _png(sheet))
+
+
+def write_image(image: np.ndarray, path: str | Path, num_levels: int = 256) -> Path:
+    """Write one image (C, H, W) of levels 0 ... K - 1 as a PNG file; see :func:`image_grid`."""
+    return write_bytes_atomic(path, _png(_pixels(np.asarray(image)[None], num_levels)[0]))
+
+
+def _pixels(images: np.ndarray, num_levels: int) -> np.ndarray:
+    """uint8 (N, H, W, C) with levels 0 ... 255."""
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
+        raise ValueError(
+            f"images: expected shape (N, C, H, W) with 1 or 3 channels, got {images.shape}"
+        )
+    if not np.issubdtype(images.dtype, np.integer):
+        raise ValueError(f"images: expected integer levels, got {images.dtype}")
+    if not 2 <= num_levels <= 256:
+        raise ValueError(f"num_levels: expected 2 to 256, got {num_levels}")
+    low, high = int(images.min()), int(images.max())
+    if low < 0 or high >= num_levels:
+        raise ValueError(
+            f"images: expected levels 0 to {num_levels - 1}, got some from {low} to {high}"
+        )
+    if num_levels != 256:
+        images = np.rint(images * (255 / (num_levels - 1)))
+    return images.astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """A PNG file of (H, W, C), C = 1 or 3."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,170 @@
+"""Evaluation of an image model through the command: bits a dimension, interruption, progress."""
+
+import json
+import math
+import re
+
+import pytest
+
+from surflow.cli import scoring
+from surflow.cli.common import load_flow
+from surflow.cli.evaluate import evaluate_run
+from surflow.config import run_dir
+
+DIGITS = (
+    "data=digits",
+    "data.train_size=64",
+    "data.valid_size=16",
+    "data.test_size=24",
+    "data.batch_size=32",
+    "model=pool_flow",
+    "surjection=max_pool",
+    "model.num_scales=1",
+    "model.num_steps=1",
+    "model.mid_channels=8",
+    "model.depth=1",
+    "model.growth=4",
+    "model.dequant_steps=1",
+    "model.context_channels=4",
+    "objective.iwbo_samples=5",
+    "trainer.max_epochs=1",
+    "trainer.log_every=1",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "trainer.compile=false",
+    "run.pictures=false",
+    "logger=csv",
+)
+METRICS = {"test/elbo_bpd", "test/iwbo_bpd"}
+
+
+@pytest.fixture
+def digits(root):
+    pytest.importorskip("sklearn")
+    return [*DIGITS, f"run.root={root}"]
+
+
+@pytest.fixture
+def compose(digits):
+    from surflow.config import compose
+
+    return lambda *overrides, name="evaluate": compose([*digits, *overrides], name)
+
+
+@pytest.fixture
+def trained(compose):
+    """A trained run: its test metrics and folder."""
+    from surflow.cli.train import train
+
+    cfg = compose(name="train")
+    return train(cfg), run_dir(cfg)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 20 draws: four images at a time for the IWBO."""
+    from surflow.training import evaluation
+
+    monkeypatch.setattr(evaluation, "LEAST_BLOCK", 20)
+    monkeypatch.setattr(evaluation, "MOST_BLOCK", 20)
+
+
+def test_evaluation_is_the_record_and_says_what_is_a_bound(trained, digits, call):
+    metrics, folder = trained
+    assert METRICS <= set(metrics)
+    assert not list(folder.glob("*.partial*"))
+    done = call("evaluate", *digits)
+    assert done.code == 0, done.err
+    written = json.loads((folder / "evaluation_test.json").read_text())
+    record = json.loads((folder / "record.json").read_text())
+    for name in METRICS:
+        assert written["metrics"][name] == record["metrics"][name]
+        assert written["metrics"][name]["kind"] == "bound"
+        assert written["metrics"][name]["count"] == 24
+        line = re.search(rf"^{name} = (\S+) ± (\S+) bpd  \(bound: (\S+)", done.out, re.M)
+        assert float(line[1]) == pytest.approx(metrics[name], abs=1e-4)
+        error = record["metrics"][name]["standard_error"]
+        assert float(line[2]) == pytest.approx(error, abs=1e-4)
+        assert name.split("/")[1].startswith(line[3].rstrip(",").lower())
+    nats = sum(row["mean"] for row in record["ledger"]["rows"])
+    elbo = -nats / (64 * math.log(2))
+    assert metrics["test/elbo_bpd"] == pytest.approx(elbo, rel=1e-9)
+    assert metrics["test/iwbo_bpd"] < metrics["test/elbo_bpd"]
+    assert "24 test points, profile paper" in done.out
+    assert not list(folder.glob("*.partial*"))
+
+
+def test_batch_size_changes_no_bit(trained, compose):
+    metrics, _ = trained
+    for size in (1, 7, 24):
+        found = evaluate_run(compose(f"data.eval_batch_size={size}"))
+        assert {name: found[name] for name in METRICS} == {n: metrics[n] for n in METRICS}
+
+
+def test_an_interrupted_evaluation_goes_on(trained, compose, small_blocks, monkeypatch):
+    cfg = compose()
+    folder = run_dir(cfg)
+    unbroken = evaluate_run(cfg)
+    wanted = json.loads((folder / "evaluation_test.json").read_text())
+    flow, data, _ = load_flow(cfg)
+    told = []
+
+    def stop(done, total):
+        told.append((done, total))
+        if len(told) == 5:  # two blocks of the ELBO, three of the IWBO
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score_split(cfg, flow, data, "test", folder, stop)
+    assert told == [(20, 144), (24, 144), (44, 144), (64, 144), (84, 144)]
+    kept = scoring.unfinished(folder, "test")
+    assert kept.is_file()
+
+    runs = []
+    original = type(flow).log_prob_samples
+    monkeypatch.setattr(
+        type(flow),
+        "log_prob_samples",
+        lambda self, x, context=None, num_samples=1: (
+            runs.append(len(x)) or original(self, x, context, num_samples)
+        ),
+    )
+    assert evaluate_run(cfg) == unbroken
+    assert runs == [4, 4, 4]  # of six
+    assert json.loads((folder / "evaluation_test.json").read_text()) == wanted
+    assert not kept.exists()
+
+
+def test_a_log_has_a_line_now_and_then(trained, compose, small_blocks, monkeypatch, capfd):
+    monkeypatch.setattr(scoring, "LINE_EVERY_S", 0.0)
+    cfg = compose()
+    capfd.readouterr()
+    evaluate_run(cfg)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("evaluating")]
+    assert lines[0].startswith("evaluating test: 24 of 144 draws (17 %), about ")
+    assert lines[-1] == "evaluating test: 144 of 144 draws (100 %), about 0 min left"
+    monkeypatch.setattr(scoring, "LINE_EVERY_S", 60.0)
+    evaluate_run(cfg)
+    assert "evaluating" not in capfd.readouterr().err
+
+
+def test_other_weights_do_not_go_on(trained, compose, small_blocks, monkeypatch):
+    import torch
+
+    cfg = compose()
+    folder = run_dir(cfg)
+    flow, data, _ = load_flow(cfg)
+
+    def stop(done, total):
+        if done > 50:
+            raise KeyboardInterrupt
+
+    with torch.no_grad():
+        next(flow.parameters()).mul_(1.01)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score_split(cfg, flow, data, "test", folder, stop)
+    kept = scoring.unfinished(folder, "test")
+    assert kept.is_file()
+    found = evaluate_run(cfg)
+    kept.unlink(missing_ok=True)
+    assert evaluate_run(cfg) == found
