@@ -76,7 +76,7 @@ def test_other_splits(call, tiny, train):
 def test_best_checkpoint_can_be_named(train, config):
     from surflow.cli.evaluate import evaluate_run
 
-    extra = ("trainer.max_epochs=6", "optimizer.lr=0.1", "seed=3")
+    extra = ("trainer.max_epochs=6", "optimizer.lr=0.3", "seed=3")
     _, folder, metrics = train(*extra)
     path = f"checkpoint={folder / 'best.ckpt'}"
     best = evaluate_run(config(*extra, path, name="evaluate"))
@@ -138,11 +138,13 @@ def test_pictures_of_a_run(train):
 
 def test_console_scripts():
     found = {e.name: e for e in entry_points(group="console_scripts")}
-    for name in ("train", "evaluate", "sample", "reproduce", "report", "verify"):
+    for name in ("train", "evaluate", "sample", "reproduce", "report", "verify", "interpolate"):
         assert callable(found[f"surflow-{name}"].load())
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "reproduce", "report", "verify"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "sample", "reproduce", "report", "verify", "interpolate"]
+)
 def test_help(name, call):
     done = call(name, "--help")
     assert done.code == 0

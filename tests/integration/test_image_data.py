@@ -28,6 +28,7 @@ IMAGES = sorted(
     p.stem for p in DATA.glob("*.yaml") if p.stem[0] != "_" and "- _images" in p.read_text()
 )
 FOLDERS = ("image_arrays", "image_folder")
+MODEL = ("model=pool_flow", "surjection=slice")
 
 
 @pytest.fixture
@@ -60,13 +61,17 @@ def test_the_data_sets_of_the_published_tables_are_there():
 @pytest.mark.parametrize("name", IMAGES)
 def test_config_says_what_the_module_does(name, tmp_path):
     folder = ["data.folder=set"] if name in FOLDERS else []
-    cfg = compose([f"data={name}", f"data.root={tmp_path}", *folder])
+    cfg = compose([*MODEL, f"data={name}", f"data.root={tmp_path}", *folder])
     check_everything(cfg)
     assert cfg.data.name == (name if name not in FOLDERS else "set")
     assert cfg.objective.unit == "bpd"
-    assert compose([f"data={name}", *folder, "objective.unit=nats"]).objective.unit == "nats"
-    assert config_hash(cfg) == config_hash(compose([f"data={name}", "data.root=b", *folder]))
-    assert config_hash(cfg) != config_hash(compose([f"data={name}", "data.pad=7", *folder]))
+    assert (
+        compose([*MODEL, f"data={name}", *folder, "objective.unit=nats"]).objective.unit == "nats"
+    )
+    assert config_hash(cfg) == config_hash(
+        compose([*MODEL, f"data={name}", "data.root=b", *folder])
+    )
+    assert config_hash(cfg) != config_hash(compose([*MODEL, f"data={name}", "data.pad=7", *folder]))
     from hydra.utils import instantiate
 
     data = instantiate(cfg.data.module)
@@ -83,7 +88,9 @@ def test_config_says_what_the_module_does(name, tmp_path):
 def test_embedded_data_build_and_take_sizes(name):
     pytest.importorskip("sklearn")
     sizes = {"train": 640, "valid": 100, "test": 100}
-    data = build_data(compose([f"data={name}", *(f"data.{k}_size={n}" for k, n in sizes.items())]))
+    data = build_data(
+        compose([*MODEL, f"data={name}", *(f"data.{k}_size={n}" for k, n in sizes.items())])
+    )
     assert {split: len(x) for split, x in data.splits.items()} == sizes
     low, high = (torch.tensor(edge) for edge in data.box)
     for x in data.splits.values():
@@ -115,7 +122,9 @@ def test_the_environment_names_the_root(monkeypatch, tmp_path):
 )
 def test_a_mistake_is_one_line(call, tmp_path, overrides, message):
     root = tmp_path / "nothing"
-    out = call("train", *overrides, f"data.root={root}", f"run.root={tmp_path}", "logger=csv")
+    out = call(
+        "train", *MODEL, *overrides, f"data.root={root}", f"run.root={tmp_path}", "logger=csv"
+    )
     assert out.code == 2
     lines = out.err.strip().splitlines()
     assert len(lines) == 1, out.err
@@ -250,7 +259,7 @@ def test_dequantization_takes_bytes_and_gives_them_back():
 
 def test_a_uniform_model_needs_log2_k_bits_a_dimension():
     pytest.importorskip("sklearn")
-    data = build_data(compose(["data=digits"]))
+    data = build_data(compose([*MODEL, "data=digits"]))
     flow = Flow(Uniform(data.event_shape), [Dequantization(data.num_levels)])
     estimates, _ = evaluate(flow, data.splits["test"], 128, unit=data.unit)
     assert estimates["test/elbo_bpd"].value == pytest.approx(math.log2(17), abs=1e-5)
@@ -285,7 +294,9 @@ def test_whole_cifar(test_data):
     names = (CIFAR10.folder, "cifar-10-python.tar.gz")
     if not any((p / n).exists() for p in places for n in names):
         pytest.skip("no CIFAR-10 release")
-    data = build_data(compose(["data=cifar10", f"data.root={test_data}", "data.download=false"]))
+    data = build_data(
+        compose([*MODEL, "data=cifar10", f"data.root={test_data}", "data.download=false"])
+    )
     sizes = {s: len(x) for s, x in data.splits.items()}
     assert sizes == {"train": 45_000, "valid": 5_000, "test": 10_000}
     # the mean of the 50,000 images, as is published for their normalisation

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from surflow.cli.common import build_data, load_flow, relative, truth_of
 from surflow.config import config_hash, resolved, run_dir
-from surflow.reporting.records import load_record, write_json_atomic
+from surflow.reporting.records import load_record, protocol_value, write_json_atomic
 
 SCORES = {
     "inception": ("sample/inception_score", "sample/fid"),
@@ -51,14 +51,18 @@ def scores_due(cfg: DictConfig, record: Any) -> bool:
         metric = record.metrics.get(name)
         if metric is None:
             return True
-        if any((metric.protocol or {}).get(key) != value for key, value in wanted.items()):
+        if any(protocol_value(metric.protocol, key) != value for key, value in wanted.items()):
             return True
     return False
 
 
 def wanted_protocol(cfg: DictConfig) -> dict[str, Any]:
     """The part of a score's protocol that the config sets."""
-    return {"n": cfg.metrics.n, "temperature": float(cfg.metrics.temperature)}
+    return {
+        "n": cfg.metrics.n,
+        "temperature": float(cfg.metrics.temperature),
+        "reference.splits": list(cfg.metrics.reference),
+    }
 
 
 def write_result(

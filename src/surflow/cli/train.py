@@ -114,6 +114,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         check_same_config,
         flow_state,
         load_checkpoint,
+        resume_point,
     )
     from surflow.training.logging import CSVMetrics, wandb_logger
     from surflow.training.module import FlowModule, Objective, can_compile
@@ -159,10 +160,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         check_same_config(checkpoint, digest, relative(last))
         resumed_step = int(checkpoint["global_step"])
         if first_process():
-            print(
-                f"{relative(folder)}: resuming after epoch {int(checkpoint['epoch']) + 1}",
-                file=sys.stderr,
-            )
+            print(f"{relative(folder)}: resuming {resume_point(checkpoint)}", file=sys.stderr)
     csv = CSVMetrics(folder / "metrics.csv", [module.train_key, module.val_key, "lr"])
     loggers: list[Any] = [csv]
     if cfg.logger.name == "wandb":

@@ -265,6 +265,14 @@ def load_record(path: str | Path) -> Record:
     )
 
 
+def protocol_value(protocol: Mapping[str, Any], key: str) -> Any:
+    """The value at a key such as ``reference.splits``; None where there is none."""
+    value: Any = protocol
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def find_records(root: str | Path) -> list[Path]:
     """Every `record.json` under `root`, sorted; an empty list where there is no such folder."""
     return sorted(Path(root).rglob(RECORD_NAME))

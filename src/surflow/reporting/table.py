@@ -16,7 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surflow.reporting.records import Metric, Record, RecordError, write_text_atomic
+from surflow.reporting.records import (
+    Metric,
+    Record,
+    RecordError,
+    protocol_value,
+    write_text_atomic,
+)
 from surflow.reporting.spec import ColumnSpec, Quote, RowSpec, TableSpec
 
 CSV_FIELDS = (
@@ -208,8 +214,8 @@ def _refusal(
         return _Refusal(1, seed, f"{name} in {metric.unit}, not {column.unit}")
     if metric.kind == "score":
         for key, value in protocol.items():
-            if metric.protocol.get(key) != value:
-                found = metric.protocol.get(key)
+            found = protocol_value(metric.protocol, key)
+            if found != value:
                 return _Refusal(1, seed, f"{name} with {key} {describe(found)}, now {value}")
     return None
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Inverse, Transform
+from surflow.transforms.base import Example, Inverse, Transform, repeat_rows
 from surflow.transforms.conditioning import check_distribution, draw, insist, score
 
 
@@ -93,8 +93,14 @@ class Slice(Transform):
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._inverse_and_ldj_samples(z, context, 1)
+
+    def _inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
         where = self.where("inverse")
-        rest, log_p = draw(self.decoder, z, context, self.context_features, where)
+        rest, log_p = draw(self.decoder, z, context, self.context_features, where, num_samples)
+        z = repeat_rows(z, num_samples)
         return torch.cat([z, rest.to(z.dtype)], dim=self.dim), log_p
 
     @classmethod
