@@ -22,11 +22,11 @@ REPRODUCE = $(RUN).reproduce $(REQUEST) launcher=$(LAUNCHER) workers=$(WORKERS) 
 	$(if $(DEVICES),devices=$(DEVICES)) $(if $(NODES),nodes=$(NODES)) $(if $(SLURM),'slurm={$(SLURM)}')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all verify docs bench reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 figure-compositions report-synthetic report-table4 report-table5 lock clean
+.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset figure-compositions report-synthetic report-table4 report-table5 lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
-		awk -F'\t' '{printf "  %-22s %s\n", $$1, $$2}'
+		awk -F'\t' '{printf "  %-25s %s\n", $$1, $$2}'
 	@echo; echo "  PROFILE=paper|short|smoke|auto  SEEDS=0,1,2  ROWS=slice,max_pool  COLUMNS=cifar10"
 	@echo "  WORKERS=auto|n  DEVICES=n  NODES=n  LAUNCHER=local|submitit|submitit_local|submitit_slurm"
 	@echo "  SLURM=timeout_min:2880,slurm_partition:gpu  WEIGHTS=official  WEIGHTS_PATH=folder  INCEPTION=file"
@@ -70,6 +70,9 @@ $(BENCH): $(STAMP)
 bench: $(STAMP) $(BENCH)  ## Time ours against a plain step, and against nflows, normflows and zuko
 	$(RUN).bench
 
+bench-gpu: $(STAMP)  ## Time the full PoolFlow on a GPU: speed-up, share of peak, memory, FID time
+	$(RUN).bench 'parts=[images]' bench_images@images=gpu
+
 reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D data: table and figures
 	$(REPRODUCE) artefact=synthetic
 
@@ -83,6 +86,10 @@ reproduce-table4: $(STAMP)  ## Images, bits per dim: MaxPoolFlow, slicing, Glow,
 
 reproduce-table5: $(STAMP)  ## Images, Inception score and FID of table 4's runs; no GPU: profile smoke
 	$(REPRODUCE) artefact=table5
+
+reproduce-cifar10-subset: DEFAULT_PROFILE = short
+reproduce-cifar10-subset: $(STAMP)  ## Two small PoolFlows on a tenth of CIFAR-10, on a CPU: does the pipeline learn?
+	$(REPRODUCE) artefact=cifar10_subset
 
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
 	$(RUN).report artefact=synthetic $(REQUEST)

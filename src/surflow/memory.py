@@ -83,7 +83,7 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
         module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
             in whichever direction they run.
         mode: "stored", "reversible" or "checkpoint".
-        compile_nets: compile the couplings' nets. Under an outer ``torch.compile`` the stretches of
+        compile_nets: compile the couplings' nets; False: compiled ones no more. Under an outer ``torch.compile`` the stretches of
             "reversible" are left to themselves (the graph breaks around each); this compiles what
             is heavy in them.
 
@@ -111,8 +111,10 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
             part.__class__ = Sequential if mode == "stored" else _LeanSequential
             part.memory = mode
             count += 1
-        if compile_nets and isinstance(part, Coupling):
-            part.net.compile(dynamic=False)
+        if isinstance(part, Coupling):
+            part.net._compiled_call_impl = None  # what Module.compile sets, and has no undo for
+            if compile_nets:
+                part.net.compile(dynamic=False)
     return count
 
 

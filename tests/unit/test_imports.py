@@ -32,6 +32,7 @@ ALLOWED = {
     "flow": {"checks", "distributions", "transforms"},
     "objectives": {"scores", "distributions", "transforms", "flow"},
     "marginal": {"checks", "distributions", "transforms", "flow"},
+    "memory": {"checks", "nets", "transforms"},
     "proofs": {"checks", "distributions", "transforms"},
     "reporting": set(),
 }

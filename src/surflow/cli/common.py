@@ -309,8 +309,8 @@ def check_hardware(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.threads: expected a positive whole number or null, got {t.threads}"
         )
-    if t.compile not in ("auto", True, False):
-        raise UserError(f"trainer.compile: expected auto, true or false, got {t.compile!r}")
+    if t.compile not in ("auto", "nets", True, False):
+        raise UserError(f"trainer.compile: expected auto, nets, true or false, got {t.compile!r}")
 
 
 def check_everything(cfg: DictConfig) -> None:

@@ -117,7 +117,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         resume_point,
     )
     from surflow.training.logging import CSVMetrics, wandb_logger
-    from surflow.training.module import FlowModule, Objective, can_compile
+    from surflow.training.module import FlowModule, Objective
     from surflow.training.record import commit
 
     quiet_lightning()
@@ -133,14 +133,10 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     objective = Objective(
         cfg.objective.num_samples, cfg.objective.unit, math.prod(data.event_shape)
     )
-    compile_ = cfg.trainer.compile
-    if compile_ == "auto":
-        compile_ = can_compile()
-    elif compile_ and not can_compile():
-        raise UserError("trainer.compile=true: no C++ compiler found; use trainer.compile=auto")
+    compiled = what_to_compile(cfg)
     on_gpu = device_of(cfg).type == "cuda"
     channels_last = on_gpu if cfg.trainer.channels_last == "auto" else cfg.trainer.channels_last
-    set_memory(flow, cfg.trainer.memory)
+    set_memory(flow, cfg.trainer.memory, compile_nets=compiled == "nets")
     module = FlowModule(
         flow,
         optimizer=instantiate(_without(cfg.optimizer, "name")),
@@ -148,7 +144,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         objective=objective,
         seed=cfg.seed,
         config_hash=digest,
-        compile=bool(compile_),
+        compile=compiled == "loss",
         finite_check_every=cfg.trainer.finite_check_every,
         log_every=cfg.trainer.log_every,
         channels_last=channels_last and len(data.event_shape) == 3,
@@ -220,6 +216,27 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     flow.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     times = Times(start, train_time)
     return write_result(cfg, digest, folder, flow, data, times, loggers)
+
+
+def what_to_compile(cfg: DictConfig) -> str | None:
+    """The whole "loss", only the couplings' "nets", or None.
+
+    Of images, and where stretches are inverted on the way back, it is the nets: they are what is
+    heavy there, those of equal shape are compiled once, and the whole loss takes minutes.
+    """
+    from surflow.training.module import can_compile
+
+    wanted = cfg.trainer.compile
+    if wanted is False:
+        return None
+    if not can_compile():
+        if wanted == "auto":
+            return None
+        raise UserError(
+            f"trainer.compile={str(wanted).lower()}: no C++ compiler found; use trainer.compile=auto"
+        )
+    nets = len(cfg.data.event_shape) == 3 or cfg.trainer.memory == "reversible"
+    return "nets" if wanted == "nets" or (wanted == "auto" and nets) else "loss"
 
 
 def _score_released(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float]:

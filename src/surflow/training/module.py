@@ -16,6 +16,7 @@ from torch import Tensor
 from surflow.checks import check_values
 from surflow.errors import UserError
 from surflow.flow import Flow
+from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
 from surflow.transforms import ActNorm
 
@@ -116,7 +117,7 @@ class FlowModule(pl.LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.flow = flow.to(memory_format=torch.channels_last) if channels_last else flow
+        self.flow = use_channels_last(flow) if channels_last else flow
         self.channels_last = channels_last
         self.objective = objective or Objective()
         self.make_optimizer = optimizer
