@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from surflow import distributions, flow, nets, proofs, transforms
+from surflow import (
+    distributions,
+    flow,
+    memory,
+    metrics,
+    models,
+    nets,
+    objectives,
+    proofs,
+    transforms,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +33,11 @@ def modules_of(package):
 
 MODULES = [
     flow,
+    memory,
+    objectives,
     proofs,
+    *modules_of(metrics),
+    *modules_of(models),
     *modules_of(transforms),
     *modules_of(distributions),
     *modules_of(nets),
