@@ -26,6 +26,8 @@ RUNTIME_KEYS = (
     "weights.path",
     "checkpoint",
     "split",
+    "iwbo_samples",  # of evaluate; the run's own is objective.iwbo_samples
+    "eval_samples",
     "n",
     "temperature",
     "out",
@@ -153,11 +155,22 @@ def check_config(cfg: DictConfig) -> None:
         "data.batch_size",
         "data.eval_batch_size",
         "metrics.batch_size",
+        "objective.num_samples",
+        "objective.eval_samples",
+        "iwbo_samples",
+        "eval_samples",
     )
     for key in positive:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        value = OmegaConf.select(cfg, key, default=1)  # what has not the key has no such mistake
+        if value is None and key in ("iwbo_samples", "eval_samples"):
+            continue
+        if not _whole(value) or value < 1:
             raise UserError(f"{key}: expected a positive whole number, got {value}")
+    if not _whole(cfg.objective.iwbo_samples) or cfg.objective.iwbo_samples < 0:
+        raise UserError(
+            "objective.iwbo_samples: expected 0 (no IWBO) or a positive whole number, got "
+            f"{cfg.objective.iwbo_samples}"
+        )
     _check_metrics(cfg)
     _check_weights(cfg)
     _check_kind_of_data(cfg)
@@ -187,6 +200,10 @@ def check_config(cfg: DictConfig) -> None:
         )
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(
@@ -197,7 +214,7 @@ def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
 
 def _check_metrics(cfg: DictConfig) -> None:
     m = cfg.metrics
-    if not isinstance(m.n, int) or m.n < 0 or m.n == 1:
+    if not _whole(m.n) or m.n < 0 or m.n == 1:
         raise UserError(f"metrics.n: expected 0 (none) or at least 2 images, got {m.n}")
     _one_of("metrics.extractor", m.extractor, EXTRACTORS)
     reference = list(m.reference) if OmegaConf.is_list(m.reference) else [m.reference]

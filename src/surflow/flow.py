@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -133,6 +137,64 @@ class Moments:
 def in_double(value: Tensor) -> Tensor:
     """In float64, on the host where the device has no such numbers."""
     return value.cpu().double() if value.device.type == "mps" else value.double()
+
+
+def bytes_of(value: Tensor) -> np.ndarray:
+    """The bytes of a tensor's numbers in order, uint8, for a hash."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # a single number may come with none
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    return flat.view(torch.uint8).numpy()
+
+
+def flow_sha256(module: nn.Module) -> str:
+    """SHA-256 of all that a module's numbers follow from, 64 hex digits.
+
+    These are its parts, their settings (attributes that are plain numbers or words, those of
+    helpers such as a coupling's map too), and every parameter and buffer, kept or not. What a
+    training step keeps in memory, and whether nets are compiled, does not count.
+
+    >>> from surflow.distributions import StandardNormal
+    >>> from surflow.transforms import Dequantization
+    >>> few, many = (Flow(StandardNormal(2), Dequantization(k)) for k in (16, 256))
+    >>> flow_sha256(few) == flow_sha256(many)
+    False
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules(remove_duplicate=False):
+        kind = getattr(part, "label", type(part).__qualname__)
+        digest.update(f"{name} {kind} {_settings(part)}\n".encode())
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(bytes_of(value))
+    return digest.hexdigest()
+
+
+_OF_EVERY_MODULE = {*vars(nn.Module()), "memory", "_compiled_call_impl", "_turned_into"}
+
+
+def _settings(owner: Any, depth: int = 3) -> list[tuple[str, Any]]:
+    found = []
+    for name, value in sorted(vars(owner).items()):
+        if name not in _OF_EVERY_MODULE:
+            found.append((name, _plain(value, depth)))
+    return found
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """A setting in plain words; of what may change from call to call, the type alone."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return [_plain(v, depth) for v in value]
+    if isinstance(value, functools.partial):
+        return ["partial", _plain(value.func, depth), _plain(value.args, depth)]
+    kind = type(value).__qualname__
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    if type(value).__module__.startswith("surflow.") and not isinstance(value, nn.Module):
+        return [kind, _settings(value, depth - 1) if depth and hasattr(value, "__dict__") else ""]
+    return kind
 
 
 class Flow(nn.Module):

@@ -15,6 +15,7 @@ number of layers. (A coupling needs its net once for both.)
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -61,6 +62,10 @@ EXACT_MAPS = (AffineMap, AdditiveMap, RationalQuadraticSpline)
 """Maps of a coupling whose inverse is a formula; that of a mixture is a search."""
 
 
+COMPILED_KINDS = 64
+"""Shapes and modes, of all nets of one class, that are compiled."""
+
+
 def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
     """Choose what a flow keeps for its backward pass.
 
@@ -83,9 +88,9 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
         module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
             in whichever direction they run.
         mode: "stored", "reversible" or "checkpoint".
-        compile_nets: compile the couplings' nets; False: compiled ones no more. Under an outer ``torch.compile`` the stretches of
-            "reversible" are left to themselves (the graph breaks around each); this compiles what
-            is heavy in them.
+        compile_nets: compile the couplings' nets; False: compiled ones no more. Under an outer
+            ``torch.compile`` the stretches of "reversible" are left to themselves (the graph breaks
+            around each); this compiles what is heavy in them.
 
     Returns:
         The number of sequences of layers that it concerns.
@@ -114,8 +119,20 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
         if isinstance(part, Coupling):
             part.net._compiled_call_impl = None  # what Module.compile sets, and has no undo for
             if compile_nets:
-                part.net.compile(dynamic=False)
+                _compile(part.net)
     return count
+
+
+def _compile(net: nn.Module) -> None:
+    """Compile a net for the shapes that come; nets of one class share what is compiled, and an
+    image flow has more of them than torch's 8 kinds, beyond which it would compile no more."""
+    options: dict[str, Any] = {"dynamic": False}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = COMPILED_KINDS
+    else:
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(COMPILED_KINDS, settings.recompile_limit)
+    net.compile(**options)
 
 
 def use_channels_last(module: nn.Module) -> nn.Module:
@@ -409,10 +426,12 @@ def _checkpointed(
     steps: Sequence[_Step], x: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     checked = values_are_checked()
+    held = () if torch.compiler.is_compiling() else _ids(_parameters(steps))
 
     def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return _in_turn(steps, x, context)
+        _check_same(steps, held)
         with check_values(checked):
             return _in_turn(steps, x, context)
 
@@ -421,8 +440,25 @@ def _checkpointed(
 
 @torch.compiler.disable
 def _reversed(steps: Sequence[_Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    parameters = {id(p): p for s in steps for p in s.layer.parameters() if p.requires_grad}
+    parameters = {id(p): p for p in _parameters(steps) if p.requires_grad}
     return _Stretch.apply(steps, x, context, *parameters.values())
+
+
+def _parameters(steps: Sequence[_Step]) -> list[Tensor]:
+    return [p for step in steps for p in step.layer.parameters()]
+
+
+def _ids(parameters: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(id(p) for p in parameters)
+
+
+def _check_same(steps: Sequence[_Step], held: Iterable[int]) -> None:
+    """Raise unless the layers still have the parameters of the forward pass."""
+    if not {*held} <= {*_ids(_parameters(steps))}:
+        raise RuntimeError(
+            "memory: expected the layers to have the same parameters in the backward pass as in "
+            "the forward pass, got others (torch.func.functional_call?); take memory=stored"
+        )
 
 
 _RUNS = {"checkpoint": _checkpointed, "reversible": _reversed}
@@ -442,6 +478,7 @@ class _Stretch(torch.autograd.Function):
         device = x.device.type
         ctx.steps = steps
         ctx.dtype = x.dtype
+        ctx.held = _ids(parameters)  # what is saved may come back as another object
         # without autocast's cache: here it would keep copies of weights that know no gradient, for
         # the rest of the step to find
         ctx.autocast = dict(
@@ -458,7 +495,8 @@ class _Stretch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_ldj: Tensor) -> tuple[Tensor | None, ...]:
-        z, context, *parameters = ctx.saved_tensors
+        z, context, *_ = ctx.saved_tensors  # of the parameters, that nobody has changed them
+        _check_same(ctx.steps, ctx.held)
         seen = None
         if context is not None:
             seen = context.detach().requires_grad_(ctx.needs_input_grad[2])
@@ -471,7 +509,7 @@ class _Stretch(torch.autograd.Function):
             None,
             grad_z.to(ctx.dtype) if ctx.needs_input_grad[1] else None,
             None if seen is None else sums.get(id(seen)),
-            *(sums.get(id(p)) for p in parameters),
+            *(sums.get(key) for key in ctx.held),
         )
 
 

@@ -25,6 +25,13 @@ def the_line(done, code=2):
     return lines[0].removeprefix(PREFIX)
 
 
+def test_points_are_not_written_into_a_picture(call, tiny, tmp_path):
+    """The picture beside the samples would take their place."""
+    done = call("sample", *tiny(f"out={tmp_path}/points.png", "n=10"))
+    assert the_line(done) == f"out: expected an .npz file, got {tmp_path}/points.png"
+    assert not (tmp_path / "points.png").exists()
+
+
 def nothing_left(root):
     """No checkpoint, no record, no half-written file."""
     files = [p.name for p in root.rglob("*") if p.is_file()]
@@ -60,6 +67,16 @@ REQUESTS = {
     "accumulation 0": (
         ["trainer.accumulate_grad_batches=0"],
         ["trainer.accumulate_grad_batches:", "got 0"],
+    ),
+    "epochs null": (["trainer.max_epochs=null"], ["trainer.max_epochs:", "positive", "got None"]),
+    "no draws": (["objective.eval_samples=0"], ["objective.eval_samples:", "positive", "got 0"]),
+    "half a draw": (["objective.num_samples=1.5"], ["objective.num_samples:", "whole", "1.5"]),
+    "iwbo -1": (["objective.iwbo_samples=-1"], ["objective.iwbo_samples:", "0 (no IWBO)", "-1"]),
+    "iwbo 2.5": (["objective.iwbo_samples=2.5"], ["objective.iwbo_samples:", "got 2.5"]),
+    "folder of images without a name": (["data=image_folder"], ["data.folder: expected a value"]),
+    "processes that share no batch": (
+        ["trainer=ddp", "trainer.devices=3"],
+        ["data.batch_size: expected a multiple of the 3 processes, got 128"],
     ),
     "lr -1": (["optimizer.lr=-1"], ["optimizer.lr:", "positive", "got -1"]),
     "lr 0": (["optimizer.lr=0"], ["optimizer.lr:", "positive", "got 0"]),

@@ -94,6 +94,50 @@ def test_evaluation_is_the_record_and_says_what_is_a_bound(trained, digits, call
     assert not list(folder.glob("*.partial*"))
 
 
+def test_other_numbers_of_draws_are_of_the_same_run(trained, digits, call, compose):
+    metrics, folder = trained
+    record = (folder / "record.json").read_bytes()
+    assert run_dir(compose("iwbo_samples=40", "eval_samples=3")) == folder
+    done = call("evaluate", *digits, "iwbo_samples=40", "eval_samples=3")
+    assert done.code == 0, done.err
+    found = json.loads((folder / "evaluation_test.json").read_text())["metrics"]
+    assert "IWBO, K = 40" in found["test/iwbo_bpd"]["estimator"]
+    assert "ELBO, 3 sample(s)" in found["test/elbo_bpd"]["estimator"]
+    # the bound is tighter for more draws; the mean of three ELBOs is that of one, up to noise
+    assert found["test/iwbo_bpd"]["value"] < metrics["test/iwbo_bpd"]
+    error = found["test/elbo_bpd"]["standard_error"]
+    assert found["test/elbo_bpd"]["value"] == pytest.approx(metrics["test/elbo_bpd"], abs=3 * error)
+    assert found["test/elbo_bpd"]["value"] != metrics["test/elbo_bpd"]
+    assert (folder / "record.json").read_bytes() == record
+    for wrong in ("iwbo_samples=0", "eval_samples=1.5", "iwbo_samples=many", "iwbo_samples=true"):
+        done = call("evaluate", *digits, wrong)
+        key, value = wrong.split("=")
+        assert done.code == 2
+        got = {"true": "True"}.get(value, value)
+        assert done.err == f"surflow: error: {key}: expected a positive whole number, got {got}\n"
+
+
+def test_one_test_image_has_no_standard_error(compose, digits, call):
+    done = call("train", *digits, "data.test_size=1")
+    assert done.code == 0, done.err
+    folder = run_dir(compose("data.test_size=1"))
+    record = json.loads((folder / "record.json").read_text())
+    assert "standard_error" not in record["metrics"]["test/elbo_bpd"]
+    assert {row["standard_error"] for row in record["ledger"]["rows"]} == {None}
+    done = call("evaluate", *digits, "data.test_size=1")
+    assert done.code == 0, done.err
+    assert re.search(r"^test/elbo_bpd = \d\.\d{4} bpd  \(bound", done.out, re.M)
+
+
+def test_the_threads_are_those_of_the_config(trained, compose, monkeypatch):
+    import torch
+
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    evaluate_run(compose())
+    assert asked == [1]
+
+
 def test_batch_size_changes_no_bit(trained, compose):
     metrics, _ = trained
     for size in (1, 7, 24):

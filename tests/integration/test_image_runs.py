@@ -167,6 +167,13 @@ def test_released_weights_are_scored_without_training(call, tmp_path):
     assert score["value"] == pytest.approx(bits.mean().item(), abs=0.02)
     again = call("train", *overrides)
     assert "already complete" in again.out
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(file.read_bytes() + b" ")
+    refused = call("train", *overrides[:-1], f"weights.path={other}")
+    assert refused.code == 2
+    assert refused.err.startswith(f"surflow: error: weights.path: {other} is not the file that ")
+    assert refused.err.count("\n") == 1
+    assert record_of(folder) == record
     trained = run_dir(compose(small(tmp_path / "runs", *OFFICIAL[:-1])))
     assert trained != folder  # never in the place of a run that trains
 

@@ -175,6 +175,21 @@ def test_seeds_are_averaged(request_of, table):
     assert cell["seeds"] == "0 1"
 
 
+def test_records_in_results_name_no_place_on_the_machine(request_of, tmp_path):
+    cfg = request_of()
+    spec, cells = cells_of(cfg)
+    for key in cells.chosen:
+        train(cells.configs[key])
+    write_report(cfg, spec, cells)
+    (copy,) = (tmp_path / "results").rglob("records/*.json")
+    assert str(tmp_path) not in copy.read_text()
+    (original,) = (tmp_path / "runs").rglob("record.json")
+    found, wanted = (json.loads(path.read_text()) for path in (copy, original))
+    assert wanted["config"]["run"]["root"] == str(tmp_path / "runs")
+    wanted["config"]["run"]["root"] = "runs"
+    assert found == wanted
+
+
 def test_report_runs_nothing(call, arguments, table, tmp_path):
     done = call("report", *arguments())
     assert done.code == 0, done.err
@@ -186,7 +201,7 @@ def test_failing_cell(call, arguments, table, tmp_path):
     done = call("reproduce", *arguments(overrides=(*SMALL, "optimizer.lr=1e6")))
     assert done.code == 2
     assert done.err.splitlines()[-1] == (
-        "surflow: error: 1 run(s) failed; their cells say so in the table"
+        "surflow: error: 1 run(s) failed, for the reasons above; the table is of the others"
     )
     assert "flow corners seed 0: failed: surflow: error: the loss is not finite" in done.err
     assert "train.log" in done.err
@@ -491,7 +506,8 @@ def image_cells(tmp_path):
 def put_record(cells, key, metrics, **changes):
     """A record of exactly this cell's run."""
     config = cells.configs[key]
-    protocol = {"n": config.metrics.n, "temperature": 1.0}
+    reference = {"splits": list(config.metrics.reference)}
+    protocol = {"n": config.metrics.n, "temperature": 1.0, "reference": reference}
     values = {
         name: {
             "value": value,

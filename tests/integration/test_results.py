@@ -10,19 +10,22 @@ from surflow.config import compose, config_hash
 from surflow.reporting import load_spec
 
 ROOT = Path(__file__).parents[2]
-RECORDS = sorted((ROOT / "results" / "paper").glob("*/records/*.json"))
+RECORDS = sorted((ROOT / "results").glob("*/*/records/*.json"))
 
 
 def test_there_are_records():
     assert len(RECORDS) >= 36
 
 
-@pytest.mark.parametrize("artefact", sorted({p.parts[-3] for p in RECORDS}))
-def test_records_are_of_the_experiments(artefact):
+@pytest.mark.parametrize(
+    ("profile", "artefact"), sorted({(p.parts[-4], p.parts[-3]) for p in RECORDS})
+)
+def test_records_are_of_the_experiments(profile, artefact):
     for path in RECORDS:
         record = json.loads(path.read_text())
-        if path.parts[-3] != artefact:
+        if path.parts[-4:-2] != (profile, artefact):
             continue
+        assert record["profile"] == profile
         assert record["dirty"] is False, path.name
         if record["seed"] != 0:  # composing takes long, and the seeds share their config
             continue

@@ -12,6 +12,7 @@ from surflow.cli.common import build_data, build_flow
 from surflow.config import config_hash, run_dir
 from surflow.data.batches import TensorBatches
 from surflow.errors import UserError
+from surflow.training.logging import Elapsed
 
 LONG = ("trainer.max_epochs=8", "data.batch_size=16", "trainer.log_every=7")
 
@@ -158,6 +159,37 @@ def test_run_that_stopped_before_its_record(extra, train):
     (folder / "record.json").unlink()
     _, _, again = train(*extra)
     assert again == metrics
+
+
+def test_times_of_a_resumed_run_add_up(train, call, tiny):
+    """The seconds in the checkpoint, and those of the process that goes on."""
+    _, folder, _ = train()
+    record = json.loads((folder / "record.json").read_text())
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    taken = checkpoint["callbacks"]["Elapsed"]
+    assert 0 < taken["train_s"] <= record["train_time_s"] + 0.01
+    assert taken["train_s"] <= taken["wall_s"] <= record["wall_time_s"] + 0.01
+    taken |= {"train_s": 5000.0, "wall_s": 6000.0}
+    torch.save(checkpoint, folder / "last.ckpt")
+    (folder / "record.json").unlink()
+    assert call("train", *tiny()).code == 0
+    again = json.loads((folder / "record.json").read_text())
+    assert again["metrics"] == record["metrics"]
+    assert 5000 <= again["train_time_s"] < 5100
+    assert 6000 <= again["wall_time_s"] < 6100
+
+
+def test_a_stopwatch_goes_on_where_it_was():
+    now = [10.0]
+    watch = Elapsed(4.0, clock=lambda: now[0])
+    now[0] = 13.0
+    kept = watch.state_dict()
+    assert kept == {"train_s": 3.0, "wall_s": 9.0}
+    now[0] = 100.0
+    later = Elapsed(98.0, clock=lambda: now[0])
+    later.load_state_dict(kept)
+    now[0] = 101.0
+    assert (later.train, later.wall, later.wall_before) == (4.0, 12.0, 9.0)
 
 
 def test_interrupted_run_says_how_to_go_on(start, tiny, config):

@@ -23,9 +23,11 @@ from pytorch_lightning.strategies import DDPStrategy  # noqa: E402
 
 from surflow.data.images import Digits  # noqa: E402
 from surflow.data.module import block_rows  # noqa: E402
-from surflow.distributions import DiagonalNormal  # noqa: E402
+from surflow.distributions import DiagonalNormal, StandardNormal  # noqa: E402
 from surflow.distributions.base import Distribution  # noqa: E402
-from surflow.models.pool_flow import pool_flow  # noqa: E402
+from surflow.flow import Flow  # noqa: E402
+from surflow.models import pool_flow, realnvp  # noqa: E402
+from surflow.nets import GlowNet  # noqa: E402
 from surflow.training.callbacks import EMA, TimedCheckpoint  # noqa: E402
 from surflow.training.checkpoint import (  # noqa: E402
     AtomicCheckpointIO,
@@ -35,7 +37,7 @@ from surflow.training.checkpoint import (  # noqa: E402
 from surflow.training.logging import CSVMetrics  # noqa: E402
 from surflow.training.module import FlowModule, Objective, can_compile, seed_draws  # noqa: E402
 from surflow.training.schedules import staged  # noqa: E402
-from surflow.transforms import Transform  # noqa: E402
+from surflow.transforms import AffineCoupling, Transform  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice
 
@@ -80,9 +82,12 @@ def give_noise(flow):
     return flow
 
 
-def make_flow(**options):
+def make_flow(batch_norm=False, **options):
     torch.manual_seed(5)
-    flow = pool_flow((1, 8, 8), "max_pool", **{**TINY, **options})
+    if batch_norm:
+        flow = realnvp((1, 8, 8), 17, mid_channels=2, num_blocks=1)
+    else:
+        flow = pool_flow((1, 8, 8), "max_pool", **{**TINY, **options})
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -292,6 +297,68 @@ def test_a_run_broken_within_its_epochs_ends_where_the_unbroken_one_does(tmp_pat
     assert_same_run(whole, broken)
 
 
+def test_running_statistics_resume_too(tmp_path):
+    """The look at the first batch of a resumed run leaves those of batch normalisation alone."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    fit(whole, minutes=None, batch_norm=True, train=96)
+    with pytest.raises(Stop):
+        fit(broken, stop=StopAt(1, 6), batch_norm=True, train=96)
+    assert resume_point(load_checkpoint(broken / "last.ckpt")) == "in epoch 2, after step 4"
+    fit(broken, batch_norm=True, train=96)
+    assert_same_run(whole, broken)
+    state = load_checkpoint(whole / "last.ckpt")["state_dict"]
+    assert sum(k.endswith("running_mean") for k in state) > 10
+
+
+def test_a_look_at_the_first_batch_changes_nothing():
+    flow = make_flow(batch_norm=True)
+    module = FlowModule(flow, torch.optim.Adam, None)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    module._first_batch(torch.randint(17, (8, 1, 8, 8)))
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_nets_alone_are_initialised_from_the_batch_of_all_processes(monkeypatch):
+    """Else each process would keep shifts and scales of its own, and so another model."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 2, 4, 4) + torch.tensor([0.0, 3.0]).view(2, 1, 1, 1, 1)
+    states = []
+    for share in x:
+        torch.manual_seed(1)
+        net = GlowNet(1, 2, hidden_channels=4)
+        flow = Flow(StandardNormal((2, 4, 4)), AffineCoupling(net, scale="sigmoid"))
+        module = FlowModule(flow, torch.optim.Adam, None)
+        monkeypatch.setattr(module, "_gathered", lambda value: x)
+        module._first_batch(share)
+        assert net.first.initialised and net.second.initialised
+        states.append(flow.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert states[0]["transforms.transforms.0.net.first.shift"].abs().max() > 0
+
+
+def test_an_average_begins_with_the_weights(tmp_path):
+    """Before its first update too, in a run that is shorter than the steps between two."""
+    data = make_data(8, train=32)
+    flow = make_flow(actnorm=True)
+    module = FlowModule(
+        flow,
+        optimizer=lambda parameters: torch.optim.Adamax(parameters, 1e-2),
+        schedule=lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+    )
+    seen = Steps(tmp_path / "steps.pt")
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", callbacks=[EMA(0.9, 10), seen],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert len(seen.seen) == 4
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, seen.seen[-1][name]), name
+
+
 def test_two_processes_resume_within_an_epoch(tmp_path):
     """Each draws on as it would have; here without accumulation."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -457,6 +524,23 @@ def test_validation_depends_on_weights_alone(tmp_path, monkeypatch):
             seed_draws(CPU, 2, 3, i)
             total -= flow.log_prob(block).double().sum().item()
     assert one == pytest.approx(total / 40 / (64 * math.log(2)), abs=1e-6)
+
+
+def test_validation_of_two_processes_has_one_set_of_running_statistics(tmp_path, monkeypatch):
+    """Those of the checkpoint, though each process has moved its own since the last step."""
+    from surflow.data import module as data_module
+
+    monkeypatch.setattr(data_module, "BLOCK_NUMBERS", 64 * 8)  # 40 images: 3 blocks and 2
+    fit(tmp_path, 16, 1, epochs=1, ema=None, minutes=None, processes=2, batch_norm=True, train=48)
+    flow = make_flow(batch_norm=True).eval()
+    state = load_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    flow.load_state_dict({k.removeprefix("flow."): v for k, v in state.items()})
+    total = 0.0
+    with torch.no_grad():
+        for i, block in enumerate(make_data(8).splits["valid"].split(8)):
+            seed_draws(CPU, 2, 3, i)
+            total -= flow.log_prob(block).double().sum().item()
+    assert losses(tmp_path) == [pytest.approx(total / 40 / (64 * math.log(2)), abs=1e-6)]
 
 
 def test_blocks_hold_about_as_many_numbers():

@@ -164,6 +164,30 @@ def test_resumed_run_continues_the_same_one(start, command, tiny, config, rows):
     assert "test/nll_nats" in second.summary
 
 
+def test_scores_added_later_reach_the_summary(command, tmp_path):
+    arguments = (
+        *("data=digits", "model=pool_flow", "surjection=slice", "logger=wandb"),
+        *("model.num_scales=1", "model.num_steps=1", "model.mid_channels=4", "model.depth=1"),
+        *("model.growth=4", "model.dequant_steps=1", "model.context_channels=2"),
+        *("data.train_size=64", "data.valid_size=16", "data.test_size=24"),
+        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.compile=false"),
+        *("run.pictures=false", f"run.root={tmp_path}/runs"),
+    )
+    first = command("train", *arguments)
+    assert first.code == 0, first.err
+    assert "pool_flow-slice digits seed 0  epoch 1/1" in first.err
+    done = command("train", *arguments, "metrics.n=16", "metrics.extractor=random_features")
+    assert done.code == 0, done.err
+    (record,) = tmp_path.rglob("record.json")
+    metrics = json.loads(record.read_text())["metrics"]
+    runs = [Logged(path) for path in files_of(record.parent)]
+    assert len({run.run.run_id for run in runs}) == 1 and len(runs) == 2
+    assert {run.run.job_type for run in runs} == {"pool_flow-slice"}
+    (found,) = [r.summary for r in runs if "sample/fid_random_features" in r.summary]
+    for name in ("test/elbo_bpd", "sample/fid_random_features"):
+        assert found[name] == pytest.approx(metrics[name]["value"], rel=1e-9)
+
+
 def test_evaluation_is_added_to_the_run(command, tiny, config):
     arguments = tiny("logger=wandb")
     cfg = config("logger=wandb")
@@ -176,4 +200,9 @@ def test_evaluation_is_added_to_the_run(command, tiny, config):
     assert {r.run.run_id for r in runs} == {f"paper-{config_hash(cfg)}"}
     written = json.loads((folder / "evaluation_valid.json").read_text())
     value = written["metrics"]["valid/nll_nats"]["value"]
+    done = command("evaluate", *arguments, f"checkpoint={folder / 'best.ckpt'}")
+    assert done.code == 0, done.err
+    last = Logged(files_of(folder)[-1])
+    assert "evaluate/test/nll_nats" in last.summary  # not in the place of the run's own score
+    assert "test/nll_nats" not in last.summary
     assert any(r.summary.get("valid/nll_nats") == pytest.approx(value) for r in runs)

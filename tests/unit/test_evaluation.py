@@ -1,5 +1,6 @@
 """Several draws of a row at once, and the evaluation built on them."""
 
+import copy
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ from surflow.distributions import (
     StandardNormal,
     Uniform,
 )
-from surflow.flow import Flow, FlowDistribution
+from surflow.flow import Flow, FlowDistribution, flow_sha256
+from surflow.memory import set_memory
 from surflow.models.pool_flow import pool_flow
 from surflow.nets import MLP
 from surflow.objectives import elbo, iwbo
@@ -35,6 +37,7 @@ from surflow.transforms import (
     catalogue,
 )
 
+CPU = torch.device("cpu")
 LAYERS = {cls.__name__: cls for cls in catalogue()}
 
 
@@ -619,6 +622,35 @@ def test_what_was_kept_of_another_evaluation_is_dropped(change, small_blocks, tm
     assert len(layer.sizes) == 2 * blocks
 
 
+def test_another_setting_is_another_evaluation(tmp_path):
+    """Flows of equal tensors, with other levels, maps, or one layer in several places."""
+    file = tmp_path / "part.npz"
+    data = torch.randint(16, (20, 4), generator=torch.Generator().manual_seed(0))
+
+    def flow(levels=16, scale="exp", times=1):
+        torch.manual_seed(0)
+        layer = AffineCoupling(MLP(2, 4, [8]), scale=scale)
+        return Flow(StandardNormal(4), [Dequantization(levels), *[layer] * times])
+
+    found = []
+    for settings in ({}, {"levels": 32}, {"scale": "softplus"}, {"times": 2}, {}):
+        value = evaluate(flow(**settings), data, 8, resume=file)
+        assert value == evaluate(flow(**settings), data, 8)
+        found.append(value[0]["test/elbo_nats"].value)
+    assert len(set(found)) == 4 and found[0] == found[-1]
+
+
+def test_settings_of_a_training_step_are_none_of_the_flows():
+    flow = pool_flow((3, 4, 4), num_scales=1, num_steps=1, mid_channels=4, depth=1, growth=2)
+    mark = flow_sha256(flow)
+    set_memory(flow, "reversible")
+    assert flow_sha256(flow) == mark
+    set_memory(flow, "stored")
+    flow.train().log_prob(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert flow_sha256(flow) == flow_sha256(copy.deepcopy(flow)) == mark
+    assert flow_sha256(flow.bfloat16()) != mark
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
 def test_a_damaged_file_is_replaced(content, small_blocks, tmp_path):
     file = tmp_path / "part.npz"
@@ -629,6 +661,27 @@ def test_a_damaged_file_is_replaced(content, small_blocks, tmp_path):
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
     assert evaluate(flow, data, 8, **WANTED, resume=file) == unbroken
     assert file.read_bytes() == whole
+
+
+def test_any_damage_of_an_archives_directory_is_noticed(tmp_path):
+    """Zip says it in many ways: another version, compression, encryption, flags."""
+    file = tmp_path / "part.npz"
+    flow = Flow(StandardNormal(2), [Dequantization(4), Affine(2, 0.1, 2.0)])
+    data = torch.randint(4, (5, 2))
+    evaluate(flow, data, 8, resume=file)
+    whole = file.read_bytes()
+    passes = evaluation._passes(flow, data, 8, 1, 0)
+    mark = evaluation._fingerprint(flow, data, CPU, 0, passes, False)
+    start = whole.index(b"PK\x01\x02")
+    refused = 0
+    for place in range(start, len(whole)):
+        for bit in (1, 8):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            work = evaluation._Work(passes, 5)
+            work.load(file, mark)
+            assert work.done in (0, 1)
+            refused += work.done == 0
+    assert refused > 100
 
 
 def test_batch_size_of_an_exact_flow_is_part_of_what_is_kept(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from surflow.reporting.images import image_grid, write_image
+from surflow.reporting.images import image_grid, tile, write_image
 
 
 def random_images(n, channels, height=4, width=5, levels=256, seed=0):
@@ -44,6 +44,18 @@ def test_grid(tmp_path, n, channels, columns, scale, gap, levels):
     expected = by_hand(images, columns, scale, gap, levels)
     assert np.array_equal(picture.reshape(expected.shape), expected)
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]  # nothing half-written
+
+
+def test_tiles_are_the_grid_without_a_file():
+    images = random_images(5, 1, levels=17)
+    assert np.array_equal(tile(images, 3, 1, 17), by_hand(images, 3, 1, 1, 17))
+    assert tile(images, 8).shape == (4 + 2 * 2, 5 * 5 + 6 * 2, 1)
+
+
+@pytest.mark.parametrize(("side", "scale"), [(8, 8), (16, 4), (28, 2), (32, 2), (64, 2)])
+def test_small_images_are_enlarged(tmp_path, side, scale):
+    path = image_grid(random_images(1, 1, side, side), tmp_path / "grid.png", gap=0)
+    assert Image.open(path).size == (side * scale, side * scale)
 
 
 def test_the_same_images_give_the_same_bytes(tmp_path):

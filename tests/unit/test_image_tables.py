@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from surflow.reporting import build_table, figures, load_record, load_records, load_spec
-from surflow.reporting.figures import curve_label, image_grid_array
+from surflow.reporting.figures import curve_label
 from surflow.reporting.records import write_json_atomic
 from surflow.reporting.table import cell_text, render_csv, render_markdown
 
@@ -372,26 +372,43 @@ def images(folder, seed=0, size=8, count=64):
     return arrays
 
 
-def test_image_grid_array_puts_each_image_in_its_place():
-    rng = np.random.default_rng(0)
-    found = rng.integers(0, 256, (5, 3, 4, 6), dtype=np.uint8)
-    sheet = image_grid_array(found, columns=3)
-    assert sheet.shape == (8, 18, 3)
-    for index, image in enumerate(found):
-        i, j = divmod(index, 3)
-        tile = sheet[4 * i : 4 * i + 4, 6 * j : 6 * j + 6]
-        np.testing.assert_array_equal(tile, image.transpose(1, 2, 0))
-    assert (sheet[4:, 12:] == 255).all()
-    spaced = image_grid_array(found, columns=3, gap=1)
-    assert spaced.shape == (10, 21, 3)
-    np.testing.assert_array_equal(spaced[5:9, 7:13], found[4].transpose(1, 2, 0))
-    assert (spaced[4] == 255).all() and (spaced[:, 6] == 255).all()
-    grey = image_grid_array(found[:, :1], columns=5)
-    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
-    np.testing.assert_array_equal(grey[:, :6, 1], found[0, 0])
-    for wrong in (found[0], found.astype(float), found[:, :2]):
-        with pytest.raises(ValueError, match="expected uint8 of shape"):
-            image_grid_array(wrong)
+def test_images_of_few_levels_are_drawn_in_the_full_range(tmp_path, monkeypatch):
+    """Of 17 levels, 16 is white; grey images are shown as colours."""
+    levels = np.arange(17, dtype=np.uint8)[None, None, None].repeat(2, 0)
+    folder = put(tmp_path, config={"data": {"num_levels": 17}})
+    np.savez_compressed(folder / "images.npz", samples=levels, data=levels)
+    shown = []
+    monkeypatch.setattr(figures.Axes, "imshow", lambda self, pixels, **_: shown.append(pixels))
+    figures.image_figure(fill(tmp_path), tmp_path / "samples.png")
+    assert len(shown) == 2  # the data, and the one model that has run
+    for pixels in shown:
+        assert pixels.shape == (3, 37, 3)  # two of 1 x 17, a white line around each
+        for channel in range(3):
+            expected = [round(255 * k / 16) for k in range(17)]
+            assert pixels[1, 1:18, channel].tolist() == expected
+
+
+def test_legend_of_learning_curves_is_inside_the_figure(tmp_path):
+    for row in ("slice", "max_pool", "glow", "realnvp"):
+        images(put(tmp_path, row))
+    curves = figures.run_files(fill(tmp_path), "metrics.csv")
+    one_panel = {row: {"cifar10": files["cifar10"]} for row, files in curves.items()}
+    found = []
+    original = figures._save
+
+    def look(figure, path):
+        saved = original(figure, path)
+        found.append((figure.legends[0].get_window_extent(), figure.bbox))
+        return saved
+
+    figures._save = look
+    try:
+        figures.learning_curve_figure(one_panel, tmp_path / "c.png", column="val/elbo_bpd")
+    finally:
+        figures._save = original
+    (legend, figure) = found[0]
+    assert legend.x0 >= figure.x0 and legend.x1 <= figure.x1
+    assert legend.y0 >= figure.y0 and legend.height < figure.height / 4
 
 
 def test_files_of_columns_of_one_data_are_one(tmp_path):

@@ -1,9 +1,12 @@
 """Memory modes: the same gradients as with stored activations, from a fraction of the memory."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import threading
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch import nn
 from surflow.distributions import StandardNormal
 from surflow.flow import Flow, FlowDistribution
 from surflow.memory import LiveBytes, set_memory
-from surflow.models import pool_flow
+from surflow.models import pool_flow, realnvp
 from surflow.nets import MLP, DenseNet
 from surflow.objectives import elbo, iwbo
 from surflow.transforms import (
@@ -129,9 +132,9 @@ FLOWS = [
 ]
 
 
-def gradients(flow, mode, x, context=None, loss=None, **kwargs):
+def gradients(flow, mode, x, context=None, loss=None, compile_nets=False):
     """The loss, and the gradients of all parameters and of the context, by name."""
-    assert set_memory(flow, mode) > 0
+    assert set_memory(flow, mode, compile_nets) > 0
     flow.zero_grad()
     if context is not None:
         context = context.clone().requires_grad_()
@@ -496,6 +499,25 @@ def test_changed_weights_are_noticed_before_backward():
         loss.backward()
 
 
+@pytest.mark.parametrize("mode", LEAN)
+def test_parameters_of_a_call_are_refused_not_wrong(mode):
+    """They are in the layers in the forward pass alone."""
+    flow, x, _ = splines_on_vectors()
+    set_memory(flow, mode)
+    given = {k: (1.1 * p.detach()).requires_grad_() for k, p in flow.transforms.named_parameters()}
+    ldj = torch.func.functional_call(flow.transforms, given, (x,))[1]
+    with pytest.raises(RuntimeError, match="memory: expected the layers to have the same param"):
+        ldj.sum().backward()
+
+
+def test_what_is_saved_may_lie_elsewhere(double):
+    flow, x, _ = splines_on_vectors()
+    perturbed(flow)
+    expected = gradients(flow, "stored", x)
+    with torch.autograd.graph.save_on_cpu():  # comes back as other tensors
+        assert_same(gradients(flow, "reversible", x), expected, 1e-9)
+
+
 def test_second_derivatives_are_refused_not_wrong():
     flow, x, _ = splines_on_vectors()
     set_memory(flow, "reversible")
@@ -507,7 +529,7 @@ def test_second_derivatives_are_refused_not_wrong():
 
 @pytest.mark.parametrize("mode", LEAN)
 @pytest.mark.parametrize("compile_nets", [False, True])
-def test_compiled(mode, compile_nets, double):
+def test_compiled(mode, compile_nets, double, monkeypatch):
     """The graph breaks around a stretch, or holds a checkpoint: the same loss and gradients."""
     flow, x = glow(2), torch.rand(4, 3, 8, 8)
     with torch.no_grad():
@@ -515,15 +537,47 @@ def test_compiled(mode, compile_nets, double):
     perturbed(flow)
     expected = gradients(flow, "stored", x)
     torch._dynamo.reset()
-    set_memory(flow, mode)
-    if compile_nets:
-        for part in flow.modules():
-            if isinstance(part, DenseNet):
-                part.compile(backend="aot_eager", dynamic=False)
+    inductor = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(inductor, backend="aot_eager"))
     loss = torch.compile(lambda x: -flow.log_prob(x).mean(), backend="aot_eager", dynamic=False)
     for _ in range(2):
-        got = gradients(flow, mode, x, None, lambda flow, x, context: loss(x))
+        got = gradients(flow, mode, x, None, lambda flow, x, context: loss(x), compile_nets)
         assert_same(got, expected, 1e-9)
+    nets = [part.net for part in flow.modules() if isinstance(part, Coupling)]
+    assert all((net._compiled_call_impl is not None) == compile_nets for net in nets)
+    set_memory(flow, mode)
+    assert all(net._compiled_call_impl is None for net in nets)
+    torch._dynamo.reset()
+
+
+def test_nets_of_many_shapes_are_all_compiled(monkeypatch):
+    """Torch gives up at 8 kinds for all nets of a class; RealNVP with three scales has 5 shapes."""
+    calls = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(graph)
+            return graph(*args)
+
+        return run
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    flow = realnvp((1, 8, 8), num_scales=3, mid_channels=1, num_blocks=1, norm="actnorm")
+    x = torch.randint(256, (2, 1, 8, 8))
+    flow.log_prob(x)
+    set_memory(flow, "reversible", compile_nets=True)
+    nets = sum(isinstance(m, Coupling) for m in flow.modules())
+    with torch.no_grad():
+        flow.log_prob(x)
+    assert len(calls) == nets == 16
+    loss = flow.log_prob(x).sum()
+    # a GPU's backward pass has a thread of its own, where torch's settings are the default ones
+    backward = threading.Thread(target=loss.backward)
+    backward.start()
+    backward.join()
+    assert len(calls) == 3 * nets
     torch._dynamo.reset()
 
 
@@ -556,6 +610,10 @@ def one_of(rank, size, folder):
             wrapped(x.chunk(size)[rank]).backward()
         if rank == 0:
             torch.save([p.grad for p in flow.parameters()], Path(folder) / f"{size}.pt")
+        # before the group goes: its threads may want the interpreter's lock while the last to hold
+        # it, which here would be the reducer, waits for them with that lock
+        del wrapped
+        gc.collect()
     finally:
         dist.destroy_process_group()
 

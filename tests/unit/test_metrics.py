@@ -42,6 +42,7 @@ from surflow.metrics.moments import FeaturePass, Moments
 from surflow.metrics.random_features import RandomFeatures
 from surflow.metrics.samples import full_range
 from surflow.models import pool_flow
+from surflow.transforms import Affine, AffineCoupling, Dequantization
 
 SHAPE = (3, 8, 8)
 
@@ -132,6 +133,8 @@ def test_as_images():
     assert as_images(levels, 17).dtype == torch.uint8
     with pytest.raises(BrokenSamples, match=r"levels 0 to 15, got others .* in 1 of 3 images"):
         as_images(levels, 16)
+    with pytest.raises(ValueError, match="num_levels: expected 1 to 256, got 300"):
+        as_images(levels, 300)
     with pytest.raises(BrokenSamples, match="no images"):
         as_images(levels.float(), 17)
     # what a NaN is rounded to
@@ -470,6 +473,46 @@ def test_broken_samples_are_a_missing_score():
     scores, missing = generation_scores(Fixed(images), random_images(30), random_protocol(20))
     assert scores == {}
     assert "in 1 of 20 images" in missing["sample/fid_random_features"]
+
+
+def test_samples_that_are_no_numbers_are_a_missing_score():
+    flow = Flow(StandardNormal(SHAPE), [Dequantization(256), Affine(SHAPE, learn=True)])
+    with torch.no_grad():
+        flow.transforms[1].shift.fill_(math.nan)
+    scores, missing = generation_scores(flow, random_images(30), random_protocol(20))
+    assert scores == {}
+    assert "expected numbers" in missing["sample/fid_random_features"]
+
+
+class Zeros(nn.Module):
+    def forward(self, x):
+        return x.new_zeros(len(x), 2 * (SHAPE[0] - 1), *SHAPE[1:])
+
+
+def test_samples_of_another_setting_are_drawn_anew(tmp_path):
+    """Not taken from the file of a flow with equal tensors."""
+    reference, file = random_images(40, levels=4), tmp_path / "kept.npz"
+
+    def scored(scale, **others):
+        flow = Flow(StandardNormal(SHAPE), [Dequantization(4), AffineCoupling(Zeros(), scale)])
+        protocol = random_protocol(IMAGE_UNIT + 40)
+        scores, _ = generation_scores(flow, reference, protocol, num_levels=4, **others)
+        return scores["sample/fid_random_features"].value
+
+    class Stop(Exception):
+        pass
+
+    def stop(what, done, total):
+        if what == "samples" and done == IMAGE_UNIT:
+            raise Stop
+
+    with pytest.raises(Stop):
+        # the first unit is kept where the second is asked for
+        scored("exp", resume=file, progress=stop, save_interval=0.0)
+    assert file.exists()
+    wanted = scored("softplus")
+    assert scored("softplus", resume=file) == wanted
+    assert scored("exp") != wanted
 
 
 @pytest.mark.parametrize(

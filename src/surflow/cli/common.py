@@ -6,6 +6,7 @@ import contextlib
 import errno
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -46,6 +47,9 @@ def _config_message(error: BaseException) -> str:
     if key_error is not None and isinstance(key_error.parent_node, DictConfig):
         known = [str(key) for key in key_error.parent_node if str(key) != "hydra"]
         return f"{key_error.full_key}: unknown key{_expected(str(key_error.key), known)}"
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if missing:
+        return f"{missing[1]}: expected a value, got none; add {missing[1]}=..."
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None):
         return f"config: {one_line(cause.msg or cause)} (at {cause.full_key})"
@@ -305,6 +309,13 @@ def check_hardware(cfg: DictConfig) -> None:
         there = torch.cuda.device_count()
         if there and devices > there:
             raise UserError(f"trainer.devices={devices}: this machine has {there} GPU(s)")
+    here = torch.cuda.device_count() if not on_cpu and devices == -1 else devices
+    processes = t.num_nodes * (here if isinstance(here, int) else 1)
+    if processes > 1 and cfg.data.batch_size % processes:
+        raise UserError(
+            f"data.batch_size: expected a multiple of the {processes} processes, got "
+            f"{cfg.data.batch_size}"
+        )
     if t.threads is not None and (not isinstance(t.threads, int) or t.threads < 1):
         raise UserError(
             f"trainer.threads: expected a positive whole number or null, got {t.threads}"
@@ -317,6 +328,14 @@ def check_everything(cfg: DictConfig) -> None:
     """All checks that need neither data nor a model."""
     check_config(cfg)
     check_hardware(cfg)
+
+
+def use_threads(cfg: DictConfig) -> None:
+    """Compute with the CPU threads that the config names, if it names a number."""
+    import torch
+
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
 
 
 def truth_of(cfg: DictConfig) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import hydra
@@ -17,7 +16,9 @@ from surflow.cli.common import (
     one_line_errors,
     relative,
     truth_of,
+    use_threads,
 )
+from surflow.cli.result import check_finite, plain_rows
 from surflow.cli.scoring import forget, score_split
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
@@ -38,10 +39,14 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     check_everything(cfg)
     if cfg.split not in ("train", "valid", "test"):
         raise UserError(f"split: expected train, valid or test, got {cfg.split!r}")
+    use_threads(cfg)
     flow, data, path = load_flow(cfg)
+    if cfg.iwbo_samples is not None and not flow.lower_bound:
+        raise UserError("iwbo_samples: the likelihood of this model is no bound; leave it out")
     rows = data.splits[cfg.split]
     folder = run_dir(cfg)
     estimates, ledger = score_split(cfg, flow, data, cfg.split, folder)
+    check_finite(estimates)
     truth = truth_of(cfg)
     if truth is not None:
         with Console(stderr=True).status("likelihood itself") as status:
@@ -51,9 +56,8 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     print(ledger)
     print()
     for name, e in estimates.items():
-        print(
-            f"{name} = {e.value:.4f} ± {e.standard_error:.4f} {e.unit}  ({e.kind}: {e.estimator})"
-        )
+        error = "" if math.isnan(e.standard_error) else f" ± {e.standard_error:.4f}"
+        print(f"{name} = {e.value:.4f}{error} {e.unit}  ({e.kind}: {e.estimator})")
     if data.floor is not None:
         print(_floor_line(data, cfg.objective.unit))
     head, dirty = commit()
@@ -64,7 +68,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         "profile": cfg.profile.name,
         "split": cfg.split,
         "metrics": {name: e.plain() for name, e in estimates.items()},
-        "ledger": [asdict(r) for r in ledger.rows],
+        "ledger": plain_rows(ledger),
         "commit": head,
         "dirty": dirty,
     }
@@ -93,6 +97,9 @@ def _log(cfg: DictConfig, values: dict[str, float], ledger: object) -> None:
     from surflow.training.logging import ledger_table, wandb_logger
 
     logger = wandb_logger(resolved(cfg), run_dir(cfg), config_hash(cfg))
+    asked = (cfg.checkpoint, cfg.iwbo_samples, cfg.eval_samples)
+    if any(value is not None for value in asked):  # beside the run's own scores, not in their place
+        values = {f"evaluate/{name}": value for name, value in values.items()}
     logger.experiment.summary.update(values)
     logger.experiment.log({f"{cfg.split}/ledger": ledger_table(ledger)})
     wandb.finish()

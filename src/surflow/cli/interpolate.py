@@ -8,7 +8,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from surflow.cli.common import check_everything, guarded, load_flow, one_line_errors, relative
+from surflow.cli.common import (
+    check_everything,
+    guarded,
+    load_flow,
+    one_line_errors,
+    relative,
+    use_threads,
+)
 from surflow.config import conf_dir, register_resolvers, run_dir
 from surflow.errors import UserError, close_match
 
@@ -96,6 +103,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
     out = Path(cfg.out) if cfg.out else run_dir(run) / "interpolation.png"
     if out.suffix != ".png":
         raise UserError(f"out: expected a .png file, got {out}")
+    use_threads(cfg)
     flow, data, checkpoint = load_flow(run)
     file = interpolation_figure(
         flow, data, out.parent, cfg.pairs, cfg.steps, cfg.path, cfg.seed, out.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,10 @@ from surflow.reporting import (
     load_record,
     load_records,
     load_spec,
-    write_bytes_atomic,
     write_csv,
     write_markdown,
 )
-from surflow.reporting.records import RecordError
+from surflow.reporting.records import RecordError, write_json_atomic
 from surflow.reporting.spec import ColumnSpec
 from surflow.reporting.table import Key
 
@@ -295,7 +295,16 @@ def _copy_records(table: Table, folder: Path) -> None:
         name = column.data if shared.count(column.data) > 1 else column.name
         for record in cell.records:
             path = folder / f"{cell.row.name}-{name}-seed{record.seed}.json"
-            write_bytes_atomic(path, record.path.read_bytes())
+            write_json_atomic(path, _portable(json.loads(record.path.read_text("utf-8"))))
+
+
+def _portable(content: Any) -> Any:
+    """A record without the places of its files on the machine: of an absolute path, the name."""
+    if isinstance(content, dict):
+        return {key: _portable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_portable(value) for value in content]
+    return Path(content).name if isinstance(content, str) and content.startswith("/") else content
 
 
 def _write_grid(table: Table, folder: Path, command: str, pictures: dict[str, str]) -> None:

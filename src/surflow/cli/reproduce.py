@@ -90,7 +90,9 @@ def _main(cfg: DictConfig) -> None:
     with one_line_errors():
         failed = reproduce(cfg)
         if failed:
-            raise UserError(f"{failed} run(s) failed; their cells say so in the table")
+            raise UserError(
+                f"{failed} run(s) failed, for the reasons above; the table is of the others"
+            )
 
 
 main = guarded(_main)

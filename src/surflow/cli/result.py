@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from surflow.cli.common import build_data, load_flow, relative, truth_of
 from surflow.config import config_hash, resolved, run_dir
+from surflow.errors import UserError
 from surflow.reporting.records import load_record, protocol_value, write_json_atomic
 
 SCORES = {
@@ -24,10 +26,14 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Times:
-    """When a run began (``time.monotonic``), and how long it trained, seconds."""
+    """When a process began (``time.monotonic``), and how long its run trained, seconds.
+
+    ``before`` is what the processes took that it resumes, seconds.
+    """
 
     start: float
     train: float
+    before: float = 0.0
 
 
 def complete_record(folder: Path, digest: str) -> Any:
@@ -85,6 +91,7 @@ def write_result(
     from surflow.training.record import origin, peak_memory_mib
 
     estimates, ledger = score_split(cfg, flow, data, "test", folder)
+    check_finite(estimates)
     comparison = None
     truth = truth_of(cfg)
     if truth is not None:
@@ -120,7 +127,7 @@ def write_result(
         **({"weights": weights} if weights is not None else {}),
         "ledger": {
             "unit": "nats per data point, mean",
-            "rows": [asdict(r) for r in ledger.rows],
+            "rows": plain_rows(ledger),
             "total": ledger.total,
             "lower_bound": ledger.lower_bound,
         },
@@ -128,7 +135,7 @@ def write_result(
         "parameters": sum(p.numel() for p in flow.parameters()),
         **origin(),
         "train_time_s": round(times.train, 2),
-        "wall_time_s": round(time.monotonic() - times.start, 2),
+        "wall_time_s": round(times.before + time.monotonic() - times.start, 2),
         "peak_memory_mib": peak_memory_mib(),
     }
     _log_to_wandb(cfg, loggers, values, floor, ledger, pictures)
@@ -137,6 +144,29 @@ def write_result(
     print(f"{relative(folder)}: {summary(values)}")
     _say_missing(missing)
     return values
+
+
+def check_finite(estimates: dict[str, Any]) -> None:
+    """Refuse what no record can hold.
+
+    Raises:
+        UserError: for a likelihood or a bound that is not finite.
+    """
+    for name, e in estimates.items():
+        if not math.isfinite(e.value):
+            raise UserError(
+                f"{name}: not finite ({e.value}): the weights give some points no likelihood; "
+                "try trainer.scored=best, a smaller optimizer.lr or trainer.gradient_clip_val"
+            )
+
+
+def plain_rows(ledger: Any) -> list[dict[str, Any]]:
+    """A ledger's rows as JSON can hold them: no standard error of a single point."""
+    rows = [asdict(row) for row in ledger.rows]
+    for row in rows:
+        if math.isnan(row["standard_error"]):
+            row["standard_error"] = None
+    return rows
 
 
 def add_scores(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -160,8 +190,9 @@ def add_scores(cfg: DictConfig, folder: Path) -> dict[str, float]:
     record.pop("missing", None)
     if missing:
         record["missing"] = missing
-    write_json_atomic(folder / "record.json", record)
     values = {name: e["value"] for name, e in record["metrics"].items()}
+    _log_to_wandb(cfg, (), values, {})
+    write_json_atomic(folder / "record.json", record)
     print(f"{relative(folder)}: {summary(values)}")
     _say_missing(missing)
     return values
@@ -193,8 +224,8 @@ def _log_to_wandb(
     loggers: Iterable[Any],
     values: dict[str, float],
     floor: dict[str, Any],
-    ledger: Any,
-    pictures: dict[str, Path],
+    ledger: Any = None,
+    pictures: Mapping[str, Path] | None = None,
 ) -> None:
     if cfg.logger.name != "wandb":
         return
@@ -208,7 +239,8 @@ def _log_to_wandb(
     run = logger.experiment
     floors = {f"floor/{name}": f["value"] for name, f in floor.items()}
     run.summary.update({**values, **floors})
-    run.log({"test/ledger": ledger_table(ledger)})
+    if ledger is not None:
+        run.log({"test/ledger": ledger_table(ledger)})
     if cfg.logger.images and pictures:
         run.log({k: wandb.Image(str(p)) for k, p in pictures.items()})
     wandb.finish()

@@ -12,7 +12,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from surflow.cli.common import check_everything, guarded, load_flow, one_line_errors, relative
+from surflow.cli.common import (
+    check_everything,
+    guarded,
+    load_flow,
+    one_line_errors,
+    relative,
+    use_threads,
+)
 from surflow.config import conf_dir, register_resolvers, run_dir
 from surflow.errors import UserError
 
@@ -29,25 +36,23 @@ def sample_run(cfg: DictConfig) -> Path:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
-    import torch
-
     register_resolvers()
     check_everything(cfg)
-    if not isinstance(cfg.n, int) or cfg.n < 1:
+    if not isinstance(cfg.n, int) or isinstance(cfg.n, bool) or cfg.n < 1:
         raise UserError(f"n: expected a positive whole number, got {cfg.n}")
-    if not cfg.temperature > 0:
+    if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
     images = len(cfg.data.event_shape) == 3
     out = Path(cfg.out) if cfg.out else run_dir(cfg) / "samples.npz"
-    if images and out.suffix == ".png":
-        raise UserError(f"out: expected an .npz file or a folder for PNG files, got {cfg.out}")
+    if out.suffix == ".png":
+        wanted = "an .npz file or a folder for PNG files" if images else "an .npz file"
+        raise UserError(f"out: expected {wanted}, got {cfg.out}")
     to_folder = images and out.suffix != ".npz"
     if to_folder and cfg.data.event_shape[0] not in (1, 3):
         raise UserError(
             f"out: PNG files have 1 or 3 channels, not {cfg.data.event_shape[0]}; give an .npz file"
         )
-    if cfg.trainer.threads is not None:
-        torch.set_num_threads(cfg.trainer.threads)
+    use_threads(cfg)
     flow, data, path = load_flow(cfg)
     write = _write_pngs if to_folder else _write_images if images else _write_points
     picture = write(cfg, flow, data, path, out)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 LINE_EVERY_S = 60.0
 """Seconds between lines of progress where there is no terminal."""
@@ -30,7 +30,8 @@ def score_split(
     off. Call :func:`forget` once the numbers are written.
 
     Args:
-        cfg: of the run: ``seed`` and ``objective``.
+        cfg: of the run: ``seed`` and ``objective``; ``eval_samples`` and ``iwbo_samples`` beside
+            them, where a command has these keys, come first.
         flow: the model, on the device to compute on.
         data: the DataModule, set up.
         split: train, valid or test.
@@ -51,14 +52,20 @@ def score_split(
             data.splits[split],
             data.eval_batch_size,
             seed=cfg.seed,
-            eval_samples=cfg.objective.eval_samples,
-            iwbo_samples=cfg.objective.iwbo_samples,
+            eval_samples=_asked(cfg, "eval_samples"),
+            iwbo_samples=_asked(cfg, "iwbo_samples"),
             unit=cfg.objective.unit,
             split=split,
             progress=tell,
             resume=unfinished(folder, split),
             tf32=tf32,
         )
+
+
+def _asked(cfg: DictConfig, key: str) -> int:
+    """The command's own number of draws, or else the run's."""
+    own = OmegaConf.select(cfg, key)
+    return cfg.objective[key] if own is None else own
 
 
 def unfinished(folder: Path, split: str) -> Path:

@@ -25,6 +25,7 @@ from surflow.cli.common import (
     official_weights,
     one_line_errors,
     relative,
+    use_threads,
 )
 from surflow.cli.result import Times, add_scores, complete_record, scores_due, summary, write_result
 from surflow.config import conf_dir, config_hash, register_resolvers, resolved, run_dir
@@ -74,6 +75,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     digest = config_hash(cfg)
     folder = run_dir(cfg)
     record = None if cfg.run.force else complete_record(folder, digest)
+    if record is not None and cfg.weights.path is not None:
+        _check_same_weights(cfg, record)
     if record is not None and not scores_due(cfg, record):
         metrics = {name: m.value for name, m in record.metrics.items()}
         print(f"{relative(folder)}: already complete ({summary(metrics)}); run.force=true repeats")
@@ -84,6 +87,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from surflow.metrics import check_inception_weights
 
     check_inception_weights(cfg)
+    use_threads(cfg)
     with locked(folder) if first_process() else contextlib.nullcontext():
         if record is not None:
             return add_scores(cfg, folder) if first_process() else {}
@@ -103,7 +107,6 @@ def first_process() -> bool:
 def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float]:
     start = time.monotonic()
     import pytorch_lightning as pl
-    import torch
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -116,14 +119,12 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         load_checkpoint,
         resume_point,
     )
-    from surflow.training.logging import CSVMetrics, wandb_logger
+    from surflow.training.logging import CSVMetrics, Elapsed, run_name, wandb_logger
     from surflow.training.module import FlowModule, Objective
     from surflow.training.record import commit
 
     quiet_lightning()
     commit()  # of the code that runs, whatever is there when it ends
-    if cfg.trainer.threads is not None:
-        torch.set_num_threads(cfg.trainer.threads)
     if cfg.run.force and first_process():
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
@@ -161,14 +162,16 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     loggers: list[Any] = [csv]
     if cfg.logger.name == "wandb":
         loggers.append(wandb_logger(plain, folder, digest))
-    title = f"{cfg.row} {cfg.data.name} seed {cfg.seed}"
+    title = f"{run_name(plain)} {cfg.data.name} seed {cfg.seed}"
     saving: dict[str, Any] = {
         "dirpath": folder,
         "save_on_train_epoch_end": True,
         "enable_version_counter": False,
     }
+    elapsed = Elapsed(start)
     callbacks: list[Any] = [
         RunProgress(title),
+        elapsed,
         # its own save_last skips the epochs that are not the best: so two of them, best first
         ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
         ModelCheckpoint(filename="last", **saving),
@@ -177,7 +180,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         callbacks.append(TimedCheckpoint(last, cfg.trainer.checkpoint_minutes))
     if cfg.trainer.ema_decay is not None:
         # before the checkpoint, so that what is saved is this epoch's average
-        callbacks.insert(1, EMA(cfg.trainer.ema_decay, cfg.trainer.ema_every))
+        callbacks.insert(2, EMA(cfg.trainer.ema_decay, cfg.trainer.ema_every))
     trainer = pl.Trainer(
         max_epochs=cfg.trainer.max_epochs,
         accelerator=cfg.trainer.accelerator,
@@ -198,14 +201,14 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         use_distributed_sampler=False,
     )
     csv.start(resumed_step)
-    fit_start = time.monotonic()
+    elapsed.fit_start = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     except SystemExit:  # what Lightning makes of ctrl-c
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    train_time = time.monotonic() - fit_start
+    train_time = elapsed.train
     if trainer.interrupted:
         raise KeyboardInterrupt
     if not trainer.is_global_zero:
@@ -214,7 +217,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     # what is scored is what the checkpoint holds, also where there was nothing left to train
     flow.load_state_dict(flow_state(load_checkpoint(folder / f"{cfg.trainer.scored}.ckpt")))
     flow.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-    times = Times(start, train_time)
+    times = Times(start, train_time, elapsed.wall_before)
     return write_result(cfg, digest, folder, flow, data, times, loggers)
 
 
@@ -233,7 +236,8 @@ def what_to_compile(cfg: DictConfig) -> str | None:
         if wanted == "auto":
             return None
         raise UserError(
-            f"trainer.compile={str(wanted).lower()}: no C++ compiler found; use trainer.compile=auto"
+            f"trainer.compile={str(wanted).lower()}: no C++ compiler found; "
+            "use trainer.compile=auto"
         )
     nets = len(cfg.data.event_shape) == 3 or cfg.trainer.memory == "reversible"
     return "nets" if wanted == "nets" or (wanted == "auto" and nets) else "loss"
@@ -247,6 +251,22 @@ def _score_released(cfg: DictConfig, digest: str, folder: Path) -> dict[str, flo
     weights = official_weights(cfg, flow)
     flow.to(device_of(cfg))
     return write_result(cfg, digest, folder, flow, data, Times(start, 0.0), weights=weights)
+
+
+def _check_same_weights(cfg: DictConfig, record: Any) -> None:
+    """Refuse released weights that are not those of the record: its hash does not see their file.
+
+    Raises:
+        UserError: where the file is another one, or is missing.
+    """
+    from surflow.models.official import find_checkpoint, sha256_of
+
+    path = find_checkpoint(cfg.weights.path, cfg.data.name, cfg.surjection.name)
+    if sha256_of(path) != record.weights.get("sha256"):
+        raise UserError(
+            f"weights.path: {relative(path)} is not the file that {relative(record.path)} is of; "
+            "run.force=true scores it in its place"
+        )
 
 
 def _without(cfg: DictConfig, key: str) -> DictConfig:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from surflow.errors import close_match
-from surflow.flow import Flow
+from surflow.flow import Flow, flow_sha256
 from surflow.metrics.inception import InceptionFeatures, Unavailable
 from surflow.metrics.moments import FeaturePass
 from surflow.metrics.random_features import RandomFeatures
@@ -166,15 +166,6 @@ def fingerprint(*contents: Any) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(flow: torch.nn.Module) -> str:
-    """SHA-256 of names, types and bytes of all parameters and kept buffers."""
-    digest = hashlib.sha256()
-    for name, value in flow.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """float32 throughout: neither TF32 nor autocast."""
@@ -276,7 +267,10 @@ def generation_scores(
 
     def of_samples(unit: int) -> tuple[np.ndarray, np.ndarray | None]:
         with watch("sampling"):
-            drawn = draw_unit(flow, unit, protocol.n, protocol.seed, protocol.temperature)
+            try:
+                drawn = draw_unit(flow, unit, protocol.n, protocol.seed, protocol.temperature)
+            except ValueError as error:  # a layer met what is not a number, or out of its range
+                raise BrokenSamples(f"samples: {error}") from error
             drawn = as_images(drawn, num_levels)
             if tuple(drawn.shape[1:]) != images.shape:
                 raise ValueError(
@@ -293,7 +287,7 @@ def generation_scores(
     draws = fingerprint(
         "samples",
         1,
-        weights_sha256(flow),
+        flow_sha256(flow),
         [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT],
         [extract.sha256, num_levels, library, device.type, torch.__version__],
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 import uuid
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -140,7 +140,7 @@ class FeaturePass:
                 done, count, mean, scatter, logits = (file[name] for name in names)
         except FileNotFoundError:
             return
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, BadZipFile):
             return  # damaged: what was kept is computed again
         self.done = int(done)
         self.moments.count, self.moments.mean, self.moments.scatter = int(count), mean, scatter

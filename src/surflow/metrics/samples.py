@@ -77,12 +77,15 @@ def as_images(samples: Tensor, num_levels: int = 256) -> Tensor:
 
     Args:
         samples: (B, C, H, W), integers.
-        num_levels: K: levels are 0 ... K - 1.
+        num_levels: K: levels are 0 ... K - 1, at most 256 of them.
 
     Raises:
+        ValueError: for more levels than a byte holds.
         BrokenSamples: for reals, or levels outside 0 ... K - 1; that is also what a draw that was
             not finite is rounded to.
     """
+    if not 1 <= num_levels <= 256:
+        raise ValueError(f"num_levels: expected 1 to 256, got {num_levels}")
     if samples.is_floating_point():
         raise BrokenSamples(f"samples: expected integer levels, got {samples.dtype}: no images")
     outside = ((samples < 0) | (samples >= num_levels)).flatten(1).any(1).sum().item()
@@ -98,4 +101,4 @@ def full_range(images: Tensor, num_levels: int = 256) -> Tensor:
     """Images of levels 0 ... K - 1 as 0 ... 255: level times 255/(K - 1), rounded; uint8."""
     if num_levels == 256:
         return images
-    return (images.float() * (255 / (num_levels - 1))).round().to(torch.uint8)
+    return (images.float() * (255 / max(num_levels - 1, 1))).round().to(torch.uint8)

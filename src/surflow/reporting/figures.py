@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from surflow.reporting.bounds import BoundsRow
+from surflow.reporting.images import tile
 from surflow.reporting.records import RECORD_NAME, Record, load_record, write_bytes_atomic
 from surflow.reporting.spec import ColumnSpec
 from surflow.reporting.table import Cell, Table
@@ -336,35 +337,6 @@ def sample_figure(
     return _save(sheet.figure, path)
 
 
-def image_grid_array(images: np.ndarray, columns: int = 8, gap: int = 0) -> np.ndarray:
-    """(N, C, H, W) uint8 images in one picture, row by row, `columns` a row; the rest is white.
-
-    Args:
-        images: (N, C, H, W), uint8, C = 1 or 3.
-        columns: images a row.
-        gap: white pixels to the right of each image and below it.
-
-    Returns:
-        (ceil(N / columns) * (H + gap), columns * (W + gap), 3), uint8.
-
-    Raises:
-        ValueError: for another shape or dtype.
-    """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
-        raise ValueError(
-            "images: expected uint8 of shape (N, 1 or 3, H, W), got "
-            f"{images.dtype} of shape {images.shape}"
-        )
-    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=255)
-    count, channels, height, width = images.shape
-    down = math.ceil(count / columns)
-    sheet = np.full((down * columns, channels, height, width), 255, np.uint8)
-    sheet[:count] = images
-    sheet = sheet.reshape(down, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(down * height, columns * width, channels)
-    return np.repeat(sheet, 3, axis=2) if channels == 1 else sheet
-
-
 def image_figure(table: Table, path: str | Path) -> Path:
     """Draw the samples of the models side by side: a row of panels a dataset, the data first.
 
@@ -385,13 +357,21 @@ def image_figure(table: Table, path: str | Path) -> Path:
             if panel is None:
                 _not_run(axes)
             else:
-                axes.imshow(image_grid_array(panel, gap=1), interpolation="antialiased")
+                pixels = tile(panel, gap=1, num_levels=_levels(found))
+                pixels = np.repeat(pixels, 3 // pixels.shape[2], axis=2)  # grey is shown as colours
+                axes.imshow(pixels, interpolation="antialiased")
         sheet.caption(i, 0, "test images")
         rows = [row for row in table.spec.rows if row.experiment is not None]
         for j, (row, file) in enumerate(zip(rows, found, strict=True), 1):
             if file is not None:
                 sheet.caption(i, j, _image_caption(table, row.name, shown))
     return _save(sheet.figure, path)
+
+
+def _levels(files: Sequence[Path | None]) -> int:
+    """The levels of the images of these runs, which are of one dataset."""
+    configs = (record.config for record in map(_record, filter(None, files)) if record)
+    return next((c["data"]["num_levels"] for c in configs if "data" in c), 256)
 
 
 def _columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
@@ -443,8 +423,10 @@ def published_figure(table: Table, path: str | Path) -> Path:
         axes.set_yticks(range(len(spec.rows)))
         axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
     caution = _caution(list(table.records))
-    compared = any(cell.published is not None for cell in table.cells.values())
-    title = "Published values and ours" if compared else "Ours; nothing is published"
+    published = any(cell.published is not None for cell in table.cells.values())
+    ours = any(cell.ours is not None for cell in table.cells.values())
+    both = "Published values and ours" if ours else "Published values; none of ours is there"
+    title = both if published else "Ours; nothing is published"
     title += f"; {caution}" if caution else ""
     figure.suptitle(title, fontsize=9.5, color="#b00020" if caution else INK)
     figure.legend(
@@ -569,7 +551,9 @@ def learning_curve_figure(
     models, datasets = list(files), list(next(iter(files.values())))
     across = min(len(datasets), 2)
     down = math.ceil(len(datasets) / across)
-    height = 2.7 * down + 0.5 + (0.25 if caution else 0)
+    legend_columns = 2 * across
+    legend_rows = math.ceil((len(models) + 1) / legend_columns)  # a line more: the floor
+    height = 2.7 * down + 0.3 + 0.2 * legend_rows + (0.25 if caution else 0)
     figure = Figure(figsize=(4.3 * across, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     grid = figure.subplots(down, across, squeeze=False).ravel()
@@ -636,7 +620,7 @@ def learning_curve_figure(
             [handles[name] for name in order],
             order,
             loc="outside lower center",
-            ncols=min(len(order), 4),
+            ncols=min(len(order), legend_columns),
             frameon=False,
             fontsize=9,
         )

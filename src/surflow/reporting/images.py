@@ -11,30 +11,28 @@ from PIL import Image
 from surflow.reporting.records import write_bytes_atomic
 
 PAPER = 255  # grey level between and behind the images
+SHOWN_SIDE = 64  # pixels of the picture that a small image's side is brought up to
 
 
-def image_grid(
+def tile(
     images: np.ndarray,
-    path: str | Path,
     columns: int = 8,
-    scale: int = 2,
-    num_levels: int = 256,
     gap: int = 2,
-) -> Path:
-    """Draw images side by side, row by row, on white; the last row may be short.
-
-    Each pixel becomes a square of ``scale`` x ``scale``, with no smoothing.
+    num_levels: int = 256,
+    scale: int = 1,
+) -> np.ndarray:
+    """Images side by side, row by row, on white; the last row may be short.
 
     Args:
         images: (N, C, H, W), integer levels 0 ... K - 1; one channel is grey, three are RGB.
-        path: the PNG file, written whole or not at all.
         columns: images a row.
-        scale: side of a pixel in the picture.
-        num_levels: K, 2 to 256; level K - 1 is white, or the full colour.
         gap: white pixels of the picture between the images and around them.
+        num_levels: K, 2 to 256; level K - 1 is white, or the full colour.
+        scale: side of an image's pixel in the picture, with no smoothing.
 
     Returns:
-        the path.
+        (rows * (H * scale + gap) + gap, columns * (W * scale + gap) + gap, C), uint8, of as many
+        columns as there are images where they are fewer.
 
     Raises:
         ValueError: for another shape or number of channels, reals, or levels out of range.
@@ -52,8 +50,33 @@ def image_grid(
     sheet = cells.reshape(rows, columns, cell_height, cell_width, channels)
     sheet = sheet.transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(rows * cell_height, columns * cell_width, channels)
-    sheet = np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
-    return write_bytes_atomic(path, _png(sheet))
+    return np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=PAPER)
+
+
+def image_grid(
+    images: np.ndarray,
+    path: str | Path,
+    columns: int = 8,
+    scale: int | None = None,
+    num_levels: int = 256,
+    gap: int = 2,
+) -> Path:
+    """Draw images as :func:`tile` lays them out.
+
+    Args:
+        images, columns, num_levels, gap: see :func:`tile`.
+        path: the PNG file, written whole or not at all.
+        scale: see :func:`tile`; None: 2, and more for images of fewer than 32 pixels a side.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: as :func:`tile`.
+    """
+    if scale is None:
+        scale = max(2, SHOWN_SIDE // max(np.shape(images)[-2:], default=SHOWN_SIDE))
+    return write_bytes_atomic(path, _png(tile(images, columns, gap, num_levels, scale)))
 
 
 def write_image(image: np.ndarray, path: str | Path, num_levels: int = 256) -> Path:

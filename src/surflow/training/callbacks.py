@@ -70,6 +70,7 @@ class RunProgress(Callback):
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: FlowModule) -> None:
+        module.log_train(trainer.global_step)  # this epoch's; callbacks come before the module
         if self._bar is None and trainer.is_global_zero:
             seconds = time.monotonic() - self._epoch_start
             print(
@@ -103,6 +104,9 @@ class RunProgress(Callback):
 class EMA(WeightAveraging):
     """Exponential moving average of the weights, evaluated in their place.
 
+    Up to its first update it is the weights themselves. Buffers, such as running statistics, are
+    those of the last update, and not averaged.
+
     Args:
         decay: in (0, 1); the average reaches back about 1/(1 - decay) steps.
         every: steps between updates, each then with decay^every: the same reach for less work.
@@ -115,6 +119,13 @@ class EMA(WeightAveraging):
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self.every == 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if self._latest_update_step == 0:
+            self._average_model.module.load_state_dict(module.state_dict())
 
 
 class TimedCheckpoint(Checkpoint):

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surflow.flow import Flow, Ledger, in_double
+from surflow.flow import Flow, Ledger, bytes_of, flow_sha256, in_double
 from surflow.objectives import check_iwbo, iwbo
 from surflow.reporting.records import write_bytes_atomic
 
@@ -328,7 +329,7 @@ class _Work:
                 rows = [int(n) for n in file["rows"]]
                 tables = [torch.from_numpy(file[f"table{i}"]) for i in range(len(self.tables))]
                 moments = torch.from_numpy(file["moments"]).unbind(0) if rows else ()
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, BadZipFile):
             return  # none, or damaged
         self.done, self.rows, self.tables, self.moments = done, rows, tables, list(moments)
 
@@ -394,13 +395,9 @@ def _fingerprint(
     tf32: bool,
 ) -> str:
     """A hash of all that the numbers depend on."""
-    digest = hashlib.sha256(f"{LAYOUT} {seed} {device.type} {tf32} {passes} {flow}".encode())
-    for name, value in [*flow.state_dict().items(), ("data", data)]:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        if flat.stride() != (1,):  # a single number may come with none
-            flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
-        digest.update(flat.view(torch.uint8).numpy())
+    digest = hashlib.sha256(f"{LAYOUT} {seed} {device.type} {tf32} {passes}".encode())
+    digest.update(f"{flow_sha256(flow)} {data.dtype} {tuple(data.shape)}".encode())
+    digest.update(bytes_of(data))
     return digest.hexdigest()
 
 

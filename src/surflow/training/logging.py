@@ -1,13 +1,18 @@
-"""Loggers: a CSV file that survives a resume, and wandb set up so that a dashboard groups runs."""
+"""Loggers: a CSV file that survives a resume, and wandb set up so that a dashboard groups runs.
+
+And a stopwatch that survives a resume.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -76,6 +81,48 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.8g}"
 
 
+class Elapsed(Callback):
+    """How long a run has taken, with the processes before this one up to the checkpoint resumed.
+
+    Args:
+        start: when this process began, by the clock.
+        clock: seconds, as of ``time.monotonic``.
+
+    Attributes:
+        wall_before: seconds of the processes before this one.
+    """
+
+    def __init__(self, start: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.start = start
+        self.clock = clock
+        self.fit_start = clock()
+        self.train_before = self.wall_before = 0.0
+
+    @property
+    def train(self) -> float:
+        """Seconds of training."""
+        return self.train_before + self.clock() - self.fit_start
+
+    @property
+    def wall(self) -> float:
+        """Seconds in all."""
+        return self.wall_before + self.clock() - self.start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"train_s": self.train, "wall_s": self.wall}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.train_before, self.wall_before = state_dict["train_s"], state_dict["wall_s"]
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """The row of a run, with its surjection where no experiment has named the row."""
+    row, surjection = config["row"], config["surjection"]["name"]
+    if row == config["model"]["name"] and surjection != "none":
+        return f"{row}-{surjection}"
+    return row
+
+
 def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> Any:
     """A wandb logger whose run name, group, job type and tags a dashboard can group by.
 
@@ -91,9 +138,7 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     folder.mkdir(parents=True, exist_ok=True)
-    row, surjection = config["row"], config["surjection"]["name"]
-    if row == config["model"]["name"] and surjection != "none":
-        row = f"{row}-{surjection}"  # a sweep without an experiment, over surjections too
+    row, surjection = run_name(config), config["surjection"]["name"]
     logger = WandbLogger(
         project=config["logger"]["project"],
         entity=config["logger"]["entity"],

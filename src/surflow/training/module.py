@@ -18,7 +18,6 @@ from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
-from surflow.transforms import ActNorm
 
 _START, _TRAINING, _VALIDATION = range(3)  # what random numbers are drawn for
 
@@ -86,7 +85,9 @@ class FlowModule(pl.LightningModule):
 
     The gradient of a step is that of the mean loss over all rows of the step: the same for one
     large batch, several accumulated ones (an incomplete last group too), and shares of several
-    processes. What layers draw differs between these; with given draws the steps are equal.
+    processes. What layers draw differs between these; with given draws the steps are equal. Batch
+    normalisation in training is the exception: it takes its statistics from the rows that one
+    process has at once. Validation then has the first process's running ones, in every process.
 
     Args:
         flow: the model.
@@ -184,11 +185,14 @@ class FlowModule(pl.LightningModule):
     def _first_batch(self, batch: Tensor) -> None:
         """Once, eagerly: values outside a layer's support are named here."""
         seed_draws(self.device, _START, self.seed)  # the same draws in every process
-        if any(isinstance(m, ActNorm) and not m.initialised for m in self.flow.modules()):
+        if any(not getattr(m, "initialised", True) for m in self.flow.modules()):
             self.initialise(self._whole_batch(batch))
-        else:
-            with torch.no_grad():
-                self.flow.log_prob(batch)
+            return
+        kept = [b.clone() for b in self.flow.buffers()]  # running statistics would move
+        with torch.no_grad():
+            self.flow.log_prob(batch)
+            for buffer, value in zip(self.flow.buffers(), kept, strict=True):
+                buffer.copy_(value)
 
     def _group_share(self, batch_idx: int) -> float:
         """Lightning divides by the batches that a step accumulates; fewer may be left for the last
@@ -213,10 +217,10 @@ class FlowModule(pl.LightningModule):
         if (batch_idx + 1) % every == 0 and not math.isfinite(self._sum.item()):
             self._stop(batch, batch_idx)
         if (batch_idx + 1) % self.log_every == 0:
-            self._log_train(self.global_step + 1)  # this batch's step is still to come
+            self.log_train(self.global_step + 1)  # this batch's step is still to come
         return loss * (self.objective.scale * self._group_share(batch_idx))
 
-    def _log_train(self, step: int) -> None:
+    def log_train(self, step: int) -> None:
         if self._count:
             total = self.trainer.strategy.reduce(self._sum, reduce_op="mean")  # over processes
             self.last_train = total.item() / self._count * self.objective.scale
@@ -229,7 +233,7 @@ class FlowModule(pl.LightningModule):
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=step)
 
     def on_train_epoch_end(self) -> None:
-        self._log_train(self.global_step)
+        self.log_train(self.global_step)
 
     def _stop(self, batch: Tensor, batch_idx: int) -> None:
         was_training = self.flow.training

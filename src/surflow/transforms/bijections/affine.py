@@ -24,11 +24,19 @@ def _log_sigmoid_scale(s: Tensor) -> Tensor:
     return torch.log(torch.sigmoid(s + 2.0) + 1e-3)
 
 
+def _identity(s: Tensor) -> Tensor:
+    return s
+
+
+def _log_tanh_exp(s: Tensor) -> Tensor:
+    return 2.0 * torch.tanh(s / 2.0)
+
+
 LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "exp": lambda s: s,
+    "exp": _identity,
     "softplus": _log_softplus,
     "sigmoid": _log_sigmoid_scale,
-    "tanh_exp": lambda s: 2.0 * torch.tanh(s / 2.0),
+    "tanh_exp": _log_tanh_exp,
 }
 
 
