@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ EXTRACTORS = ("inception", "random_features")
 MEMORY_MODES = ("stored", "reversible", "checkpoint")
 WEIGHT_SOURCES = ("official",)
 SPLITS = ("train", "valid", "test")
+ANNEALED = ("divergence", "joint")
 
 # keys that change where and how a run is carried out, not what it computes
 RUNTIME_KEYS = (
@@ -54,7 +56,14 @@ RUNTIME_KEYS = (
 )
 
 # keys that runs of an earlier version had not: at these values the hash does not see them
-ADDED_LATER: dict[str, Any] = {"weights.source": None, "trainer.scored": "last"}
+ADDED_LATER: dict[str, Any] = {
+    "weights.source": None,
+    "trainer.scored": "last",
+    "objective.annealed": "divergence",
+    "objective.beta_start": 1.0,
+    "objective.beta_steps": 0,
+    "objective.free_bits": 0.0,
+}
 
 
 def _per_profile(values: DictConfig, *, _root_: DictConfig) -> Any:
@@ -171,6 +180,7 @@ def check_config(cfg: DictConfig) -> None:
             "objective.iwbo_samples: expected 0 (no IWBO) or a positive whole number, got "
             f"{cfg.objective.iwbo_samples}"
         )
+    _check_annealing(cfg)
     _check_metrics(cfg)
     _check_weights(cfg)
     _check_kind_of_data(cfg)
@@ -200,6 +210,10 @@ def check_config(cfg: DictConfig) -> None:
         )
 
 
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -209,6 +223,29 @@ def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
         raise UserError(
             f"{key}: expected one of {', '.join(known)}, got {value!r}"
             + close_match(str(value), known)
+        )
+
+
+def _check_annealing(cfg: DictConfig) -> None:
+    o = cfg.objective
+    _one_of("objective.annealed", o.annealed, ANNEALED)
+    if not _real(o.beta_start) or not 0 <= o.beta_start <= 1:
+        raise UserError(f"objective.beta_start: expected a number from 0 to 1, got {o.beta_start}")
+    if not _whole(o.beta_steps) or o.beta_steps < 0:
+        raise UserError(
+            "objective.beta_steps: expected 0 (none) or a whole number of steps, got "
+            f"{o.beta_steps}"
+        )
+    if not _real(o.free_bits) or not 0 <= o.free_bits < math.inf:
+        raise UserError(f"objective.free_bits: expected nats of at least 0, got {o.free_bits}")
+    if o.beta_start < 1 and not o.beta_steps:
+        raise UserError(
+            f"objective.beta_start: {o.beta_start} is of no effect without objective.beta_steps"
+        )
+    if (o.beta_steps or o.free_bits) and o.num_samples != 1:
+        raise UserError(
+            "objective.num_samples: expected 1 with annealing or free bits, which change the ELBO, "
+            f"got {o.num_samples}"
         )
 
 
@@ -243,6 +280,11 @@ def _check_kind_of_data(cfg: DictConfig) -> None:
         raise UserError(
             f"model={cfg.model.name} is for images, and data={cfg.data.name} has events of shape "
             f"{event}; choose image data such as data=photo_patches, or model=coupling_flow"
+        )
+    if "num_levels" in cfg.model.builder and "num_levels" not in cfg.data:
+        raise UserError(
+            f"model={cfg.model.name} is for data of levels, and data={cfg.data.name} has none; "
+            "choose data=digits_binary or mnist, or model=coupling_flow"
         )
     if not images and len(event) != 1:
         raise UserError(

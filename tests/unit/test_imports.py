@@ -31,6 +31,7 @@ ALLOWED = {
     "transforms": {"checks", "scores", "nets", "distributions"},
     "flow": {"checks", "distributions", "transforms"},
     "objectives": {"scores", "distributions", "transforms", "flow"},
+    "variational": {"errors", "scores", "distributions", "transforms", "flow"},
     "marginal": {"checks", "distributions", "transforms", "flow"},
     "memory": {"checks", "nets", "transforms"},
     "proofs": {"checks", "distributions", "transforms"},
@@ -72,7 +73,13 @@ def rooms(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["surflow.transforms", "surflow.flow", "surflow.distributions", "surflow.proofs"],
+    [
+        "surflow.transforms",
+        "surflow.flow",
+        "surflow.distributions",
+        "surflow.variational",
+        "surflow.proofs",
+    ],
 )
 def test_the_library_loads_nothing_heavy(module):
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
@@ -96,7 +103,7 @@ def test_a_room_does_not_import_from_what_lies_behind_it(room):
 
 
 @pytest.mark.parametrize(
-    "room", ["nets", "distributions", "transforms", "flow", "objectives", "marginal"]
+    "room", ["nets", "distributions", "transforms", "flow", "objectives", "variational", "marginal"]
 )
 def test_the_library_names_no_framework(room):
     for path in files(room):

@@ -34,10 +34,13 @@ def interpolation_figure(
 ) -> Path:
     """Draw a grid of images: a row for a pair of test images, the way between them in columns.
 
+    Of a VAE over bits or levels, whose draws cannot be kept, the way goes between draws of the two
+    posteriors, through the latents of the prior, and the decoder's means are shown.
+
     Args:
         flow: a flow over images, on any device.
-        data: a DataModule, set up, of the same images: ``splits["test"]`` (N, C, H, W), and
-            ``num_levels``.
+        data: a DataModule, set up, of the same images, flat or not: ``splits["test"]``, and what
+            :func:`surflow.cli.pictures.pixels_of` asks for.
         folder: where the picture goes; made if it is not there.
         pairs: rows; as many as there are pairs of test images where there are fewer.
         steps: columns, the two images included.
@@ -53,6 +56,7 @@ def interpolation_figure(
     """
     import torch
 
+    from surflow.cli.pictures import decoded_of, drawing, pixels_of
     from surflow.models import latent_interpolation
     from surflow.reporting.images import image_grid
 
@@ -63,11 +67,19 @@ def interpolation_figure(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(test), generator=generator)[: 2 * pairs]
     chosen = test[order.to(test.device)].to(next(flow.parameters()).device)
-    images = latent_interpolation(flow, chosen[:pairs], chosen[pairs:], steps, path, seed)
+    parts = decoded_of(flow)
+    if parts is not None and parts.has_grey:
+        with drawing(flow, seed):
+            ends = parts.posterior(chosen)
+            parts.eval()
+            way = latent_interpolation(parts.prior, *ends.split(pairs), steps, path, seed)
+            pixels, levels, _ = parts.pixels(parts.images(way.flatten(0, 1)), data)
+    else:
+        way = latent_interpolation(flow, chosen[:pairs], chosen[pairs:], steps, path, seed)
+        pixels, levels = pixels_of(way.flatten(0, 1).cpu(), data)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    levels = images.flatten(0, 1).cpu().numpy()
-    return image_grid(levels, folder / name, columns=steps, num_levels=data.num_levels)
+    return image_grid(pixels.numpy(), folder / name, columns=steps, num_levels=levels)
 
 
 def run_config(cfg: DictConfig) -> DictConfig:
@@ -85,6 +97,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
+    from surflow.cli.pictures import shape_of_config
     from surflow.models.interpolation import PATHS
 
     register_resolvers()
@@ -97,7 +110,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
             f"path: expected one of {', '.join(PATHS)}, got {cfg.path!r}"
             + close_match(str(cfg.path), PATHS)
         )
-    if len(cfg.data.event_shape) != 3:
+    if len(shape_of_config(cfg)) != 3:
         raise UserError(f"interpolate: pictures are of images, not of data={cfg.data.name}")
     run = run_config(cfg)
     out = Path(cfg.out) if cfg.out else run_dir(run) / "interpolation.png"

@@ -204,7 +204,12 @@ def fill_table(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Table:
         if stale and bool(record.weights) != (cfg.weights is not None):
             continue
         found.append(record)
-    protocols = {key: wanted_protocol(config) for key, config in cells.configs.items()}
+    of_samples = {name for scores in SCORES.values() for name in scores}
+    protocols = {
+        key: wanted_protocol(config)
+        for key, config in cells.configs.items()
+        if cells.columns[key[1]].metric in of_samples
+    }
     seeds = [int(seed) for seed in cfg.seeds]
     return build_table(spec, found, cells.hashes, cfg.profile.name, seeds, protocols)
 
@@ -252,7 +257,30 @@ def _draw_images(table: Table, folder: Path) -> dict[str, str]:
     return pictures
 
 
-DRAWN = {"comparison": _draw_comparison, "each": _draw_each, "images": _draw_images}
+def _draw_vae(table: Table, folder: Path) -> dict[str, str]:
+    """Those of images, and what a VAE's posterior, prior and depth do."""
+    from surflow.reporting import figures
+
+    pictures = _draw_images(table, folder)
+    placed = [cell for cell in table.cells.values() if cell.row.depth is not None]
+    if any(cell.ours is not None or cell.published is not None for cell in placed):
+        figures.depth_figure(table, folder / "depth.png")
+        pictures["Against the number of flow layers"] = "depth.png"
+    if _any_file(figures.run_files(table, "reconstructions.npz")):
+        figures.reconstruction_figure(table, folder / "reconstructions.png")
+        pictures["Reconstructions of training images"] = "reconstructions.png"
+    if _any_file(figures.run_files(table, "latent.npz")):
+        figures.latent_figure(table, folder / "latent.png")
+        pictures["Aggregated posterior and prior"] = "latent.png"
+    return pictures
+
+
+DRAWN = {
+    "comparison": _draw_comparison,
+    "each": _draw_each,
+    "images": _draw_images,
+    "vae": _draw_vae,
+}
 """The pictures of a table beside its learning curves: captions and files, by its `figure`."""
 
 

@@ -23,6 +23,9 @@ SCORES = {
 }
 """What each extractor of features gives."""
 
+LATENT_ROWS = 4096
+"""Test points, evenly spaced, that active units are counted over."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -99,6 +102,7 @@ def write_result(
         comparison = truth.compare(flow, test, seed=cfg.seed)
         estimates |= comparison.metrics()
     likelihoods = list(estimates)
+    estimates |= _latents_used(cfg, flow, data)
     pictures = draw_pictures(cfg, folder, flow, data) if cfg.run.pictures else {}
     scores, missing = _samples_scored(cfg, flow, data, folder)
     estimates |= scores
@@ -144,6 +148,37 @@ def write_result(
     print(f"{relative(folder)}: {summary(values)}")
     _say_missing(missing)
     return values
+
+
+def _latents_used(cfg: DictConfig, flow: Any, data: Any) -> dict[str, Any]:
+    """The active units of a model with a VAE layer, over the test split, one draw of a seed."""
+    import torch
+
+    from surflow.training.evaluation import Estimate
+    from surflow.training.module import seed_draws
+    from surflow.variational import active_units, has_vae_layer
+
+    test = data.splits["test"]
+    if not has_vae_layer(flow) or len(test) < 2:
+        return {}
+    weight = next(flow.parameters())
+    x = test[torch.arange(min(LATENT_ROWS, len(test))) * len(test) // min(LATENT_ROWS, len(test))]
+    x = x.to(weight.device)
+    flow.eval()
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        seed_draws(weight.device, cfg.seed)
+        used = active_units(flow, x.to(weight.dtype) if x.is_floating_point() else x)
+    how = f"latent dimensions of {used.of} whose posterior mean varies over test points, variance >"
+    estimate = Estimate(
+        value=float(used.count),
+        unit="units",
+        kind="score",
+        estimator=f"{how} {used.threshold:g}",
+        standard_error=math.nan,
+        count=len(x),
+        protocol={"of": used.of, "threshold": used.threshold, "rows": len(x)},
+    )
+    return {"test/active_units": estimate}
 
 
 def check_finite(estimates: dict[str, Any]) -> None:

@@ -42,16 +42,17 @@ def sample_run(cfg: DictConfig) -> Path:
         raise UserError(f"n: expected a positive whole number, got {cfg.n}")
     if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    images = len(cfg.data.event_shape) == 3
+    from surflow.cli.pictures import shape_of_config
+
+    shape = shape_of_config(cfg)
+    images = len(shape) == 3
     out = Path(cfg.out) if cfg.out else run_dir(cfg) / "samples.npz"
     if out.suffix == ".png":
         wanted = "an .npz file or a folder for PNG files" if images else "an .npz file"
         raise UserError(f"out: expected {wanted}, got {cfg.out}")
     to_folder = images and out.suffix != ".npz"
-    if to_folder and cfg.data.event_shape[0] not in (1, 3):
-        raise UserError(
-            f"out: PNG files have 1 or 3 channels, not {cfg.data.event_shape[0]}; give an .npz file"
-        )
+    if to_folder and shape[0] not in (1, 3):
+        raise UserError(f"out: PNG files have 1 or 3 channels, not {shape[0]}; give an .npz file")
     use_threads(cfg)
     flow, data, path = load_flow(cfg)
     write = _write_pngs if to_folder else _write_images if images else _write_points
@@ -74,13 +75,13 @@ def _drawn(cfg: DictConfig, flow: Any, unit: int, done: int = 0) -> Iterator[Any
         progress("samples", cfg.n, cfg.n)
 
 
-def _write_npz(cfg: DictConfig, samples: Any, out: Path) -> None:
+def _write_npz(cfg: DictConfig, out: Path, **arrays: Any) -> None:
     import numpy as np
 
     from surflow.reporting.records import write_bytes_atomic
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, samples=samples, seed=cfg.seed, temperature=cfg.temperature)
+    np.savez_compressed(buffer, **arrays, seed=cfg.seed, temperature=cfg.temperature)
     write_bytes_atomic(out, buffer.getvalue())
 
 
@@ -92,7 +93,7 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
     from surflow.reporting import figures
 
     samples = torch.cat(list(_drawn(cfg, flow, POINT_UNIT))).numpy()
-    _write_npz(cfg, samples, out)
+    _write_npz(cfg, out, samples=samples)
     if samples.shape[1:] != (2,):
         return None
     window = data.dataset.window
@@ -102,18 +103,36 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
 
 
 def _write_images(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path | None:
-    """Images as one uint8 array (n, C, H, W), and a grid of the first ones."""
+    """Images as one uint8 array (n, C, H, W), and a grid of the first ones.
+
+    Of a VAE over bits or levels also ``means``, the decoder's for the same latents as grey images,
+    which the picture then shows beside the draws.
+    """
     import torch
 
-    from surflow.metrics.samples import IMAGE_UNIT, as_images
+    from surflow.cli.pictures import decoded_of, pixels_of
+    from surflow.metrics.samples import IMAGE_UNIT, full_range
+    from surflow.reporting.images import image_sheet
 
-    levels = data.num_levels
-    parts = [as_images(part, levels) for part in _drawn(cfg, flow, IMAGE_UNIT)]
-    samples = torch.cat(parts).numpy()
-    _write_npz(cfg, samples, out)
-    if samples.shape[1] not in (1, 3):
+    parts = decoded_of(flow)
+    found = [pixels_of(drawn, data) for drawn in _drawn(cfg, flow, IMAGE_UNIT)]
+    samples, levels = torch.cat([pixels for pixels, _ in found]), found[0][1]
+    if parts is None or not parts.has_grey:
+        _write_npz(cfg, out, samples=samples.numpy())
+        return (
+            _grid(samples.numpy(), out.with_suffix(".png"), levels) if _drawable(samples) else None
+        )
+    means = torch.cat([parts.pixels(drawn, data)[0] for drawn in _drawn(cfg, parts, IMAGE_UNIT)])
+    _write_npz(cfg, out, samples=samples.numpy(), means=means.numpy())
+    if not _drawable(samples):
         return None
-    return _grid(samples, out.with_suffix(".png"), levels)
+    grids = [means[:GRID].numpy(), full_range(samples[:GRID], levels).numpy()]
+    return image_sheet(grids, out.with_suffix(".png"), columns=8)
+
+
+def _drawable(samples: Any) -> bool:
+    """Whether they are grey or have three colours."""
+    return samples.shape[1] in (1, 3)
 
 
 def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path:
@@ -121,7 +140,8 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
     import numpy as np
     from PIL import Image
 
-    from surflow.metrics.samples import IMAGE_UNIT, as_images
+    from surflow.cli.pictures import pixels_of
+    from surflow.metrics.samples import IMAGE_UNIT
     from surflow.reporting.images import write_image
 
     _claim(cfg, path, out)
@@ -129,11 +149,10 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
     units = [files[i : i + IMAGE_UNIT] for i in range(0, cfg.n, IMAGE_UNIT)]
     there = {file.name for file in out.glob("*.png")}
     done = next((i for i, unit in enumerate(units) if {f.name for f in unit} - there), len(units))
-    levels = data.num_levels
     with ThreadPoolExecutor() as pool:
         for unit, drawn in zip(units[done:], _drawn(cfg, flow, IMAGE_UNIT, done), strict=True):
-            images = as_images(drawn, levels).numpy()
-            list(pool.map(write_image, images, unit, [levels] * len(unit)))
+            images, levels = pixels_of(drawn, data)
+            list(pool.map(write_image, images.numpy(), unit, [levels] * len(unit)))
     first = [np.atleast_3d(np.asarray(Image.open(file))) for file in files[:GRID]]
     return _grid(np.stack(first).transpose(0, 3, 1, 2), out.with_name(f"{out.name}.png"))
 

@@ -39,6 +39,8 @@ RUN_FILES = (
     "picture.npz",
     "images.npz",
     "generation.npz",
+    "reconstructions.npz",
+    "latent.npz",
 )
 
 
@@ -120,7 +122,7 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
         resume_point,
     )
     from surflow.training.logging import CSVMetrics, Elapsed, run_name, wandb_logger
-    from surflow.training.module import FlowModule, Objective
+    from surflow.training.module import Annealing, FlowModule, Objective
     from surflow.training.record import commit
 
     quiet_lightning()
@@ -131,8 +133,12 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
     plain = resolved(cfg)
     data = build_data(cfg)
     flow = build_flow(cfg, data)
+    o = cfg.objective
     objective = Objective(
-        cfg.objective.num_samples, cfg.objective.unit, math.prod(data.event_shape)
+        o.num_samples,
+        o.unit,
+        math.prod(data.event_shape),
+        Annealing(o.annealed, o.beta_start, o.beta_steps, o.free_bits),
     )
     compiled = what_to_compile(cfg)
     on_gpu = device_of(cfg).type == "cuda"

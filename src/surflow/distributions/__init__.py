@@ -1,5 +1,6 @@
 """Densities: bases of flows, and conditionals inside stochastic layers."""
 
+from surflow.distributions.autoregressive import AutoregressiveBernoulli
 from surflow.distributions.base import Distribution
 from surflow.distributions.discrete import Bernoulli, Categorical
 from surflow.distributions.gumbel import Gumbel
@@ -17,6 +18,7 @@ from surflow.distributions.uniform import Uniform
 from surflow.distributions.unit_interval import LogitLogistic
 
 __all__ = [
+    "AutoregressiveBernoulli",
     "Bernoulli",
     "Categorical",
     "DiagonalNormal",

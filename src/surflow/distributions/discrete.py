@@ -58,7 +58,7 @@ class Bernoulli(Distribution):
         logits = self.logits_of(context)
         x = x.to(logits.dtype)
         require((x >= 0) & (x <= 1), "Bernoulli.log_prob", "values in [0, 1]", x)
-        return sum_event(x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits))
+        return sum_event(x * logits + F.logsigmoid(-logits))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         p = torch.sigmoid(self.logits_of(context) / temperature)

@@ -102,6 +102,19 @@ class DiagonalNormal(LocationScale):
     def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
 
+    def sample_and_log_prob(
+        self, n: int | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Distribution`; with a net, it runs once for both."""
+        if context is None or not self.conditional:
+            return super().sample_and_log_prob(n, context)
+        n = context.shape[0] if n is None else n
+        given = self._context(context, n, "sample_and_log_prob")
+        loc, log_scale = self.parameters_of(given)
+        eps = self._standard_sample((n, *self.event_shape), loc)
+        log_prob = sum_event(self._standard_log_prob(eps) - log_scale)
+        return loc + torch.exp(log_scale) * eps, log_prob
+
 
 class StandardNormal(DiagonalNormal):
     r"""The standard normal, :math:`\mathcal N(0, I)`.

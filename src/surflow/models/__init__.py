@@ -6,16 +6,23 @@ from surflow.models.glow import glow
 from surflow.models.interpolation import all_latents, from_latents, latent_interpolation
 from surflow.models.official import load_official, official_flow, read_tensors
 from surflow.models.pool_flow import DOWNSAMPLINGS, flow_noise, pool_flow
+from surflow.models.posteriors import POSTERIORS, flow_posterior
+from surflow.models.priors import PRIORS, VampPrior
 from surflow.models.realnvp import realnvp
 from surflow.models.vae import vae_flow
+from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 
 __all__ = [
     "DOWNSAMPLINGS",
+    "POSTERIORS",
+    "PRIORS",
+    "VampPrior",
     "all_latents",
     "autoregressive_flow",
     "coupling_flow",
     "coupling_net",
     "flow_noise",
+    "flow_posterior",
     "from_latents",
     "glow",
     "image_of",
@@ -26,4 +33,6 @@ __all__ = [
     "read_tensors",
     "realnvp",
     "vae_flow",
+    "vae_of_images",
+    "vae_of_vectors",
 ]

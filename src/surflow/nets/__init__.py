@@ -1,9 +1,12 @@
 """Neural nets; nothing probabilistic in here."""
 
+from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder, PlainBlock
 from surflow.nets.densenet import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
 from surflow.nets.glow_net import GlowNet, StandardisedConv2d, ZeroConv2d
 from surflow.nets.lipschitz import LipschitzMLP
 from surflow.nets.made import MADE, MaskedLinear
+from surflow.nets.masked_conv import LocalPixelCNN, MaskedConv2d
+from surflow.nets.maxout import Maxout
 from surflow.nets.mlp import ACTIVATIONS, MLP, FourierFeatures, make_activation
 from surflow.nets.resnet import ResidualBlock, ResNet, TanhScale, WeightNormConv2d
 
@@ -17,9 +20,15 @@ __all__ = [
     "FourierFeatures",
     "GatedConv2d",
     "GlowNet",
+    "ImageDecoder",
     "ImageEmbedding",
+    "ImageEncoder",
     "LipschitzMLP",
+    "LocalPixelCNN",
+    "MaskedConv2d",
     "MaskedLinear",
+    "Maxout",
+    "PlainBlock",
     "ResNet",
     "ResidualBlock",
     "StandardisedConv2d",

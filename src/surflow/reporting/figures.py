@@ -27,7 +27,7 @@ from surflow.reporting.bounds import BoundsRow
 from surflow.reporting.images import tile
 from surflow.reporting.records import RECORD_NAME, Record, load_record, write_bytes_atomic
 from surflow.reporting.spec import ColumnSpec
-from surflow.reporting.table import Cell, Table
+from surflow.reporting.table import Cell, Table, distinct
 
 Cells = Mapping[str, Mapping[str, "str | Path | None"]]
 
@@ -36,6 +36,7 @@ PANEL = 2.15  # inches
 IMAGE_PANEL = 3.2  # inches: 384 pixels, for 8 x 8 images of 32 to 64
 INK, GREY = "#222222", "#8a8a8a"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+DASHES = ("-", "--", ":")  # of as many lines of each colour
 COLORMAP = "magma"
 GAP_FLOOR = 1e-5  # nats; smaller gaps are drawn at the edge
 
@@ -139,10 +140,12 @@ def _not_run(axes: Axes) -> None:
 class _Sheet:
     """A sheet of square panels, a dataset a row: Data, then each model; a slim axis for a scale.
 
-    All measures in inches. The caption under a panel is one small line, or as many as `lines`.
+    All measures in inches. The caption under a panel is one small line, or as many as `lines`. More
+    panels than `most` go on in further rows, each panel with its model's name above it.
     """
 
     LEFT, TOP, BOTTOM, GAP, CAPTION, LINE = 0.42, 0.38, 0.12, 0.10, 0.27, 0.16
+    HEAD = 0.30  # above every row of panels that is not the first one of its dataset
 
     def __init__(
         self,
@@ -151,35 +154,44 @@ class _Sheet:
         panel: float = PANEL,
         lines: int = 1,
         right: float = 0.62,
+        most: int | None = None,
     ) -> None:
         self.panel = panel
         self.below = self.CAPTION + (lines - 1) * self.LINE
         self.models = list(cells)
         self.datasets = list(next(iter(cells.values())))
         self.top = self.TOP + (0.26 if title else 0.0)
-        across = len(self.models) + 1
-        self.width = self.LEFT + across * panel + (across - 1) * self.GAP + right
+        count = len(self.models) + 1
+        self.deep = math.ceil(count / (most or count))  # rows of panels a dataset
+        self.across = math.ceil(count / self.deep)
+        self.head = self.HEAD if self.deep > 1 else 0.0
+        self.width = self.LEFT + self.across * panel + (self.across - 1) * self.GAP + right
         down = len(self.datasets)
-        self.height = self.top + down * (panel + self.below) + self.BOTTOM
+        rows = down * self.deep
+        self.height = self.top + rows * (panel + self.below) + (rows - 1) * self.head + self.BOTTOM
         self.figure = Figure(figsize=(self.width, self.height))
         if title:
             y = 1 - 0.12 / self.height
             self.figure.text(0.5, y, title, ha="center", va="top", color="#b00020", size=9)
-        self.panels = [[self._panel(i, j) for j in range(across)] for i in range(down)]
-        for axes, label in zip(self.panels[0], ["Data", *self.models], strict=True):
-            axes.set_title(label, fontsize=11, color=INK, pad=6)
+        self.panels = [[self._panel(i, j) for j in range(count)] for i in range(down)]
+        for panels in self.panels if self.head else self.panels[:1]:
+            for axes, label in zip(panels, ["Data", *self.models], strict=True):
+                axes.set_title(label, fontsize=11, color=INK, pad=6)
         for row, label in zip(self.panels, self.datasets, strict=True):
             row[0].set_ylabel(label, fontsize=11, color=INK, labelpad=7)
 
-    def _bottom(self, i: int) -> float:
-        return self.height - self.top - i * (self.panel + self.below) - self.panel
+    def _bottom(self, line: int) -> float:
+        step = self.panel + self.below + self.head
+        return self.height - self.top - line * step - self.panel
 
-    def _axes(self, x: float, i: int, width: float) -> Axes:
+    def _axes(self, x: float, line: int, width: float) -> Axes:
         w, h = self.width, self.height
-        return self.figure.add_axes((x / w, self._bottom(i) / h, width / w, self.panel / h))
+        return self.figure.add_axes((x / w, self._bottom(line) / h, width / w, self.panel / h))
 
     def _panel(self, i: int, j: int) -> Axes:
-        axes = self._axes(self.LEFT + j * (self.panel + self.GAP), i, self.panel)
+        line, place = divmod(j, self.across)
+        x = self.LEFT + place * (self.panel + self.GAP)
+        axes = self._axes(x, i * self.deep + line, self.panel)
         _frame(axes)
         return axes
 
@@ -188,7 +200,7 @@ class _Sheet:
         axes.set_xlabel(text, fontsize=8.5, color=INK, labelpad=3)
 
     def scale(self, i: int, image, clipped: bool) -> None:
-        x = self.LEFT + (len(self.models) + 1) * (self.panel + self.GAP) - self.GAP + 0.09
+        x = self.LEFT + self.across * (self.panel + self.GAP) - self.GAP + 0.09
         axes = self._axes(x, i, 0.09)
         bar = self.figure.colorbar(image, cax=axes, extend="max" if clipped else "neither")
         bar.outline.set_linewidth(0.5)
@@ -337,49 +349,81 @@ def sample_figure(
     return _save(sheet.figure, path)
 
 
+MOST_ACROSS = 6
+"""Panels of images beside each other; more go on below."""
+
+
 def image_figure(table: Table, path: str | Path) -> Path:
     """Draw the samples of the models side by side: a row of panels a dataset, the data first.
 
     Each panel is the grid of `images.npz` of the cell's first run, and names its data, its profile
     and the table's own numbers of that run. Returns the path.
     """
-    files = run_files(table, "images.npz")
+    return _draw_grids(table, path, "images.npz", "samples", "test images")
+
+
+def reconstruction_figure(table: Table, path: str | Path) -> Path:
+    """Draw the first training images, and what each model makes of them: a grid of 10 by 10 each.
+
+    The panels are those of `image_figure`, from `reconstructions.npz`. Returns the path.
+    """
+    return _draw_grids(
+        table, path, "reconstructions.npz", "reconstructions", "the first training images", 10
+    )
+
+
+def _draw_grids(
+    table: Table, path: str | Path, name: str, array: str, data: str, columns: int = 8
+) -> Path:
+    """A row of panels a dataset: `data` of the runs' file `name`, then `array` of each model."""
+    files = run_files(table, name)
     caution = _caution(list(table.records))
-    numbers = max(len(shown) for shown in _columns_of(table).values())
-    sheet = _Sheet(files, caution, panel=IMAGE_PANEL, lines=2 + numbers, right=0.12)
+    lines = 2 + max(len(shown) for shown in _columns_of(table).values())
+    lines += table.spec.figure == "vae"  # what is shown: a draw, or a mean
+    sheet = _Sheet(files, caution, IMAGE_PANEL, lines, right=0.12, most=MOST_ACROSS)
     for i, label in enumerate(sheet.datasets):
         shown = _columns_of(table)[label]
         found = [files[model][label] for model in sheet.models]
-        grids = [None if f is None else _load_arrays(f, ("samples", "data")) for f in found]
-        first = next((grid["data"] for grid in grids if grid is not None), None)
-        panels = [first, *(None if grid is None else grid["samples"] for grid in grids)]
-        for axes, panel in zip(sheet.panels[i], panels, strict=True):
-            if panel is None:
+        grids = [None if f is None else _load_arrays(f, (array, "data")) for f in found]
+        pairs = list(zip(grids, found, strict=True))
+        first = next((pair for pair in pairs if pair[0] is not None), (None, None))
+        panels = [(*first, "data"), *((*pair, array) for pair in pairs)]
+        for axes, (grid, file, which) in zip(sheet.panels[i], panels, strict=True):
+            if grid is None:
                 _not_run(axes)
             else:
-                pixels = tile(panel, gap=1, num_levels=_levels(found))
+                pixels = tile(grid[which], columns, gap=1, num_levels=_levels(grid, file))
                 pixels = np.repeat(pixels, 3 // pixels.shape[2], axis=2)  # grey is shown as colours
                 axes.imshow(pixels, interpolation="antialiased")
-        sheet.caption(i, 0, "test images")
+        sheet.caption(i, 0, data)
         rows = [row for row in table.spec.rows if row.experiment is not None]
-        for j, (row, file) in enumerate(zip(rows, found, strict=True), 1):
-            if file is not None:
-                sheet.caption(i, j, _image_caption(table, row.name, shown))
+        for j, (row, (grid, _)) in enumerate(zip(rows, pairs, strict=True), 1):
+            if grid is not None:
+                said = [str(grid["shown"])] if "shown" in grid else []
+                sheet.caption(i, j, "\n".join([_image_caption(table, row.name, shown), *said]))
     return _save(sheet.figure, path)
 
 
-def _levels(files: Sequence[Path | None]) -> int:
-    """The levels of the images of these runs, which are of one dataset."""
-    configs = (record.config for record in map(_record, filter(None, files)) if record)
-    return next((c["data"]["num_levels"] for c in configs if "data" in c), 256)
+def _levels(grid: Mapping[str, np.ndarray], file: Path) -> int:
+    """The levels of a run's images: as their file says, else as the run's config does."""
+    if "num_levels" in grid:
+        return int(grid["num_levels"])
+    record = _record(file)
+    return record.config["data"]["num_levels"] if record and "data" in record.config else 256
 
 
 def _columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
     """The columns behind each column label of `run_files`."""
+    own = next((record.data for record in table.records), "data")  # where the rows choose it
+
+    def label(column: ColumnSpec) -> str:
+        if table.spec.figure == "vae" and not column.names_data:
+            return own
+        return column.data if table.spec.figure in ("images", "vae") else column.label
+
     columns: dict[str, list[ColumnSpec]] = {}
     for column in table.spec.columns:
-        label = column.data if table.spec.figure == "images" else column.label
-        columns.setdefault(label, []).append(column)
+        columns.setdefault(label(column), []).append(column)
     return columns
 
 
@@ -478,9 +522,9 @@ def _spread(cell: Cell) -> float | None:
     return errors[0] if len(errors) == 1 else None
 
 
-def _published_legend(table: Table) -> list[Line2D]:
-    """What each mark is, of those that the figure has."""
-    cells = table.cells.values()
+def _published_legend(table: Table, cells: Sequence[Cell] | None = None) -> list[Line2D]:
+    """What each mark is, of those that the figure has; `cells` None: all of the table."""
+    cells = list(table.cells.values()) if cells is None else cells
     ours = "ours, released weights" if table.released else "ours"
     if any(cell.std is not None for cell in cells):
         ours += " (bar: standard deviation over seeds)"
@@ -496,6 +540,262 @@ def _published_legend(table: Table) -> list[Line2D]:
         for there, mark, color, face, label in marks
         if there
     ]
+
+
+def depth_points(table: Table, column: ColumnSpec) -> dict[str, list[tuple[int, Cell]]]:
+    """The cells of a column by family, each list by depth; a row of depth 0 is first in every one.
+
+    Rows without a depth are left out; with a row of depth 0 alone its label is the family.
+    """
+    cells = [cell for cell in table.of_column(column) if cell.row.depth is not None]
+    points = sorted(((cell.row.depth, cell) for cell in cells), key=lambda point: point[0])
+    none = [(depth, cell) for depth, cell in points if depth == 0]
+    families = distinct(cell.row.family for cell in cells if cell.row.family)
+    if not families:
+        return {cell.row.label: none for _, cell in none}
+    return {
+        family: none + [point for point in points if point[1].row.family == family]
+        for family in families
+    }
+
+
+def depth_figure(table: Table, path: str | Path) -> Path:
+    """Draw likelihoods and bounds against the number of flow layers: a panel a metric of the table,
+    a line a family of flows.
+
+    Ours: filled circles with bars, the standard deviation over seeds, or the standard error where
+    there is one seed. Published: hollow diamonds in the family's colour; values of other sources:
+    hollow squares. The row without flow layers begins every line. Returns the path.
+
+    Raises:
+        ValueError: where no row has a depth.
+    """
+    if all(row.depth is None for row in table.spec.rows):
+        raise ValueError(f"{table.spec.path}: no row has a 'depth', expected one for depth_figure")
+    columns = [c for c in table.spec.columns if _is_likelihood(table, c)] or table.spec.columns[:1]
+    across = min(len(columns), 2)
+    down = math.ceil(len(columns) / across)
+    caution = _caution(list(table.records))
+    names = list(depth_points(table, columns[0]))
+    height = 3.0 * down + 0.5 + 0.2 * math.ceil((len(names) + 3) / 3 / across)
+    figure = Figure(figsize=(4.9 * across, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(columns) :]:
+        axes.remove()
+    for axes, column in zip(grid, columns, strict=False):
+        _depth_panel(axes, table, column)
+    lines = [
+        Line2D([], [], color=color, lw=1.4, label=name)
+        for name, color in zip(names, _colors(len(names)), strict=True)
+    ]
+    cells = [cell for column in columns for cell in table.of_column(column)]
+    marks = _published_legend(table, [cell for cell in cells if cell.row.depth is not None])
+    for mark in marks:  # the colours are those of the families here
+        mark.set(color=INK, mfc="white" if mark.get_mfc() == "white" else INK)
+    figure.legend(
+        handles=[*lines, *marks],
+        loc="outside lower center",
+        ncols=3 if across == 2 else 2,
+        frameon=False,
+        fontsize=8,
+    )
+    if caution:
+        figure.suptitle(caution, fontsize=9, color="#b00020")
+    return _save(figure, path)
+
+
+def _is_likelihood(table: Table, column: ColumnSpec) -> bool:
+    """Whether a column's numbers, ours or published, are likelihoods or bounds on them."""
+    cells = [cell for cell in table.of_column(column) if cell.row.depth is not None]
+    kinds = {cell.kind for cell in cells if cell.ours is not None}
+    told = any(cell.published is not None or cell.quoted for cell in cells)
+    return "score" not in kinds and (bool(kinds) or told)
+
+
+def _colors(count: int) -> list[str]:
+    return [LINES[i % len(LINES)] for i in range(count)]
+
+
+def _depth_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
+    families = depth_points(table, column)
+    hollow = {"ls": "none", "mfc": "white", "ms": 6.5, "mew": 1.3, "zorder": 3}
+    seen: set[int] = set()
+    unit = ""
+    for points, color in zip(families.values(), _colors(len(families)), strict=True):
+        ours = [(depth, cell) for depth, cell in points if cell.ours is not None]
+        if len(ours) > 1 or (ours and ours[0][0]):
+            axes.plot(
+                [depth for depth, _ in ours], [cell.ours for _, cell in ours], color=color, lw=1.2
+            )
+        for depth, cell in points:
+            ink = color if depth else INK  # what is in every family has no colour of one
+            if cell.published is not None:
+                axes.plot(depth, cell.published, marker="D", color=ink, **hollow)
+            for quote in cell.quoted:
+                axes.plot(depth, quote.value, marker="s", color=ink, **hollow)
+            if cell.ours is not None:
+                bars = {"yerr": _spread(cell), "capsize": 3, "elinewidth": 1.2}
+                axes.errorbar(depth, cell.ours, fmt="o", color=ink, ms=5, zorder=4, **bars)
+            if cell.ours is not None or cell.published is not None or cell.quoted:
+                seen.add(depth)
+                unit = unit or (cell.unit if cell.unit else "")
+    axes.set_title("\n".join(textwrap.wrap(column.label, 44)), fontsize=9.5, color=INK)
+    axes.set_xlabel("flow layers", fontsize=9, color=INK)
+    unit = unit or column.unit or ""
+    name = f"{column.metric} ({unit})" if unit else column.metric
+    axes.set_ylabel(f"{name}\n{column.direction} is better", fontsize=8, color=INK)
+    axes.set_xticks(sorted(seen))
+    axes.margins(x=0.06, y=0.12)
+    axes.grid(color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, color=GREY, labelcolor=INK, width=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not seen:
+        axes.set_yticks([])
+        axes.text(
+            0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color=GREY
+        )
+
+
+LATENT_PANEL = 2.5  # inches
+LATENT_ARRAYS = ("aggregated", "prior", "kl", "points")
+
+
+def latent_figure(table: Table, path: str | Path) -> Path:
+    """Draw 2-D latents: a row a model, and of each dataset the aggregated posterior and the prior.
+
+    From `latent.npz` of the cells' first runs. The two have one scale of colours, which ends where
+    all but a thousandth of the mass lies below it; under them stand the run and the divergence.
+    Rows without such a file are left out. Returns the path.
+
+    Raises:
+        ValueError: where no run has a `latent.npz`, or one is damaged.
+    """
+    files = {
+        row: found
+        for row, found in run_files(table, "latent.npz").items()
+        if any(file for file in found.values())
+    }
+    if not files:
+        raise ValueError("latent_figure: expected a run with latent.npz, got none")
+    datasets = list(next(iter(files.values())))
+    across, down = 2 * len(datasets), len(files)
+    caution = _caution(list(table.records))
+    size = (0.5 + (LATENT_PANEL + 0.25) * across, (LATENT_PANEL + 0.35) * down + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
+    for line, (row, found) in zip(panels, files.items(), strict=True):
+        for k, file in enumerate(found.values()):
+            pair = line[2 * k : 2 * k + 2]
+            if file is None:
+                for axes in pair:
+                    _not_run(axes)
+                continue
+            _latent_pair(figure, pair, _load_picture(file, *LATENT_ARRAYS), _record(file))
+        line[0].set_ylabel("\n".join(textwrap.wrap(row, 28)), fontsize=9.5, color=INK)
+    for k, dataset in enumerate(datasets):
+        for axes, what in zip(panels[0, 2 * k :], ("aggregated posterior", "prior"), strict=False):
+            axes.set_title(f"{dataset}: {what}" if len(datasets) > 1 else what, fontsize=10)
+    if caution:
+        figure.suptitle(caution, fontsize=9, color="#b00020")
+    return _save(figure, path)
+
+
+def _latent_frame(axes: Axes) -> None:
+    """A thin frame with few ticks: the scale of a latent is the model's own choice."""
+    _frame(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.tick_params(labelsize=6.5, length=2, width=0.5, color=GREY, labelcolor=GREY, pad=1.5)
+
+
+def _latent_pair(
+    figure: Figure,
+    pair: Sequence[Axes],
+    picture: Mapping[str, np.ndarray],
+    record: Record | None,
+) -> None:
+    """The aggregated posterior beside the prior, and what is said of them."""
+    densities = [picture["aggregated"], picture["prior"]]
+    top = max(_highest(density) for density in densities) or 1.0
+    for axes, density in zip(pair, densities, strict=True):
+        _latent_frame(axes)
+        image = axes.imshow(
+            np.ma.masked_invalid(density.T),
+            origin="lower",
+            extent=_extent(picture),
+            cmap=colormaps[COLORMAP].with_extremes(bad="#4f8f8f"),
+            vmin=0.0,
+            vmax=top,
+            interpolation="nearest",
+        )
+    clipped = any(float(np.nanmax(density)) > 1.02 * top for density in densities)
+    slim = pair[1].inset_axes((1.04, 0.0, 0.035, 1.0))  # as high as the panels
+    bar = figure.colorbar(image, cax=slim, extend="max" if clipped else "neither")
+    bar.outline.set_linewidth(0.5)
+    bar.locator = MaxNLocator(4)
+    bar.update_ticks()
+    bar.ax.tick_params(labelsize=7, length=2, width=0.5, color=GREY, labelcolor=INK, pad=2)
+    if record is not None:
+        said = f"{record.data}, seed {record.seed}, {record.profile}"
+        pair[0].set_xlabel(said, fontsize=8, color=INK)
+    kl = float(picture["kl"])
+    text = (
+        f"KL(posterior ‖ prior) {kl:.3f} nats"
+        if not math.isnan(kl)
+        else "posterior drawn: no divergence"
+    )
+    pair[1].set_xlabel(text, fontsize=8, color=INK)
+
+
+def _highest(density: np.ndarray) -> float:
+    """The density that all but a thousandth of its mass lies at or below."""
+    values = np.sort(density[np.isfinite(density)])
+    share = np.cumsum(values)
+    if not len(values) or share[-1] <= 0:
+        return 0.0
+    return float(values[min(np.searchsorted(share, 0.999 * share[-1]), len(values) - 1)])
+
+
+def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Path:
+    """Draw one run's `latent.npz`: aggregated posterior, prior, posterior means by class.
+
+    Returns the path.
+    """
+    picture = _load_picture(Path(file), *LATENT_ARRAYS)
+    figure = Figure(figsize=(3 * LATENT_PANEL + 1.4, LATENT_PANEL + 0.75), layout="constrained")
+    panels = figure.subplots(1, 3)
+    _latent_pair(figure, panels[:2], picture, _record(file))
+    for axes, text in zip(
+        panels, ("aggregated posterior", "prior", "posterior means"), strict=True
+    ):
+        axes.set_title(text, fontsize=10, color=INK)
+    axes = panels[2]
+    _latent_frame(axes)
+    points = picture["points"]
+    left, right, low, high = _extent(picture)
+    dots = {"s": 2.0, "alpha": 0.6, "linewidths": 0}
+    if "labels" in picture:
+        labels = picture["labels"].astype(int)
+        for k in np.unique(labels):
+            color = colormaps["tab10"](k % 10)
+            axes.scatter(*points[labels == k].T, color=color, label=str(k), **dots)
+        axes.legend(
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            frameon=False,
+            fontsize=7,
+            markerscale=3,
+            handletextpad=0.1,
+        )
+    else:
+        axes.scatter(*points.T, color="#3b2a6b", **dots)
+    axes.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    axes.set_xlabel(f"{len(points)} test points", fontsize=8, color=INK)
+    if title:
+        figure.suptitle(title, fontsize=9, color=INK)
+    return _save(figure, path)
 
 
 CURVE_WORDS = {"nll": "NLL", "elbo": "negative ELBO", "iwbo": "negative IWBO"}
@@ -577,8 +877,9 @@ def learning_curve_figure(
                 continue
             epochs, values = curves[model]
             mark = "o" if len(values) < 3 else None
+            dashes = DASHES[index // len(LINES) % len(DASHES)]
             (line,) = axes.plot(
-                epochs, values, color=color, lw=1.4, marker=mark, ms=3, zorder=3 + index
+                epochs, values, dashes, color=color, lw=1.4, marker=mark, ms=3, zorder=3 + index
             )
             handles.setdefault(model, line)
             late = values[len(values) // 20 :] if len(values) >= 20 else values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,36 @@ def image_grid(
     if scale is None:
         scale = max(2, SHOWN_SIDE // max(np.shape(images)[-2:], default=SHOWN_SIDE))
     return write_bytes_atomic(path, _png(tile(images, columns, gap, num_levels, scale)))
+
+
+def image_sheet(
+    grids: Sequence[np.ndarray],
+    path: str | Path,
+    columns: int = 8,
+    scale: int | None = None,
+    num_levels: int = 256,
+    gap: int = 2,
+) -> Path:
+    """Draw grids of images side by side, each as :func:`tile` lays it out.
+
+    Args:
+        grids: images as :func:`tile` takes them, as many in each, of one shape.
+        path, columns, scale, num_levels, gap: see :func:`image_grid`; between the grids is as much
+            white as an eighth of one is wide.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: as :func:`tile`.
+    """
+    if scale is None:
+        scale = max(2, SHOWN_SIDE // max(np.shape(grids[0])[-2:], default=SHOWN_SIDE))
+    sheets = [tile(images, columns, gap, num_levels, scale) for images in grids]
+    height, width, channels = sheets[0].shape
+    white = np.full((height, width // 8, channels), PAPER, np.uint8)
+    parts = [part for sheet in sheets for part in (white, sheet)]
+    return write_bytes_atomic(path, _png(np.concatenate(parts[1:], axis=1)))
 
 
 def write_image(image: np.ndarray, path: str | Path, num_levels: int = 256) -> Path:

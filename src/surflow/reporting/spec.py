@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 DIRECTIONS = ("lower", "higher")
-FIGURES = ("comparison", "each", "images")
+FIGURES = ("comparison", "each", "images", "vae")
 LAYOUTS = ("grid", "bounds")
 PROFILES = ("paper", "short", "smoke")
 
@@ -21,7 +21,9 @@ class RowSpec:
     """One model of the table. `target_above_floor` is in the unit of the metric.
 
     A row without `experiment` is quoted only: its values are somebody else's, and nothing of ours
-    is run for it. `official` says that its authors have released weights.
+    is run for it. `official` says that its authors have released weights. `family` and `depth`
+    place a row in a figure against the number of flow layers; depth 0, without any, is in every
+    family.
     """
 
     name: str
@@ -30,6 +32,8 @@ class RowSpec:
     overrides: tuple[str, ...] = ()
     target_above_floor: float | None = None
     official: bool = False
+    family: str | None = None
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ class TableSpec:
     `runs` is the artefact whose runs fill the cells: its own, or that of another table that reads
     other metrics of the same runs. `figure` is "comparison" (models side by side, a row of panels a
     column of the table), "each" (a picture of its own for every cell, where the cells have data of
-    their own) or "images" (grids of samples, and published values beside ours). `layout` is "grid"
-    (a cell a number) or "bounds" (a row a model: bounds beside the likelihood).
+    their own), "images" (grids of samples, and published values beside ours) or "vae" (the same,
+    with reconstructions, latents and the bound against the depth). `layout` is "grid" (a
+    cell a number) or "bounds" (a row a model: bounds beside the likelihood).
     """
 
     path: Path
@@ -198,10 +203,12 @@ class _Fields:
             raise self.error(f"needs {key!r}, {want}; got {value!r}")
         return float(value)
 
-    def digits(self, key: str) -> int:
+    def whole(self, key: str, most: int | None = None) -> int:
         value = self.value.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 9:
-            raise self.error(f"needs {key!r}, a whole number from 0 to 9; got {value!r}")
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not good or (most is not None and value > most):
+            want = "0 or more" if most is None else f"from 0 to {most}"
+            raise self.error(f"needs {key!r}, a whole number {want}; got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -257,7 +264,16 @@ _TABLE_KEYS = (
     "layout",
     "runs",
 )
-_ROW_KEYS = ("name", "label", "experiment", "overrides", "target_above_floor", "official")
+_ROW_KEYS = (
+    "name",
+    "label",
+    "experiment",
+    "overrides",
+    "target_above_floor",
+    "official",
+    "family",
+    "depth",
+)
 _COLUMN_KEYS = (
     "name",
     "label",
@@ -290,6 +306,7 @@ def load_spec(path: str | Path) -> TableSpec:
     ]
     for what, entries in (("row", rows), ("column", columns)):
         _check_distinct(top, what, entries)
+    _check_places(top, rows)
     for index, row in enumerate(rows):
         if row.target_above_floor is not None and any(c.direction == "higher" for c in columns):
             raise top.error(f"rows[{index}] 'target_above_floor' needs direction: lower")
@@ -339,7 +356,34 @@ def _row(fields: _Fields) -> RowSpec:
         overrides=fields.texts("overrides"),
         target_above_floor=target,
         official=fields.flag("official"),
+        **_place(fields),
     )
+
+
+def _place(fields: _Fields) -> dict[str, Any]:
+    """Where a row stands in the figure of depths, if it does."""
+    if "depth" not in fields:
+        if "family" in fields:
+            raise fields.error("'family' needs 'depth', its number of flow layers")
+        return {}
+    depth = fields.whole("depth")
+    if depth == 0 and "family" in fields:
+        raise fields.error("'family' is not for depth 0: no layers are in every family")
+    if depth and "family" not in fields:
+        raise fields.error(f"depth {depth} needs 'family', the line of the figure it is on")
+    return {"depth": depth, "family": fields.text("family") if depth else None}
+
+
+def _check_places(top: _Fields, rows: Sequence[RowSpec]) -> None:
+    """One row for a place in the figure of depths."""
+    found: dict[tuple[str | None, int], str] = {}
+    for index, row in enumerate(rows):
+        if row.depth is None:
+            continue
+        other = found.setdefault((row.family, row.depth), row.name)
+        if other != row.name:
+            family = f"family {row.family!r}, " if row.family else ""
+            raise top.error(f"rows[{index}] repeats {family}depth {row.depth} of row {other!r}")
 
 
 def _column(fields: _Fields, table: dict[str, Any]) -> ColumnSpec:
@@ -349,8 +393,8 @@ def _column(fields: _Fields, table: dict[str, Any]) -> ColumnSpec:
     for key, value in own.items():
         if value is None and key != "unit":
             raise fields.error(f"needs {key!r}, of its own or of the table")
-    digits = fields.digits("digits") if "digits" in fields else ColumnSpec.digits
-    published = fields.digits("published_digits") if "published_digits" in fields else digits
+    digits = fields.whole("digits", 9) if "digits" in fields else ColumnSpec.digits
+    published = fields.whole("published_digits", 9) if "published_digits" in fields else digits
     return ColumnSpec(
         name=fields.text("name"),
         label=fields.text("label"),

@@ -18,6 +18,7 @@ from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
+from surflow.variational import annealed_elbo, has_vae_layer, linear_warm_up
 
 _START, _TRAINING, _VALIDATION = range(3)  # what random numbers are drawn for
 
@@ -42,6 +43,29 @@ def seed_draws(device: torch.device, *key: int) -> None:
 
 
 @dataclass(frozen=True)
+class Annealing:
+    """How the ELBO of a VAE is changed in training; see :func:`surflow.variational.annealed_elbo`.
+
+    Attributes:
+        annealed: what β is a factor of: divergence or joint.
+        beta_start, beta_steps: of :func:`surflow.variational.linear_warm_up`.
+        free_bits: nats a group of latents.
+    """
+
+    annealed: str = "divergence"
+    beta_start: float = 1.0
+    beta_steps: int = 0
+    free_bits: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.beta_steps or self.free_bits)
+
+    def beta(self, step: int) -> float:
+        """β at an optimizer step."""
+        return linear_warm_up(step, self.beta_start, self.beta_steps)
+
+
+@dataclass(frozen=True)
 class Objective:
     """What is maximised, and in which unit it is shown.
 
@@ -50,11 +74,13 @@ class Objective:
             exact flow.
         unit: "nats" (per data point) or "bpd" (bits per dimension).
         num_dims: D, for bits per dimension.
+        annealing: of the training loss alone; validation has the bound itself.
     """
 
     num_samples: int = 1
     unit: str = "nats"
     num_dims: int = 1
+    annealing: Annealing = Annealing()
 
     def __post_init__(self) -> None:
         if self.unit not in ("nats", "bpd"):
@@ -118,6 +144,11 @@ class FlowModule(pl.LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        if objective is not None and objective.annealing and not has_vae_layer(flow):
+            raise ValueError(
+                "objective.beta_steps, objective.free_bits: expected a model with a VAE layer, got "
+                "one without"
+            )
         self.flow = use_channels_last(flow) if channels_last else flow
         self.channels_last = channels_last
         self.objective = objective or Objective()
@@ -128,7 +159,8 @@ class FlowModule(pl.LightningModule):
         self.finite_check_every = finite_check_every
         self.log_every = log_every
         estimator = self.objective.estimator(flow)
-        self.train_key = f"train/{estimator}_{self.objective.unit}"
+        changed = "annealed_" if self.objective.annealing else ""
+        self.train_key = f"train/{changed}{estimator}_{self.objective.unit}"
         self.val_key = f"val/{estimator}_{self.objective.unit}"
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self._sum: Tensor | None = None
@@ -139,8 +171,21 @@ class FlowModule(pl.LightningModule):
         self.last_train: float | None = None
         self.last_val: float | None = None
 
-    def _eager_loss(self, x: Tensor) -> Tensor:
-        return -iwbo(self.flow, x, num_samples=self.objective.num_samples).mean()
+    def _eager_loss(self, x: Tensor, beta: Tensor | None = None) -> Tensor:
+        if beta is None:
+            return -iwbo(self.flow, x, num_samples=self.objective.num_samples).mean()
+        how = self.objective.annealing
+        return -annealed_elbo(
+            self.flow, x, beta=beta, free_bits=how.free_bits, annealed=how.annealed
+        ).mean()
+
+    def _beta(self) -> tuple[Tensor, ...]:
+        """The loss's second argument, none where nothing is annealed: a tensor, so that one
+        compiled loss does for all steps."""
+        if not self.objective.annealing:
+            return ()
+        value = self.objective.annealing.beta(self.global_step)
+        return (torch.full((), value, device=self.device),)
 
     # Training ----------------------------------------------------------------------------------
 
@@ -209,7 +254,7 @@ class FlowModule(pl.LightningModule):
         place = self.seed, self.current_epoch, batch_idx, self.global_rank
         seed_draws(self.device, _TRAINING, *place)
         with check_values(False):
-            loss = self._loss(batch)
+            loss = self._loss(batch, *self._beta())
         detached = loss.detach()
         self._sum = detached if self._sum is None else self._sum.to(detached.device) + detached
         self._count += 1

@@ -44,7 +44,9 @@ from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.ordered import OrderedToReal
 from surflow.transforms.bijections.permute import Permute, Reverse, Rotation
 from surflow.transforms.bijections.planar import Planar
+from surflow.transforms.bijections.planar_stack import PlanarStack
 from surflow.transforms.bijections.radial import Radial
+from surflow.transforms.bijections.radial_stack import RadialStack
 from surflow.transforms.bijections.residual import Residual
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.bijections.squeeze import Squeeze, Unsqueeze
@@ -122,8 +124,10 @@ __all__ = [
     "PeriodicConv2d",
     "Permute",
     "Planar",
+    "PlanarStack",
     "QRLinear",
     "Radial",
+    "RadialStack",
     "RationalQuadraticSpline",
     "RationalQuadraticSplineCoupling",
     "ReLUGenerative",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Example, Transform, repeat_rows
 from surflow.transforms.conditioning import beside
 
 
@@ -74,6 +74,16 @@ class VAE(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z, log_q = self.encoder.sample_and_log_prob(context=self._beside(x, context, "forward"))
+        return z, self.decoder.log_prob(x, self._beside(z, context, "forward")) - log_q
+
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        if not getattr(self.encoder, "embeds_context", False):
+            return super()._forward_samples(x, context, num_samples)
+        given = self._beside(x, context, "forward")
+        z, log_q = self.encoder.sample_and_log_prob(context=given, num_samples=num_samples)
+        x, context = repeat_rows(x, num_samples), repeat_rows(context, num_samples)
         return z, self.decoder.log_prob(x, self._beside(z, context, "forward")) - log_q
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:

@@ -1,0 +1,329 @@
+r"""VAEs with flows: which posterior, which prior, and nets for each.
+
+A VAE is a flow whose first layer is a :class:`~surflow.transforms.VAE`. A richer posterior is a
+flow inside its encoder, a richer prior is bijections behind it:
+
+    x -> VAE(encoder = flow of z given x, decoder) -> bijections -> base
+
+The functions here only choose parts; the likelihood, its bounds and samples are those of every
+flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, Distribution
+from surflow.distributions.autoregressive import AutoregressiveBernoulli
+from surflow.errors import close_match
+from surflow.flow import Flow
+from surflow.models.posteriors import flow_posterior
+from surflow.models.priors import Wanted, prior_of
+from surflow.nets import make_activation
+from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder
+from surflow.nets.masked_conv import LocalPixelCNN
+from surflow.nets.maxout import Maxout
+from surflow.nets.mlp import Linear
+from surflow.transforms import VAE
+
+LocalNet = Callable[[int], LocalPixelCNN]
+"""``local(channels)`` makes the net of a local decoder."""
+
+
+class GreyInput(nn.Module):
+    """A net behind a change from integers 0 ... K - 1 to grey values in [0, 1].
+
+    Args:
+        net: takes grey values; its parameters say in which precision.
+        num_levels: K.
+    """
+
+    def __init__(self, net: nn.Module, num_levels: int) -> None:
+        super().__init__()
+        self.net = net
+        self.num_levels = num_levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            x = x.to(next(self.net.parameters()).dtype) / max(1, self.num_levels - 1)
+        return self.net(x)
+
+
+def hidden_layers(
+    in_features: int, hidden_features: Sequence[int], activation: str, window: int = 4
+) -> list[nn.Module]:
+    """Linear layers with an activation behind each, the last one too.
+
+    Args:
+        in_features: of the first layer.
+        hidden_features: sizes of what comes out of the activations.
+        activation: relu, elu, gelu, silu, tanh, or maxout, over ``window`` linear units each.
+
+    Raises:
+        ValueError: for no hidden layer, or an unknown activation.
+    """
+    sizes = [in_features, *hidden_features]
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(
+            f"model.hidden_features: expected at least one positive size, got {sizes[1:]}"
+        )
+    wide = window if activation == "maxout" else 1
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers.append(Linear(a, wide * b))
+        layers.append(Maxout(window) if activation == "maxout" else make_activation(activation))
+    return layers
+
+
+# Likelihoods: the decoder's distribution, from how many outputs a pixel its net must give
+
+
+def bernoulli(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribution:
+    """Pixels 0.0 and 1.0; of grey values between, the cross-entropy, which is no likelihood of
+    them but the mean log-likelihood of their binarizations."""
+    if num_levels != 2:
+        raise ValueError(f"model.likelihood: expected 2 levels with bernoulli, got {num_levels}")
+    return Bernoulli(shape, net=net)
+
+
+def categorical(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribution:
+    """Pixels that are the integers 0 ... K - 1."""
+    return Categorical(shape, num_levels, net=net)
+
+
+def normal(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribution:
+    """Real values, location and scale both from the net."""
+    return DiagonalNormal(shape, net=net)
+
+
+LIKELIHOODS: dict[
+    str, tuple[Callable[[int], int], Callable[[Sequence[int], int, nn.Module], Distribution]]
+] = {
+    "bernoulli": (lambda levels: 1, bernoulli),
+    "categorical": (lambda levels: levels, categorical),
+    "normal": (lambda levels: 2, normal),
+}
+
+
+def likelihood_of(
+    likelihood: str, shape: Sequence[int], num_levels: int, net: Callable[[int], nn.Module]
+) -> Distribution:
+    """The decoder: ``net(P)`` makes its net with P outputs a pixel.
+
+    Raises:
+        ValueError: for an unknown likelihood, or levels that do not fit it.
+    """
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"model.likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
+            + close_match(likelihood, LIKELIHOODS)
+        )
+    outputs, make = LIKELIHOODS[likelihood]
+    return make(shape, num_levels, net(outputs(num_levels)))
+
+
+def vae_of_vectors(
+    features: int,
+    latent_features: int,
+    posterior: str = "diagonal",
+    num_layers: int = 0,
+    amortised: bool = True,
+    prior: str = "standard",
+    prior_layers: int = 4,
+    num_components: int = 16,
+    spread: float = 1.0,
+    likelihood: str = "bernoulli",
+    num_levels: int = 2,
+    hidden_features: Sequence[int] = (500, 500),
+    activation: str = "relu",
+    flow_hidden_features: Sequence[int] = (320,),
+    flow_activation: str = "relu",
+) -> Flow:
+    r"""VAE layer with a flow as its posterior -> a flow as its prior -> base.
+
+    .. math:: \log p(x) \ge \mathbb E_{q(z|x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
+
+    The encoder's net (``hidden_features``, an activation behind each layer) gives h once a row; all
+    parameters of the posterior are linear in h, or see h beside the latent. The decoder's net has
+    the same hidden layers, in reverse.
+
+    Args:
+        features: D, the size of x: (B, D).
+        latent_features: L.
+        posterior, num_layers, amortised: see :func:`~surflow.models.posteriors.flow_posterior`.
+        prior: standard, mixture, vamp, realnvp or autoregressive; see :mod:`surflow.models.priors`.
+        prior_layers: of a flow as the prior.
+        num_components: K of a mixture or a vamp prior.
+        spread: standard deviation of a mixture's locations at the start.
+        likelihood: bernoulli (0.0 and 1.0, or grey values between), categorical (integers 0 ...
+            ``num_levels`` - 1) or normal.
+        num_levels: of integers.
+        hidden_features, activation: of encoder and decoder; relu, elu, gelu, silu, tanh, or maxout
+            over four units each.
+        flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
+
+    Raises:
+        ValueError: for an unknown name, or numbers that do not fit.
+
+    Source: Kingma & Welling 2014, arXiv 1312.6114; Rezende & Mohamed 2015, arXiv 1505.05770
+    (posteriors); Tomczak & Welling 2018, arXiv 1705.07120, and Chen et al. 2017, arXiv 1611.02731
+    (priors).
+
+    >>> import torch
+    >>> flow = vae_of_vectors(6, 2, "planar", 3, hidden_features=[8])
+    >>> x = torch.randint(2, (5, 6)).float()
+    >>> flow.log_prob(x).shape, flow.sample(5).shape, flow.lower_bound
+    (torch.Size([5]), torch.Size([5, 6]), True)
+    """
+    if min(features, latent_features, num_levels) < 1:
+        raise ValueError(
+            "model.latent_features: expected features, latent_features and num_levels >= 1, got "
+            f"{features}, {latent_features} and {num_levels}"
+        )
+    embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
+    encoder = flow_posterior(
+        latent_features,
+        GreyInput(embed, num_levels),
+        hidden_features[-1],
+        posterior,
+        num_layers,
+        amortised,
+        flow_hidden_features,
+        flow_activation,
+    )
+
+    def net(outputs: int) -> nn.Module:
+        hidden = list(reversed(hidden_features))
+        body = hidden_layers(latent_features, hidden, activation)
+        return nn.Sequential(*body, Linear(hidden[-1], features * outputs))
+
+    decoder = likelihood_of(likelihood, (features,), num_levels, net)
+    wanted = Wanted(
+        encoder,
+        (features,),
+        num_components,
+        spread,
+        prior_layers,
+        flow_hidden_features,
+        flow_activation,
+    )
+    base, layers = prior_of(prior, wanted)
+    return Flow(base, [VAE(encoder, decoder), *layers])
+
+
+def independent(
+    shape: Sequence[int], num_levels: int, net: Callable[[int], nn.Module], local: LocalNet
+) -> Distribution:
+    """Pixels that are independent given the latent: 0.0 and 1.0, or integers of more levels."""
+    likelihood = "bernoulli" if num_levels == 2 else "categorical"
+    return likelihood_of(likelihood, shape, num_levels, lambda count: net(count * shape[0]))
+
+
+def local_pixelcnn(
+    shape: Sequence[int], num_levels: int, net: Callable[[int], nn.Module], local: LocalNet
+) -> Distribution:
+    """Binary pixels, each given the latent and a small window before it."""
+    if num_levels != 2:
+        raise ValueError(f"model.decoder: expected 2 levels with local, got {num_levels}")
+    cnn = local(shape[0])
+    return AutoregressiveBernoulli(shape, cnn, net(cnn.context_features))
+
+
+DECODERS: dict[str, Callable[..., Distribution]] = {
+    "independent": independent,
+    "local": local_pixelcnn,
+}
+
+
+def vae_of_images(
+    shape: Sequence[int],
+    latent_features: int = 32,
+    posterior: str = "diagonal",
+    num_layers: int = 0,
+    amortised: bool = True,
+    prior: str = "standard",
+    prior_layers: int = 4,
+    num_components: int = 16,
+    spread: float = 1.0,
+    decoder: str = "independent",
+    num_levels: int = 2,
+    channels: Sequence[int] = (32, 32, 64),
+    num_blocks: int = 2,
+    embed_features: int = 450,
+    flow_hidden_features: Sequence[int] = (640,),
+    flow_activation: str = "elu",
+    local: LocalNet | None = None,
+) -> Flow:
+    r"""VAE layer with a flow as its posterior -> a flow as its prior -> base, with image nets.
+
+    .. math:: \log p(x) \ge \mathbb E_{q(z|x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
+
+    What :func:`vae_of_vectors` is, with residual convolutional nets. An IAF posterior and an
+    autoregressive prior are the same layers in either direction. With ``decoder="local"`` a pixel
+    also sees a small window before it, so that the latent is left with what is not local: a
+    variational lossy autoencoder.
+
+    Args:
+        shape: (C, H, W) of x.
+        latent_features: L.
+        posterior, num_layers, amortised: see :func:`~surflow.models.posteriors.flow_posterior`.
+        prior, prior_layers, num_components, spread: see :func:`vae_of_vectors`.
+        decoder: independent, or local (one channel of binary pixels).
+        num_levels: 2 for pixels 0.0 and 1.0 (or grey values between), more for integers.
+        channels, num_blocks: of encoder and decoder; see
+            :class:`~surflow.nets.conv_resnet.ImageEncoder`.
+        embed_features: H, the size of what the encoder's net gives, and of a layer of the
+            decoder's.
+        flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
+        local: ``local(channels)`` makes the net of the local decoder; None:
+            :class:`~surflow.nets.masked_conv.LocalPixelCNN` with 32 features of the place.
+
+    Raises:
+        ValueError: for an unknown name, or numbers that do not fit.
+
+    Source: Chen et al. 2017, arXiv 1611.02731, Sec. 4.1; Kingma et al. 2016, arXiv 1606.04934. The
+    sizes of the nets are this library's.
+
+    >>> import torch
+    >>> flow = vae_of_images((1, 8, 8), 4, prior="autoregressive", decoder="local",
+    ...                      channels=(4, 4), flow_hidden_features=[8])
+    >>> flow.log_prob(torch.zeros(5, 1, 8, 8)).shape, flow.sample(2).shape
+    (torch.Size([5]), torch.Size([2, 1, 8, 8]))
+    """
+    shape = tuple(shape)
+    if decoder not in DECODERS:
+        raise ValueError(
+            f"model.decoder: expected one of {', '.join(DECODERS)}, got {decoder!r}"
+            + close_match(decoder, DECODERS)
+        )
+    encoder = flow_posterior(
+        latent_features,
+        GreyInput(ImageEncoder(shape, embed_features, channels, num_blocks), num_levels),
+        embed_features,
+        posterior,
+        num_layers,
+        amortised,
+        flow_hidden_features,
+        flow_activation,
+    )
+
+    def net(outputs: int) -> nn.Module:
+        return ImageDecoder(latent_features, shape, outputs, embed_features, channels, num_blocks)
+
+    local = local or partial(LocalPixelCNN, context_features=32)
+    likelihood = DECODERS[decoder](shape, num_levels, net, local)
+    wanted = Wanted(
+        encoder,
+        shape,
+        num_components,
+        spread,
+        prior_layers,
+        flow_hidden_features,
+        flow_activation,
+    )
+    base, layers = prior_of(prior, wanted)
+    return Flow(base, [VAE(encoder, likelihood), *layers])
