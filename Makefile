@@ -22,7 +22,7 @@ REPRODUCE = $(RUN).reproduce $(REQUEST) launcher=$(LAUNCHER) workers=$(WORKERS) 
 	$(if $(DEVICES),devices=$(DEVICES)) $(if $(NODES),nodes=$(NODES)) $(if $(SLURM),'slurm={$(SLURM)}')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset figure-compositions report-synthetic report-table4 report-table5 lock clean
+.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset reproduce-vae-planar reproduce-vae-depth reproduce-vae-prior reproduce-vae-prior-mnist reproduce-vlae figure-compositions report-synthetic report-table4 report-table5 lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
@@ -90,6 +90,23 @@ reproduce-table5: $(STAMP)  ## Images, Inception score and FID of table 4's runs
 reproduce-cifar10-subset: DEFAULT_PROFILE = short
 reproduce-cifar10-subset: $(STAMP)  ## Two small PoolFlows on a tenth of CIFAR-10, on a CPU: does the pipeline learn?
 	$(REPRODUCE) artefact=cifar10_subset
+
+reproduce-vae-depth reproduce-vlae: DEFAULT_PROFILE = auto
+
+reproduce-vae-planar: $(STAMP)  ## VAE against planar, radial, IAF, Real NVP posteriors on MNIST; hours on two cores
+	$(REPRODUCE) artefact=vae_planar
+
+reproduce-vae-depth: $(STAMP)  ## Depth of a planar posterior on binarized MNIST; no GPU: profile smoke
+	$(REPRODUCE) artefact=vae_depth
+
+reproduce-vae-prior: $(STAMP)  ## Priors of a VAE on embedded digits, with the aggregated posterior as a picture
+	$(REPRODUCE) artefact=vae_prior
+
+reproduce-vae-prior-mnist: $(STAMP)  ## The same on MNIST
+	$(REPRODUCE) artefact=vae_prior_mnist
+
+reproduce-vlae: $(STAMP)  ## IAF posterior, autoregressive prior, VLAE on binarized MNIST; no GPU: profile smoke
+	$(REPRODUCE) artefact=vlae
 
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
 	$(RUN).report artefact=synthetic $(REQUEST)

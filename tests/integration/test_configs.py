@@ -277,7 +277,7 @@ def test_model_of_digits(data, model):
     x = built.splits["train"][:5]
     assert flow.log_prob(x).isfinite().all()
     assert flow.sample(3).shape == (3, 64)
-    with pytest.raises(UserError, match="surjection=abs: .*surjection=none"):
+    with pytest.raises(UserError, match=r"surjection=abs: .*surjection=none"):
         build(compose([*overrides, "surjection=abs"]))
     with pytest.raises(UserError, match=f"model={model} is for data of levels, and data=corners"):
         build(compose(["data=corners", f"model={model}"]))
