@@ -1,0 +1,168 @@
+"""Training of VAEs: annealing by the step, free bits, what is logged, active units of a record."""
+
+import json
+
+import pytest
+import torch
+
+import surflow.training.module as training
+from surflow.cli.common import load_flow
+from surflow.config import ADDED_LATER, compose, config_hash
+
+VAE = (
+    "data=digits_binary",
+    "model=vae_posterior",
+    "model.latent_features=3",
+    "model.hidden_features=[16]",
+    "data.train_size=256",
+    "data.valid_size=64",
+    "data.test_size=100",
+    "data.batch_size=64",
+    "trainer.max_epochs=2",
+    "trainer.log_every=2",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "trainer.compile=false",
+    "run.pictures=false",
+    "logger=csv",
+)
+
+
+@pytest.fixture
+def config(root):
+    """The config of a small VAE, where the other tests of this folder have a coupling flow."""
+    return lambda *overrides, name="train": compose([*VAE, f"run.root={root}", *overrides], name)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """What the annealed bound was asked for, step by step."""
+    asked = []
+    plain = training.annealed_elbo
+
+    def recorded(flow, x, **how):
+        asked.append({**how, "beta": how["beta"].item()})
+        return plain(flow, x, **how)
+
+    monkeypatch.setattr(training, "annealed_elbo", recorded)
+    return asked
+
+
+def test_beta_follows_the_optimizer_steps(train, rows, losses):
+    annealed = ["objective.beta_start=0.25", "objective.beta_steps=4", "objective.annealed=joint"]
+    _, folder, metrics = train(*annealed, "objective.free_bits=0.125")
+    assert [a["beta"] for a in losses] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]  # two epochs of four
+    assert {a["annealed"] for a in losses} == {"joint"}
+    assert {a["free_bits"] for a in losses} == {0.125}
+    names = set(rows(folder)[0])
+    assert "train/annealed_elbo_nats" in names  # a loss, and no bound
+    assert "train/elbo_nats" not in names
+    assert "val/elbo_nats" in names
+    assert metrics["test/elbo_nats"] > 0
+
+
+def test_beta_of_accumulated_batches_is_that_of_the_step(train, losses):
+    train("objective.beta_start=0.0", "objective.beta_steps=4", "trainer.accumulate_grad_batches=2")
+    assert [a["beta"] for a in losses] == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
+def test_without_annealing_the_loss_is_the_bound(train, rows, losses):
+    cfg, folder, _ = train()
+    assert losses == []
+    assert "train/elbo_nats" in rows(folder)[0]
+    # an earlier version had none of these keys: its runs are found again
+    plain = {key: value for key, value in ADDED_LATER.items() if key.startswith("objective.")}
+    assert len(plain) == 4
+    overrides = [f"{key}={value}" for key, value in plain.items()]
+    assert config_hash(compose([*VAE, *overrides])) == config_hash(cfg)
+    assert config_hash(compose([*VAE, "objective.beta_steps=9"])) != config_hash(cfg)
+
+
+def test_an_annealed_step_is_the_gradient_of_its_formula(config):
+    """One step of plain gradient descent, against the terms written out with torch.distributions."""
+    from surflow.cli.common import build_data, build_flow
+
+    how = training.Annealing("divergence", beta_start=0.5, beta_steps=10)
+    cfg = config()
+    data = build_data(cfg)
+    flow = build_flow(cfg, data).double()
+    module = training.FlowModule(flow, None, None, training.Objective(annealing=how))
+    x = data.splits["train"][:32].double()
+    beta = torch.tensor(how.beta(2), dtype=torch.float64)
+    assert beta == 0.7
+    torch.manual_seed(5)
+    module._eager_loss(x, beta).backward()
+    mine = [p.grad.clone() for p in flow.parameters()]
+
+    layer = flow.transforms[0]
+    for p in flow.parameters():
+        p.grad = None
+    torch.manual_seed(5)
+    loc, log_scale = layer.encoder.flow.base.parameters_of(layer.encoder.net(x))
+    q = torch.distributions.Normal(loc, log_scale.exp())
+    z = loc + log_scale.exp() * torch.randn_like(loc)
+    p_x = torch.distributions.Bernoulli(logits=layer.decoder.net(z), validate_args=False)
+    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    terms = p_x.log_prob(x).sum(1) - beta * (q.log_prob(z).sum(1) - log_p)
+    (-terms.mean()).backward()
+    for a, p in zip(mine, flow.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights, monkeypatch):
+    from surflow.cli.train import train as run
+    from surflow.config import run_dir
+
+    if not training.can_compile():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the draws of eager code
+    found = []
+    for name in ("false", "true"):
+        cfg = config(
+            f"trainer.compile={name}",
+            f"run.root={tmp_path / name}",
+            "objective.beta_start=0.25",
+            "objective.beta_steps=4",
+            "objective.free_bits=0.1",
+        )
+        run(cfg)
+        found.append(weights(run_dir(cfg)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("posterior", ["diagonal", "planar"])
+def test_active_units_of_a_record(train, posterior):
+    layers = 2 if posterior == "planar" else 0
+    cfg, folder, metrics = train(f"model.posterior={posterior}", f"model.num_layers={layers}")
+    flow, data, _ = load_flow(cfg, folder / "last.ckpt")
+    encoder = flow.transforms[0].encoder
+    x = data.splits["test"]
+    with torch.no_grad():
+        if posterior == "diagonal":
+            mean = encoder.flow.base.parameters_of(encoder.net(x))[0]
+        else:
+            mean = torch.stack([encoder.sample(context=x) for _ in range(4000)]).mean(0)
+    count = int((mean.var(0) > 0.01).sum())
+    metric = json.loads((folder / "record.json").read_text())["metrics"]["test/active_units"]
+    assert metrics["test/active_units"] == metric["value"] == count
+    assert (metric["unit"], metric["kind"], metric["count"]) == ("units", "score", 100)
+    assert metric["protocol"] == {"of": 3, "threshold": 0.01, "rows": 100}
+
+
+def test_annealing_needs_a_vae_layer(call, root):
+    done = call(
+        "train",
+        "data=corners",
+        "objective.beta_steps=10",
+        f"run.root={root}",
+        "logger=csv",
+        "trainer.accelerator=cpu",
+    )
+    assert done.code == 2
+    lines = [line for line in done.err.splitlines() if line.startswith("surflow: error")]
+    assert lines == [
+        "surflow: error: objective.beta_steps, objective.free_bits: expected a model with a VAE "
+        "layer, got one without"
+    ]
+    assert not list(root.rglob("*.ckpt"))
