@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from surflow.cli import bench, bench_images, bench_splines
+from surflow.cli import bench, bench_images, bench_splines, bench_vae
 from surflow.config import compose
 from surflow.errors import UserError
 
@@ -35,6 +36,12 @@ TINY = (
     "images.samples=4",
     "images.iwbo={rows: 2, samples: 3}",
     "images.fid.n=0",
+    'vae.overrides=["profile=paper","model.hidden_features=[8,6]","model.latent_features=4",'
+    '"model.flow_hidden_features=[5]","data.batch_size=8"]',
+    "vae.blocks=3",
+    "vae.steps=2",
+    "vae.warm_up=1",
+    "vae.profile_steps=1",
 )
 
 
@@ -145,7 +152,7 @@ def test_an_unlike_flow_is_not_compared(run, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parts=[spine]", "parts: expected some of step, spline, images, got 'spine'"),
+        ("parts=[spine]", "parts: expected some of step, spline, images, vae, got 'spine'"),
         ("spline.libraries=[zuki]", "spline.libraries: expected some of nflows, normflows, zuko"),
         ("spline.blocks=2", "spline.blocks, spline.calls: expected >= 3 and >= 1, got 2, 1"),
         ("blocks=1", "blocks and steps: expected >= 3 and >= 1, got 1, 2"),
@@ -256,3 +263,127 @@ def test_known_chips_have_a_peak(monkeypatch):
     }.items():
         monkeypatch.setattr(bench_images, "device_name", lambda device, name=name: name)
         assert bench_images.peak_of(cfg) == peak
+
+
+# VAEs ---------------------------------------------------------------------------------------------
+
+
+def test_vaes(run, capsys):
+    """Each model through its real training run, timed in turns with its nets alone."""
+    threads = torch.get_num_threads()
+    folder = run("parts=[vae]")
+    assert torch.get_num_threads() == threads
+    assert "nll" not in capsys.readouterr().out  # of noise, by the runs
+    result = json.loads((folder / "vae.json").read_text())
+    vae = (784 * 8 + 8) + (8 * 6 + 6) + (6 * 8 + 8) + (4 * 6 + 6) + (6 * 8 + 8) + (8 * 784 + 784)
+    by_hand = {
+        "vae": vae,
+        "planar_8": vae + 7 * 8 * 9,  # 6 features and a bias -> u, w, b of 8 layers
+        "radial_8": vae + 7 * 8 * 6,
+        "iaf_8": vae + 8 * ((4 + 6) * 5 + 5 + 5 * 8 + 8),
+        "realnvp_8": vae + 8 * ((2 + 6) * 5 + 5 + 5 * 4 + 4),
+    }
+    assert {name: m["parameters"] for name, m in result["models"].items()} == by_hand
+    for m in result["models"].values():
+        assert m["relative_difference_of_losses"] < 1e-10
+        ms = m["ms_per_step"]
+        assert set(ms) == {"nets, eager", "step, eager", "loop"}
+        for spread in ms.values():
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        for key, over in (("step, eager", "step, eager"), ("loop", "loop")):
+            low = ms["nets, eager"]["min"] / ms[over]["max"]
+            high = ms["nets, eager"]["max"] / ms[over]["min"]
+            share = m["share"][key]
+            assert low * 0.98 <= share["min"] <= share["max"] <= high * 1.02
+        assert m["share"]["epoch"]["median"] < m["share"]["loop"]["median"]
+        assert m["run"]["images"] == (1 + 3 * 2 + 1) * 8
+        assert sum(m["profile"].values()) == pytest.approx(1, abs=1e-3)
+        assert min(m["profile"][kind] for kind in ("products", "optimizer")) > 0
+    page = (folder / "vae.md").read_text()
+    assert "| planar_8 |" in page and "not compiled" in page
+
+
+def flow_of(name):
+    cfg = compose(TINY, "bench").vae
+    training = bench_vae.run_of(cfg, list(cfg.models[name]), 1, "unused", False)
+    return bench_vae.build_flow(training, instantiate(training.data.module))
+
+
+@pytest.mark.parametrize(("name", "posterior"), [("iaf_8", "iaf"), ("realnvp_8", "realnvp")])
+def test_nets_alone_of_layers_that_start_as_the_identity(name, posterior):
+    """There the nets' outputs are zero: to leave out how they are applied changes nothing."""
+    flow = flow_of(name).double()
+    nets = bench_vae.Nets(flow, posterior).double()
+    x = torch.rand(16, 784, dtype=torch.float64)
+    losses = []
+    for loss in (lambda: -flow.log_prob(x).mean(), lambda: nets.loss(x)):
+        torch.manual_seed(0)
+        losses.append(loss())
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    for one in losses:
+        one.backward()
+    ours = torch.cat([p.grad.flatten() for p in flow.transforms[0].encoder.net.parameters()])
+    theirs = torch.cat([p.grad.flatten() for p in nets.embed.parameters()])
+    torch.testing.assert_close(ours, theirs)
+    assert all(p.grad is not None for p in nets.parameters())
+
+
+def test_other_nets_are_not_compared():
+    flow, x = flow_of("planar_8"), torch.rand(8, 784)
+    nets = bench_vae.Nets(flow, "planar")
+    assert bench_vae.check_same(flow, nets, x) < 1e-10
+    with torch.no_grad():
+        nets.decoder[-1].bias[3] += 0.01
+    with pytest.raises(RuntimeError, match="the losses differ by"):
+        bench_vae.check_same(flow, nets, x)
+    nets.layers = torch.nn.ModuleList()
+    with pytest.raises(RuntimeError, match="the nets alone have"):
+        bench_vae.check_same(flow, nets, x)
+
+
+def test_pauses_of_the_loop_do_not_count(monkeypatch):
+    """A loop of 3 s a step whose pauses take 100 s, and an end of 7 s."""
+    now = 0.0
+    monkeypatch.setattr(bench_vae.time, "perf_counter", lambda: now)
+
+    class Other:
+        def seconds(self, steps):
+            nonlocal now
+            now += 100.0
+            return 1.5
+
+    turns = bench_vae.Turns({"other": Other()}, blocks=2, steps=4, warm_up=2)
+    turns.times["other"] = []
+    for i in range(turns.total):
+        turns.before_step()
+        now += 50.0 if i < 2 else 3.0
+    now += 7.0
+    turns.after_training()
+    assert turns.times == {"loop": [3.0, 3.0], "other": [1.5, 1.5]}
+    assert turns.end == 7.0 and now == 2 * 50.0 + 9 * 3.0 + 2 * 100.0 + 7.0
+
+
+def test_noise_is_as_dark_as_digits():
+    cfg = compose(TINY, "bench").vae
+    training = bench_vae.run_of(cfg, list(cfg.models.vae), 2, "unused", False)
+    data = instantiate(training.data.module)
+    data.setup()
+    assert [len(data.splits[s]) for s in ("train", "valid", "test")] == [16, 1000, 1000]
+    valid = data.splits["valid"]
+    assert (valid != 0).float().mean().item() == pytest.approx(0.19, abs=0.01)
+    assert valid[valid != 0].mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("vae.blocks=2", "vae: expected blocks >= 3, steps, warm_up and profile_steps >= 1"),
+        (
+            'vae.models.vae=["experiment=vae_planar/planar","model.posterior=sylvester"]',
+            "vae.models.vae: expected model.posterior as one of diagonal, planar, radial, realnvp",
+        ),
+    ],
+)
+def test_vae_benchmark_names_what_is_wrong(run, override, message):
+    with pytest.raises(UserError, match=message):
+        run("parts=[vae]", override)

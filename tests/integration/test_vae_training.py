@@ -79,7 +79,7 @@ def test_without_annealing_the_loss_is_the_bound(train, rows, losses):
 
 
 def test_an_annealed_step_is_the_gradient_of_its_formula(config):
-    """One step of plain gradient descent, against the terms written out with torch.distributions."""
+    """Against the terms written out with torch.distributions."""
     from surflow.cli.common import build_data, build_flow
 
     how = training.Annealing("divergence", beta_start=0.5, beta_steps=10)

@@ -19,6 +19,7 @@ from surflow import (
     objectives,
     proofs,
     transforms,
+    variational,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,7 @@ MODULES = [
     memory,
     objectives,
     proofs,
+    variational,
     *modules_of(metrics),
     *modules_of(models),
     *modules_of(transforms),

@@ -118,6 +118,18 @@ def test_draws_of_a_prior_follow_its_density(prior):
     assert ((statistics(draws).mean(0) - expected).abs() < 4.5 * error + 1e-3).all()
 
 
+@pytest.mark.parametrize("posterior", ["planar", "radial", "realnvp", "iaf"])
+def test_amortised_layers_start_as_the_identity(posterior):
+    torch.manual_seed(0)
+    flow = vae_of_vectors(6, 3, posterior, 4, hidden_features=[8]).double()
+    q = flow.transforms[0].encoder
+    x = torch.randint(2, (50, 6)).double()
+    z, log_q = q.sample_and_log_prob(context=x)
+    loc, log_scale = q.flow.base.parameters_of(q.net(x))
+    normal = torch.distributions.Normal(loc, log_scale.exp())
+    torch.testing.assert_close(log_q, normal.log_prob(z).sum(1), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("posterior", list(POSTERIORS))
 def test_depth_zero_is_the_diagonal_posterior(posterior):
     x, values = pixels().float(), []

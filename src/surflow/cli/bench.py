@@ -2,10 +2,11 @@
 
     make bench
 
-Three parts. The first times a training step against a plain implementation of the same flow, the
+Four parts. The first times a training step against a plain implementation of the same flow, the
 second (:mod:`surflow.cli.bench_splines`) a spline coupling flow against three other libraries, the
 third (:mod:`surflow.cli.bench_images`) an image flow against the same run plainly; ``make
-bench-gpu`` runs that at full size.
+bench-gpu`` runs that at full size. The fourth (:mod:`surflow.cli.bench_vae`) times the nets of VAEs
+alone, their step, and that step in the training loop.
 
 The plain implementation is what a textbook gives: separate modules, eager mode, torch Adam
 with neither fused nor batched kernels, one loop over parameters. Both run the published setting
@@ -138,7 +139,7 @@ def compiles(cfg: DictConfig) -> bool:
 
 def bench(cfg: DictConfig) -> None:
     """Run the parts that the config names."""
-    known = {"step": bench_step, "spline": bench_spline, "images": bench_images}
+    known = {"step": bench_step, "spline": bench_spline, "images": bench_images, "vae": bench_vae}
     wrong = [part for part in cfg.parts if part not in known]
     if wrong:
         raise UserError(f"parts: expected some of {', '.join(known)}, got {wrong[0]!r}")
@@ -176,6 +177,21 @@ def bench_images(cfg: DictConfig) -> dict[str, object]:
     write_text_atomic(folder / f"{cfg.images.name}.md", bench_images.page(result))
     print(bench_images.page(result))
     print(f"{relative(folder)}/: {cfg.images.name}.json, {cfg.images.name}.md")
+    return result
+
+
+def bench_vae(cfg: DictConfig) -> dict[str, object]:
+    """The fourth part; returns what is written to results/bench/vae.json."""
+    from surflow.cli import bench_vae
+    from surflow.training.record import origin
+
+    result = bench_vae.run(cfg.vae, compiles(cfg)) | origin()
+    folder = Path(cfg.results_root) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / f"{cfg.vae.name}.json", result)
+    write_text_atomic(folder / f"{cfg.vae.name}.md", bench_vae.page(result))
+    print(bench_vae.page(result))
+    print(f"{relative(folder)}/: {cfg.vae.name}.json, {cfg.vae.name}.md")
     return result
 
 

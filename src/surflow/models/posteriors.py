@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from surflow.distributions import DiagonalNormal
 from surflow.errors import close_match
@@ -44,17 +45,43 @@ class Layers:
         """A linear map of the context to ``count`` parameters; None where they are free."""
         return nn.Linear(self.context_features, count) if self.context_features else None
 
+    def head_of_each(self, count: int, start: Callable[[Tensor], None]) -> nn.Module | None:
+        """One head for ``count`` parameters of every layer.
+
+        Args:
+            start: changes weights and biases in place, (layers, count, H + 1), at the start.
+        """
+        net = self.head(self.num_layers * count)
+        if net is not None:
+            with torch.no_grad():
+                both = torch.cat([net.weight, net.bias.unsqueeze(1)], dim=1)
+                start(both.view(self.num_layers, count, -1))
+                net.weight.copy_(both[:, :-1])
+                net.bias.copy_(both[:, -1])
+        return net
+
 
 def planar(of: Layers) -> list[Transform]:
-    """Planar layers, turned so that a draw and its density are closed forms."""
-    net = of.head(of.num_layers * (2 * of.features + 1))
-    return [Inverse(PlanarStack(of.features, of.num_layers, net=net))]
+    """Planar layers, turned so that a draw and its density are closed forms. Amortised ones start
+    as the identity, at u = 0."""
+    d = of.features
+
+    def at_identity(rows: Tensor) -> None:
+        rows[:, :d] = 0
+
+    net = of.head_of_each(2 * d + 1, at_identity)
+    return [Inverse(PlanarStack(d, of.num_layers, net=net))]
 
 
 def radial(of: Layers) -> list[Transform]:
-    """Radial layers, turned likewise."""
-    net = of.head(of.num_layers * (of.features + 2))
-    return [Inverse(RadialStack(of.features, of.num_layers, net=net))]
+    """Radial layers, turned likewise. Amortised ones start as the identity, at alpha = gamma."""
+    d = of.features
+
+    def at_identity(rows: Tensor) -> None:
+        rows[:, d + 1] = rows[:, d]
+
+    net = of.head_of_each(d + 2, at_identity)
+    return [Inverse(RadialStack(d, of.num_layers, net=net))]
 
 
 def sylvester(of: Layers) -> list[Transform]:
