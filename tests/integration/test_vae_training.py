@@ -134,7 +134,7 @@ def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights, monkeyp
 @pytest.mark.parametrize("posterior", ["diagonal", "planar"])
 def test_active_units_of_a_record(train, posterior):
     layers = 2 if posterior == "planar" else 0
-    learned = ["trainer.max_epochs=15", "optimizer.lr=1e-2"]  # far enough from the threshold
+    learned = ["trainer.max_epochs=15", "optimizer.lr=1e-2"]  # some dimensions are used by then
     cfg, folder, metrics = train(
         f"model.posterior={posterior}", f"model.num_layers={layers}", *learned
     )
@@ -147,10 +147,12 @@ def test_active_units_of_a_record(train, posterior):
         else:
             mean = torch.stack([encoder.sample(context=x) for _ in range(4000)]).mean(0)
     variance = mean.var(0)
-    assert ((variance > 0.02) | (variance < 0.005)).all(), variance
-    count = int((variance > 0.01).sum())
+    noise = 0.0 if posterior == "diagonal" else 0.003  # of the record's 32 draws a row
+    least, most = (int((variance > 0.01 + edge).sum()) for edge in (noise, -noise))
+    assert most > 0
     metric = json.loads((folder / "record.json").read_text())["metrics"]["test/active_units"]
-    assert metrics["test/active_units"] == metric["value"] == count
+    assert metrics["test/active_units"] == metric["value"]
+    assert least <= metric["value"] <= most
     assert (metric["unit"], metric["kind"], metric["count"]) == ("units", "score", 100)
     assert metric["protocol"] == {"of": 3, "threshold": 0.01, "rows": 100}
 
