@@ -9,17 +9,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from surflow.cli.pictures import (
+from surflow.cli.decoded import (
     Decoded,
     aggregated_density,
     decoded_of,
     grid_divergence,
     grid_log_density,
-    image_shape,
     latent_arrays,
     mean_of,
-    pixels_of,
 )
+from surflow.cli.pixels import image_shape, pixels_of
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal
 from surflow.flow import Flow
 from surflow.metrics.samples import BrokenSamples, draw_unit
@@ -175,7 +174,7 @@ def test_aggregated_density_has_the_mass_of_its_cells():
 def test_aggregated_density_does_not_depend_on_blocks(monkeypatch):
     loc, scale = torch.randn(50, 2), torch.rand(50, 2) + 0.1
     whole = aggregated_density(loc, scale, edges_of(-6, 6, 20))
-    monkeypatch.setattr("surflow.cli.pictures.ROWS", 7)
+    monkeypatch.setattr("surflow.cli.decoded.ROWS", 7)
     torch.testing.assert_close(aggregated_density(loc, scale, edges_of(-6, 6, 20)), whole)
 
 

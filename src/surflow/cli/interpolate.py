@@ -40,7 +40,7 @@ def interpolation_figure(
     Args:
         flow: a flow over images, on any device.
         data: a DataModule, set up, of the same images, flat or not: ``splits["test"]``, and what
-            :func:`surflow.cli.pictures.pixels_of` asks for.
+            :func:`surflow.cli.pixels.pixels_of` asks for.
         folder: where the picture goes; made if it is not there.
         pairs: rows; as many as there are pairs of test images where there are fewer.
         steps: columns, the two images included.
@@ -56,7 +56,8 @@ def interpolation_figure(
     """
     import torch
 
-    from surflow.cli.pictures import decoded_of, drawing, pixels_of
+    from surflow.cli.decoded import decoded_of, drawing
+    from surflow.cli.pixels import pixels_of
     from surflow.models import latent_interpolation
     from surflow.reporting.images import image_grid
 
@@ -97,7 +98,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
-    from surflow.cli.pictures import shape_of_config
+    from surflow.cli.pixels import shape_of_config
     from surflow.models.interpolation import PATHS
 
     register_resolvers()

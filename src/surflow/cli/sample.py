@@ -42,7 +42,7 @@ def sample_run(cfg: DictConfig) -> Path:
         raise UserError(f"n: expected a positive whole number, got {cfg.n}")
     if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    from surflow.cli.pictures import shape_of_config
+    from surflow.cli.pixels import shape_of_config
 
     shape = shape_of_config(cfg)
     images = len(shape) == 3
@@ -110,7 +110,8 @@ def _write_images(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
     """
     import torch
 
-    from surflow.cli.pictures import decoded_of, pixels_of
+    from surflow.cli.decoded import decoded_of
+    from surflow.cli.pixels import pixels_of
     from surflow.metrics.samples import IMAGE_UNIT, full_range
     from surflow.reporting.images import image_sheet
 
@@ -140,7 +141,7 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
     import numpy as np
     from PIL import Image
 
-    from surflow.cli.pictures import pixels_of
+    from surflow.cli.pixels import pixels_of
     from surflow.metrics.samples import IMAGE_UNIT
     from surflow.reporting.images import write_image
 

@@ -1,0 +1,286 @@
+"""What a VAE looks like: decoder means, and of a 2-D latent its posterior beside its prior."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surflow.cli.pixels import image_shape, pixels_of
+from surflow.distributions import Bernoulli, Categorical, DiagonalNormal
+from surflow.distributions.base import Distribution
+from surflow.flow import Flow
+from surflow.transforms import VAE, Transform
+from surflow.transforms.base import repeat_rows
+from surflow.variational import factorised, has_vae_layer, prior_flow
+
+GRID = 256
+LATENT_DRAWS = 200_000  # of a posterior without a density in closed form, over all rows
+LATENT_GRID = 128  # cells a side of their histogram
+ROWS = 1024  # test images at a time
+CELLS = 16_384  # latents at a time
+MEANS, DRAWS = "decoder means", "decoder draws"
+
+
+@singledispatch
+def mean_of(density: Distribution, context: Tensor) -> Tensor:
+    """E[x | context], (B, *event), real; of integers too.
+
+    Raises:
+        ValueError: for a density whose mean has no closed form here.
+    """
+    raise ValueError(f"mean_of: expected a density with a known mean, got {type(density).__name__}")
+
+
+@mean_of.register
+def _(density: Bernoulli, context: Tensor) -> Tensor:
+    return torch.sigmoid(density.logits_of(context))
+
+
+@mean_of.register
+def _(density: Categorical, context: Tensor) -> Tensor:
+    p = density.log_probabilities(context).exp()
+    return p @ torch.arange(density.num_classes, device=p.device, dtype=p.dtype)
+
+
+@mean_of.register
+def _(density: DiagonalNormal, context: Tensor) -> Tensor:
+    return density.parameters_of(context)[0]
+
+
+class Decoded(nn.Module):
+    """What stands around the first VAE layer of a flow, and how its latents look.
+
+    Args:
+        flow: without a context; the parts are its own, not copies.
+
+    Attributes:
+        front: layers before the VAE layer, data side first.
+        vae: the layer.
+        prior: what stands behind it, as a flow over latents.
+
+    Raises:
+        ValueError: for a flow without a VAE layer, or one that takes a context.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        if flow.conditional:
+            raise ValueError("pictures of a VAE: expected a flow without a context")
+        self.flow = flow
+        self.prior = prior_flow(flow)
+        layers = [layer for _, layer in flow.layers()]
+        place = next(i for i, layer in enumerate(layers) if isinstance(layer, VAE))
+        self.front: list[Transform] = layers[:place]
+        self.vae: VAE = layers[place]
+        self.train(flow.training)
+
+    @property
+    def shows_means(self) -> bool:
+        """Whether a decoder's mean is shown; a mean of integers fits no layer in front."""
+        known = mean_of.dispatch(type(self.vae.decoder)) is not mean_of.dispatch(object)
+        return known and not (self.front and self.vae.decoder.discrete)
+
+    @property
+    def has_grey(self) -> bool:
+        """Whether the mean is of bits or levels: grey images beside the draws."""
+        return self.shows_means and self.vae.decoder.discrete
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the VAE layer is given for data (B, *event): on the flow's device, in its type."""
+        weight = next(self.flow.parameters())
+        x = x.to(weight.device)
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        for layer in self.front:
+            x = layer.latent(x)
+        return x
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """A draw of q(z|x) for every row."""
+        return self.vae.latent(self.inner(x))
+
+    def images(self, z: Tensor) -> Tensor:
+        """The decoder's mean for every latent, where it has one, else a draw: (B, *event)."""
+        x = mean_of(self.vae.decoder, z) if self.shows_means else self.vae.inverse(z)
+        for layer in reversed(self.front):
+            x = layer.inverse(x)
+        return x
+
+    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
+        """The images of n draws from the prior: the latents are those of ``flow.sample``."""
+        return self.images(self.prior.sample(n, temperature=temperature))
+
+    def pixels(self, values: Tensor, data: Any) -> tuple[Tensor, int, str]:
+        """Values of :meth:`images` as 8-bit images, their levels, and what is seen in words."""
+        if self.has_grey:
+            grey = values.reshape(len(values), *image_shape(data)).cpu() * 255
+            return (grey / (data.num_levels - 1)).round().to(torch.uint8), 256, MEANS
+        return *pixels_of(values.cpu(), data), MEANS if self.shows_means else DRAWS
+
+
+def decoded_of(flow: Flow) -> Decoded | None:
+    """The parts of a flow with a VAE layer and without a context; None for another one."""
+    return Decoded(flow) if has_vae_layer(flow) and not flow.conditional else None
+
+
+@contextlib.contextmanager
+def drawing(flow: Flow, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, random numbers from ``seed`` alone; then all is as it was."""
+    device = next(flow.parameters()).device
+    training = flow.training
+    flow.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        flow.train(training)
+
+
+# 2-D latents
+
+
+def _cell_mass(loc: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
+    """The mass of N(loc, scale^2) between neighbouring edges: (N,), (N,), (G + 1,) -> (N, G)."""
+    e = (edges - loc.unsqueeze(1)) / scale.unsqueeze(1)
+    # the smaller tail on either side, so that no difference cancels far out
+    below, above = torch.special.ndtr(e), torch.special.ndtr(-e)
+    right = e[:, :-1] > 0
+    return torch.where(right, above[:, :-1] - above[:, 1:], below[:, 1:] - below[:, :-1])
+
+
+def aggregated_density(loc: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
+    r"""The aggregated posterior of 2-D diagonal normals, averaged over the cells of a grid.
+
+    .. math:: q(z) = \frac1N \sum_n \mathcal N(z_1; \mu_{n1}, \sigma_{n1}^2)
+              \mathcal N(z_2; \mu_{n2}, \sigma_{n2}^2)
+
+    The mass of a cell is exact (normal distribution functions), however narrow a posterior is.
+
+    Args:
+        loc, scale: (N, 2).
+        edges: (2, G + 1), of the cells along each axis, ascending and evenly spaced.
+
+    Returns:
+        (G, G), float64, [i, j] at (z1_i, z2_j); its sum times the area of a cell is the mass
+        inside.
+
+    Cost: N G evaluations and one product of (G, N) with (N, G) matrices, in blocks of rows.
+
+    Source: Hoffman & Johnson 2016, "ELBO surgery"; Tomczak & Welling 2018, arXiv 1705.07120.
+    """
+    edges = edges.double()
+    total = loc.new_zeros(edges.shape[1] - 1, edges.shape[1] - 1, dtype=torch.float64)
+    for mu, sigma in zip(loc.double().split(ROWS), scale.double().split(ROWS), strict=True):
+        first, second = (_cell_mass(mu[:, k], sigma[:, k], edges[k]) for k in range(2))
+        total += first.T @ second
+    return total / len(loc) / _area(edges)
+
+
+def _area(edges: Tensor) -> Tensor:
+    """Of a cell."""
+    return (edges[:, 1] - edges[:, 0]).prod()
+
+
+def grid_log_density(flow: Flow, edges: Tensor) -> Tensor:
+    """log p(z) at the centres of the cells: (2, G + 1) -> (G, G), nats, float64, on the CPU."""
+    like = next((t for t in (*flow.parameters(), *flow.buffers())), torch.empty(0))
+    centres = (edges[:, 1:] + edges[:, :-1]) / 2
+    z = torch.cartesian_prod(*centres).to(like)
+    log_p = torch.cat([flow.log_prob(part).cpu().double() for part in z.split(CELLS)])
+    return log_p.reshape(centres.shape[1], -1)
+
+
+def grid_divergence(density: Tensor, log_prior: Tensor, area: float) -> float:
+    r"""KL(q || p) in nats, :math:`\sum_{ij} A q_{ij} (\log q_{ij} - \log p_{ij})` over a grid.
+
+    Mass outside the grid does not count, and what differs within a cell neither.
+    """
+    log_ratio = torch.where(density > 0, density.log() - log_prior, 0.0)
+    return float((density * log_ratio).sum() * area)
+
+
+def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
+    """What ``latent.npz`` holds of a 2-D latent.
+
+    Args:
+        parts: of the flow.
+        test: data, (N, *event).
+
+    Returns:
+        grid_low, grid_high (2,), the edges of the grid; aggregated, prior (G, G), densities, [i, j]
+        at (z1_i, z2_j); points (N, 2), posterior means; kl, nats, NaN where the posterior has no
+        density in closed form; inside, the share of the aggregated posterior on the grid.
+
+    Raises:
+        ValueError: for a prior whose density is only a bound.
+    """
+    if parts.prior.lower_bound:
+        raise ValueError("latent: expected a prior with a density, got one with a bound on it")
+    normal = factorised(parts.vae.encoder)
+    if normal is None:
+        count = -(-LATENT_DRAWS // len(test))
+        rows = max(1, CELLS // count)
+        blocks = [_posterior_draws(parts, x, count) for x in test.split(rows)]
+        draws = torch.cat([block.flatten(0, 1) for block in blocks])
+        points = torch.cat([block.mean(0) for block in blocks])
+        low, high = _range(draws)
+    else:
+        found = [
+            normal.parameters_of(parts.vae.encoder._embed(parts.inner(x))) for x in test.split(ROWS)
+        ]
+        points = torch.cat([loc for loc, _ in found]).cpu().double()
+        scale = torch.cat([log_scale for _, log_scale in found]).cpu().double().exp()
+        low, high = (points - 4 * scale).amin(0), (points + 4 * scale).amax(0)
+    edges = _edges(parts.prior, low, high, LATENT_GRID if normal is None else GRID)
+    area = _area(edges)
+    if normal is None:
+        cells = [edges.shape[1] - 1] * 2
+        window = [(float(e[0]), float(e[-1])) for e in edges]
+        counts, *_ = np.histogram2d(*draws.numpy().T, bins=cells, range=window)
+        density = torch.from_numpy(counts) / len(draws) / area
+    else:
+        density = aggregated_density(points, scale, edges)
+    log_prior = grid_log_density(parts.prior, edges)
+    kl = math.nan if normal is None else grid_divergence(density, log_prior, float(area))
+    return {
+        "grid_low": edges[:, 0].numpy(),
+        "grid_high": edges[:, -1].numpy(),
+        "aggregated": density.numpy().astype(np.float32),
+        "prior": log_prior.exp().numpy().astype(np.float32),
+        "points": points.numpy().astype(np.float32),
+        "kl": np.float64(kl),
+        "inside": np.float64(density.sum() * area),
+    }
+
+
+def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
+    """(count, B, 2) draws of q(z|x), float64, on the CPU."""
+    encoder, given = parts.vae.encoder, parts.inner(x)
+    if getattr(encoder, "embeds_context", False):  # its net then runs once a row
+        z, _ = encoder.sample_and_log_prob(context=given, num_samples=count)
+    else:
+        z = encoder.sample(context=repeat_rows(given, count))
+    return z.cpu().double().unflatten(0, (count, len(x)))
+
+
+def _range(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Between the ten-thousandths of both ends, (2,) each."""
+    low, high = np.quantile(draws.numpy(), (0.0001, 0.9999), axis=0)
+    return torch.from_numpy(low), torch.from_numpy(high)
+
+
+def _edges(prior: Flow, low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """The edges of a square grid, (2, cells + 1), around the posterior and nearly all the prior."""
+    z = prior.sample(10_000).cpu().double().numpy()
+    ends = torch.from_numpy(np.quantile(z, (0.001, 0.999), axis=0))
+    low, high = torch.minimum(low, ends[0]), torch.maximum(high, ends[1])
+    middle, half = (low + high) / 2, 1.02 * (high - low).max() / 2
+    steps = torch.linspace(-1, 1, cells + 1, dtype=torch.float64)
+    return middle.unsqueeze(1) + half * steps
