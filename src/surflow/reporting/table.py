@@ -608,8 +608,10 @@ def bullets(items: Iterable[str]) -> str:
 def _first_lines(table: Table) -> list[str]:
     """What a reader must know of the profile before the first number."""
     seeds = " ".join(str(seed) for seed in table.seeds)
+    told = bool(table.spec.published)
+    full = "budgets and data as published" if told else "the full budget; nothing is published"
     first = f"**Profile `{table.profile}`**" + (
-        f": budgets and data as published. Seeds: {seeds}."
+        f": {full}. Seeds: {seeds}."
         if table.profile == "paper"
         else f": **not a reproduction.** Budgets or data differ from the publication, so no number"
         f" below reproduces a published one. Seeds: {seeds}."
