@@ -184,7 +184,8 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Cells) -> Path:
     table = fill_table(cfg, spec, cells)
     folder = Path(cfg.results_root) / cfg.profile.name / results_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {**DRAWN[spec.figure](table, folder), **_draw_curves(table, folder)}
+    drawn = table.without_empty_rows() if spec.figure == "vae" else table
+    pictures = {**DRAWN[spec.figure](drawn, folder), **_draw_curves(drawn, folder)}
     _copy_records(table, folder / "records")
     LAYOUTS[spec.layout](table, folder, make_command(cfg), pictures)
     return folder

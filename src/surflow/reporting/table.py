@@ -119,6 +119,14 @@ class Table:
         """Whether its numbers are of released weights that nothing of ours trained."""
         return any(record.weights for record in self.records)
 
+    def without_empty_rows(self) -> Table:
+        """The same table without rows that have neither a value nor a run, for its pictures."""
+        told = {c.row.name for c in self.cells.values() if c.records or c.published is not None}
+        told |= {c.row.name for c in self.cells.values() if c.quoted}
+        rows = tuple(row for row in self.spec.rows if row.name in told)
+        cells = {key: cell for key, cell in self.cells.items() if cell.row.name in told}
+        return replace(self, spec=replace(self.spec, rows=rows), cells=cells)
+
     def of_column(self, column: ColumnSpec) -> tuple[Cell, ...]:
         """The cells of a column, row by row."""
         return tuple(cell for cell in self.cells.values() if cell.column.name == column.name)
