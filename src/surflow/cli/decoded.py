@@ -237,7 +237,8 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
         ]
         points = torch.cat([loc for loc, _ in found]).cpu().double()
         scale = torch.cat([log_scale for _, log_scale in found]).cpu().double().exp()
-        low, high = (points - 4 * scale).amin(0), (points + 4 * scale).amax(0)
+        low = _range(points - 4 * scale)[0]
+        high = _range(points + 4 * scale)[1]
     edges = _edges(parts.prior, low, high, LATENT_GRID if normal is None else GRID)
     area = _area(edges)
     if normal is None:
@@ -271,8 +272,8 @@ def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
 
 
 def _range(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Between the ten-thousandths of both ends, (2,) each."""
-    low, high = np.quantile(draws.numpy(), (0.0001, 0.9999), axis=0)
+    """Between the thousandths of both ends, (2,) each: a few outliers would make the cells wide."""
+    low, high = np.quantile(draws.numpy(), (0.001, 0.999), axis=0)
     return torch.from_numpy(low), torch.from_numpy(high)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -726,10 +727,11 @@ def _latent_pair(
             origin="lower",
             extent=_extent(picture),
             cmap=colormaps[COLORMAP].with_extremes(bad="#4f8f8f"),
-            vmin=0.0,
-            vmax=top,
+            norm=PowerNorm(SHADE, vmin=0.0, vmax=top),
             interpolation="nearest",
         )
+    for axes in pair:
+        axes.set(**dict(zip(("xlim", "ylim"), _window(picture), strict=True)), facecolor="black")
     clipped = any(float(np.nanmax(density)) > 1.02 * top for density in densities)
     slim = pair[1].inset_axes((1.04, 0.0, 0.035, 1.0))  # as high as the panels
     bar = figure.colorbar(image, cax=slim, extend="max" if clipped else "neither")
@@ -747,6 +749,31 @@ def _latent_pair(
         else "posterior drawn: no divergence"
     )
     pair[1].set_xlabel(text, fontsize=8, color=INK)
+
+
+SHADE = 0.4
+"""Colours follow a density to this power, so that thin regions are seen beside dense ones."""
+
+SHOWN_MASS = 0.98
+"""Of the aggregated posterior and of the prior, along each axis, in the window of a picture."""
+
+
+def _window(picture: Mapping[str, np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The limits of z1 and z2 between which nearly all mass lies: a square on the grid."""
+    left, right, low, high = _extent(picture)
+    limits = []
+    for axis, (start, end) in enumerate(((left, right), (low, high))):
+        found = []
+        for name in ("aggregated", "prior"):
+            share = np.nansum(picture[name], axis=1 - axis).cumsum()
+            rest = (1 - SHOWN_MASS) / 2
+            first, last = np.searchsorted(share, np.array([rest, 1 - rest]) * share[-1])
+            found += [first, min(last + 1, len(share))]
+        cell = (end - start) / len(share)
+        limits.append((start + cell * min(found), start + cell * max(found)))
+    half = max(b - a for a, b in limits) / 2
+    centres = [(a + b) / 2 for a, b in limits]
+    return tuple((c - half, c + half) for c in centres)
 
 
 def _highest(density: np.ndarray) -> float:
@@ -774,7 +801,7 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
     axes = panels[2]
     _latent_frame(axes)
     points = picture["points"]
-    left, right, low, high = _extent(picture)
+    across, up = _window(picture)
     dots = {"s": 2.0, "alpha": 0.6, "linewidths": 0}
     if "labels" in picture:
         labels = picture["labels"].astype(int)
@@ -791,7 +818,7 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
         )
     else:
         axes.scatter(*points.T, color="#3b2a6b", **dots)
-    axes.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    axes.set(xlim=across, ylim=up, aspect="equal")
     axes.set_xlabel(f"{len(points)} test points", fontsize=8, color=INK)
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
