@@ -208,10 +208,10 @@ def test_two_columns_of_one_run(tmp_path):
     ("column", "value", "verdict"),
     [
         ("inception_score", 4.99, "reproduced"),  # higher is better: 5.08 less 0.1 and some
-        ("inception_score", 9.0, "reproduced"),
+        ("inception_score", 9.0, "reproduced, better by 3.92"),
         ("inception_score", 4.97, "worse by 0.11"),
         ("fid", 50.56, "reproduced"),
-        ("fid", 20.0, "reproduced"),
+        ("fid", 20.0, "reproduced, better by 29.56"),
         ("fid", 50.6, "worse by 1.04"),
     ],
 )

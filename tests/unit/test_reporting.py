@@ -263,7 +263,8 @@ def test_table_yaml_is_read_strictly(tmp_path, old, new, message):
     ("value", "verdict"),
     [
         (3.22, "reproduced"),  # 3.22 - 3.19 is 0.03 and float noise
-        (3.0, "reproduced"),
+        (3.16, "reproduced"),
+        (3.0, "reproduced, better by 0.190"),
         (3.2201, "worse by 0.030"),
         (3.23, "worse by 0.040"),
     ],
@@ -280,7 +281,11 @@ def test_verdict_where_higher_is_better(tmp_path):
     path = tmp_path / "table.yaml"
     path.write_text(text.replace("target_above_floor", "# target_above_floor"), encoding="utf-8")
     spec = load_spec(path)
-    for value, verdict in ((3.16, "reproduced"), (3.15, "worse by 0.040"), (4.0, "reproduced")):
+    for value, verdict in (
+        (3.16, "reproduced"),
+        (3.15, "worse by 0.040"),
+        (4.0, "reproduced, better by 0.810"),
+    ):
         put(tmp_path, value)
         assert corners(tmp_path, spec=spec).verdict == verdict
 

@@ -166,8 +166,10 @@ def _comparison(
     """Our number against the published one, or, where a row has a target, against the floor."""
     if published is not None:
         worse = column.worse_by(ours, published)
-        within = worse <= column.tolerance + _SLACK
-        return "reproduced" if within else f"worse by {worse:.{column.digits}f}"
+        if worse > column.tolerance + _SLACK:
+            return f"worse by {worse:.{column.digits}f}"
+        same = worse >= -column.tolerance - _SLACK
+        return "reproduced" if same else f"reproduced, better by {-worse:.{column.digits}f}"
     if row.target_above_floor is None:
         return "published value not available"
     if floor is None:
