@@ -334,7 +334,7 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert cell.seeds == (0, 1, 2)
     assert cell.verdict == "worse by 0.043"
     assert corners(tmp_path, seeds=(0,)).std is None
-    assert corners(tmp_path, seeds=(0, 7)).verdict == "1 of 2 seeds: reproduced"
+    assert corners(tmp_path, seeds=(0, 7)).verdict == "1 of 2 seeds: reproduced, better by 0.090"
 
 
 # ----------------------------------------------------------------------------------- refusals
