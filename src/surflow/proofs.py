@@ -738,6 +738,8 @@ def _compile_error(error: Exception) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     said = lines[0]
+    if said.endswith("raised:"):  # by a backend: the next line is what it says
+        said = " ".join(lines[:2])
     explanation = next((li for li in lines if li.startswith("Explanation: ")), "")
     if explanation:
         said = f"{said}: {explanation.removeprefix('Explanation: ')}"

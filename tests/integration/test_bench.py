@@ -379,7 +379,7 @@ def test_noise_is_as_dark_as_digits():
     [
         ("vae.blocks=2", "vae: expected blocks >= 3, steps, warm_up and profile_steps >= 1"),
         (
-            'vae.models.vae=["experiment=vae_planar/planar","model.posterior=sylvester"]',
+            'vae.models.vae=["experiment=vae_planar/planar_8","model.posterior=sylvester"]',
             "vae.models.vae: expected model.posterior as one of diagonal, planar, radial, realnvp",
         ),
     ],

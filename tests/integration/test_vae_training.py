@@ -109,13 +109,14 @@ def test_an_annealed_step_is_the_gradient_of_its_formula(config):
         torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights, monkeypatch):
+def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights):
+    from torch._inductor import config as inductor
+
     from surflow.cli.train import train as run
     from surflow.config import run_dir
 
     if not training.can_compile():
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the draws of eager code
     found = []
     for name in ("false", "true"):
         cfg = config(
@@ -125,7 +126,8 @@ def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights, monkeyp
             "objective.beta_steps=4",
             "objective.free_bits=0.1",
         )
-        run(cfg)
+        with inductor.patch(fallback_random=True):  # the draws of eager code
+            run(cfg)
         found.append(weights(run_dir(cfg)))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-4, msg=name)
