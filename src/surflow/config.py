@@ -63,6 +63,8 @@ ADDED_LATER: dict[str, Any] = {
     "objective.beta_start": 1.0,
     "objective.beta_steps": 0,
     "objective.free_bits": 0.0,
+    "model.prior": "conditional",  # of model=glow
+    "model.builder.prior": "conditional",
 }
 
 
@@ -128,11 +130,14 @@ def config_hash(cfg: DictConfig) -> str:
             node = node.get(name, {})
         node.pop(last, None)
     for key, default in ADDED_LATER.items():
-        group, name = key.split(".")
-        if plain[group].get(name) == default:
-            plain[group].pop(name, None)
-            if not plain[group]:
-                plain.pop(group)
+        *parents, name = key.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent, {})
+        if node.get(name) == default:
+            node.pop(name, None)
+            if not node and len(parents) == 1:
+                plain.pop(parents[0], None)
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -24,6 +24,7 @@ from surflow.reporting.records import write_bytes_atomic
 POINTS = 50_000
 IMAGES = 64
 RECONSTRUCTIONS = 100
+PYRAMIDS = 8
 
 
 def draw_pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
@@ -36,6 +37,7 @@ def draw_pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[s
             **_draw_images(cfg, folder, flow, data),
             **_draw_reconstructions(cfg, folder, flow, data),
             **_draw_latent(cfg, folder, flow, data),
+            **_draw_pyramid(cfg, folder, flow, data),
         }
     return {}
 
@@ -133,6 +135,49 @@ def _draw_latent(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
             f"sum over {GRID} x {GRID} cells"
         )
     return {"figures/latent": figures.latent_run_figure(file, folder / "latent.png")}
+
+
+def _draw_pyramid(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
+    """Of a model of several resolutions: test images level by level, drawings of the finest image
+    given their coarsest one, and unconditional draws level by level. pyramid.npz holds as many of
+    each a row as there are levels, all brought to the finest size; super_resolution.png and
+    levels.png have the test images on the left."""
+    from surflow.models import PyramidFlow
+    from surflow.reporting.images import image_sheet
+
+    if not isinstance(flow, PyramidFlow):
+        return {}
+    test = data.splits["test"]
+    rows = min(PYRAMIDS, len(test))
+    x = test[torch.arange(rows) * len(test) // rows].to(next(flow.parameters()).device)
+    count = len(flow.sides)
+    with drawing(flow, cfg.seed):
+        seen = flow.coarsened(x)[::-1]
+        finer = [flow.images(seen[0])[-1] for _ in range(count)]
+        drawn = flow.images(flow.base.sample(rows))
+    levels = data.num_levels
+    arrays = {
+        name: _side_by_side(images, levels, flow.sides[0])
+        for name, images in (("data", seen), ("super_resolution", finer), ("levels", drawn))
+    }
+    _write_arrays(folder / "pyramid.npz", **arrays, num_levels=np.int64(levels), columns=count)
+    pictures = {}
+    for name in ("super_resolution", "levels"):
+        path = folder / f"{name}.png"
+        image_sheet([arrays["data"], arrays[name]], path, columns=count, num_levels=levels)
+        pictures[f"figures/{name}"] = path
+    return pictures
+
+
+def _side_by_side(images: list[torch.Tensor], num_levels: int, side: int) -> np.ndarray:
+    """Images in [0, 1) of several sizes, (N, C, s, s) each, as integers of one size: those of row n
+    behind each other. For the eye: what lies outside [0, 1) is shown as its edge."""
+    found = []
+    for image in images:
+        whole = (image.float().nan_to_num(0.0) * num_levels).floor().clamp(0, num_levels - 1)
+        whole = whole.repeat_interleave(side // image.shape[-1], -1)
+        found.append(whole.repeat_interleave(side // image.shape[-2], -2))
+    return torch.stack(found, dim=1).flatten(0, 1).to(torch.uint8).cpu().numpy()
 
 
 def _labels(data: Any) -> np.ndarray | None:

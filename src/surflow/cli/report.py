@@ -255,6 +255,13 @@ def _draw_images(table: Table, folder: Path) -> dict[str, str]:
     if _any_file(figures.run_files(table, "images.npz")):
         figures.image_figure(table, folder / "samples.png")
         pictures["Samples: data and models"] = "samples.png"
+    if _any_file(figures.run_files(table, "pyramid.npz")):
+        drawn = figures.pyramid_figures(table, folder)
+        captions = {
+            "super_resolution": "From the coarsest image of a test image to the finest, several draws",
+            "levels": "Unconditional draws, level by level",
+        }
+        pictures |= {captions[name]: path.name for name, path in drawn.items()}
     return pictures
 
 

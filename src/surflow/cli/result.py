@@ -102,7 +102,7 @@ def write_result(
         comparison = truth.compare(flow, test, seed=cfg.seed)
         estimates |= comparison.metrics()
     likelihoods = list(estimates)
-    estimates |= _latents_used(cfg, flow, data)
+    estimates |= _latents_used(cfg, flow, data) | _of_levels(flow, ledger)
     pictures = draw_pictures(cfg, folder, flow, data) if cfg.run.pictures else {}
     scores, missing = _samples_scored(cfg, flow, data, folder)
     estimates |= scores
@@ -154,12 +154,13 @@ def _latents_used(cfg: DictConfig, flow: Any, data: Any) -> dict[str, Any]:
     """The active units of a model with a VAE layer, over the test split, one draw of a seed."""
     import torch
 
+    from surflow.models import PyramidFlow
     from surflow.training.evaluation import Estimate
     from surflow.training.module import seed_draws
     from surflow.variational import active_units, has_vae_layer
 
     test = data.splits["test"]
-    if not has_vae_layer(flow) or len(test) < 2:
+    if not has_vae_layer(flow) or isinstance(flow, PyramidFlow) or len(test) < 2:
         return {}
     weight = next(flow.parameters())
     x = test[torch.arange(min(LATENT_ROWS, len(test))) * len(test) // min(LATENT_ROWS, len(test))]
@@ -179,6 +180,28 @@ def _latents_used(cfg: DictConfig, flow: Any, data: Any) -> dict[str, Any]:
         protocol={"of": used.of, "threshold": used.threshold, "rows": len(x)},
     )
     return {"test/active_units": estimate}
+
+
+def _of_levels(flow: Any, ledger: Any) -> dict[str, Any]:
+    """What every resolution of a pyramid takes, in bits per dimension of its own image."""
+    from surflow.models import PyramidFlow
+    from surflow.training.evaluation import Estimate
+
+    if not isinstance(flow, PyramidFlow):
+        return {}
+    found = {}
+    for side, (bits, error) in flow.level_bits(ledger).items():
+        given = "unconditional" if side == min(flow.sides) else f"given {side // 2} x {side // 2}"
+        found[f"test/level_{side}_bpd"] = Estimate(
+            value=bits,
+            unit="bpd",
+            kind="bound",
+            estimator=f"ELBO of the {side} x {side} image, {given}; bits per dimension of its own",
+            standard_error=error,
+            count=ledger.count,
+            protocol={"dims": math.prod((flow.shape[0], side, side))},
+        )
+    return found
 
 
 def check_finite(estimates: dict[str, Any]) -> None:

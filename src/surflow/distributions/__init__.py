@@ -2,6 +2,7 @@
 
 from surflow.distributions.autoregressive import AutoregressiveBernoulli
 from surflow.distributions.base import Distribution
+from surflow.distributions.channel_autoregressive import ChannelAutoregressive
 from surflow.distributions.discrete import Bernoulli, Categorical
 from surflow.distributions.gumbel import Gumbel
 from surflow.distributions.location_scale import (
@@ -21,6 +22,7 @@ __all__ = [
     "AutoregressiveBernoulli",
     "Bernoulli",
     "Categorical",
+    "ChannelAutoregressive",
     "DiagonalNormal",
     "DiagonalNormalMixture",
     "Distribution",

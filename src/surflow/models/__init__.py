@@ -4,10 +4,12 @@ from surflow.models.autoregressive_flow import autoregressive_flow
 from surflow.models.coupling_flow import coupling_flow, coupling_net, image_of
 from surflow.models.glow import glow
 from surflow.models.interpolation import all_latents, from_latents, latent_interpolation
+from surflow.models.mar_scf import mar_scf
 from surflow.models.official import load_official, official_flow, read_tensors
 from surflow.models.pool_flow import DOWNSAMPLINGS, flow_noise, pool_flow
 from surflow.models.posteriors import POSTERIORS, flow_posterior
 from surflow.models.priors import PRIORS, VampPrior
+from surflow.models.pronf import PyramidFlow, pronf
 from surflow.models.realnvp import realnvp
 from surflow.models.vae import vae_flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
@@ -16,6 +18,7 @@ __all__ = [
     "DOWNSAMPLINGS",
     "POSTERIORS",
     "PRIORS",
+    "PyramidFlow",
     "VampPrior",
     "all_latents",
     "autoregressive_flow",
@@ -28,8 +31,10 @@ __all__ = [
     "image_of",
     "latent_interpolation",
     "load_official",
+    "mar_scf",
     "official_flow",
     "pool_flow",
+    "pronf",
     "read_tensors",
     "realnvp",
     "vae_flow",

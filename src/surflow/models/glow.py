@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from surflow.distributions import DiagonalNormal
 from surflow.distributions.base import as_shape
 from surflow.flow import Flow
-from surflow.models.pool_flow import channel_normal
-from surflow.nets import GlowNet, ZeroConv2d
+from surflow.models.split_priors import Prior, prior_called
+from surflow.nets import GlowNet
 from surflow.transforms import (
     ActNorm,
     Affine,
@@ -21,6 +20,49 @@ from surflow.transforms import (
 )
 
 
+def multi_scale_flow(
+    shape: Sequence[int],
+    num_levels: int,
+    num_scales: int,
+    steps: Callable[[int], list[Transform]],
+    prior: Prior,
+) -> Flow:
+    """Dequantization -> shift by -1/2 -> scales of (squeeze, steps, split) -> base.
+
+    Args:
+        shape: (C, H, W), H and W divisible by 2 ** num_scales.
+        num_levels: K: data are integers 0 ... K - 1.
+        num_scales: number of scales.
+        steps: the layers between a squeeze and a split, from the number of channels.
+        prior: of what is split off, given what is kept, and of the last latent.
+
+    Raises:
+        ValueError: for sizes that are not positive, an image that cannot be halved so often, or,
+            where there are steps, one channel in the first scale.
+    """
+    shape = as_shape(shape)
+    if len(shape) != 3:
+        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
+    if min(num_scales, num_levels - 1) < 1:
+        raise ValueError(
+            f"model: expected num_scales >= 1 and num_levels >= 2, got {num_scales}, {num_levels}"
+        )
+    if any(side % 2**num_scales for side in shape[1:]):
+        raise ValueError(
+            f"model.shape: expected a height and width divisible by {2**num_scales}, for "
+            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
+        )
+    c, h, w = shape
+    layers: list[Transform] = [Dequantization(num_levels), Affine(shape, shift=-0.5)]
+    for scale in range(num_scales):
+        c, h, w = 4 * c, h // 2, w // 2
+        layers += [Squeeze(), *steps(c)]
+        if scale < num_scales - 1:
+            c //= 2
+            layers.append(Slice(prior((c, h, w), c, scale), keep=c))
+    return Flow(prior((c, h, w), 0, num_scales - 1), layers)
+
+
 def glow(
     shape: Sequence[int] = (3, 32, 32),
     num_levels: int = 256,
@@ -29,6 +71,7 @@ def glow(
     hidden_channels: int = 512,
     parametrisation: str = "plu",
     standardise: bool = True,
+    prior: str = "conditional",
 ) -> Flow:
     r"""Dequantization -> shift by -1/2 -> scales of (squeeze, steps, split) -> learned normal.
 
@@ -54,12 +97,15 @@ def glow(
         parametrisation: of the 1×1 convolutions, see :class:`Conv1x1`: "plu" or "full".
         standardise: whether the first batch standardises the hidden layers of the couplings' nets
             too, as published; False: plain convolutions with a bias.
+        prior: of the channels split off and of the last latent: "conditional", as published,
+            "independent" or "autoregressive"; see :data:`~surflow.models.split_priors.PRIORS`.
 
     Returns:
         A flow over integer images (B, C, H, W), a lower bound through the dequantization.
 
     Raises:
-        ValueError: for sizes that are not positive, or an image that cannot be halved so often.
+        ValueError: for an unknown prior, sizes that are not positive, or an image that cannot be
+            halved so often.
 
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3 and 5.
 
@@ -69,33 +115,18 @@ def glow(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
-    shape = as_shape(shape)
-    if len(shape) != 3:
-        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
-    if min(num_scales, hidden_channels, num_levels - 1) < 1 or num_steps < 0:
-        raise ValueError(
-            "model: expected num_scales, hidden_channels >= 1, num_levels >= 2 and num_steps >= 0, "
-            f"got {num_scales}, {hidden_channels}, {num_levels}, {num_steps}"
-        )
-    if any(side % 2**num_scales for side in shape[1:]):
-        raise ValueError(
-            f"model.shape: expected a height and width divisible by {2**num_scales}, for "
-            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
-        )
-    c, h, w = shape
-    layers: list[Transform] = [Dequantization(num_levels), Affine(shape, shift=-0.5)]
-    for scale in range(num_scales):
-        c, h, w = 4 * c, h // 2, w // 2
-        layers.append(Squeeze())
+    if hidden_channels < 1:
+        raise ValueError(f"model.hidden_channels: expected at least 1, got {hidden_channels}")
+
+    def steps(channels: int) -> list[Transform]:
+        layers: list[Transform] = []
         for _ in range(num_steps):
-            net = GlowNet(c // 2, c, hidden_channels, standardise)
+            net = GlowNet(channels // 2, channels, hidden_channels, standardise)
             layers += [
-                ActNorm(c),
-                Conv1x1(c, parametrisation),
+                ActNorm(channels),
+                Conv1x1(channels, parametrisation),
                 AffineCoupling(net, scale="sigmoid"),
             ]
-        if scale < num_scales - 1:
-            c //= 2
-            prior = DiagonalNormal((c, h, w), net=ZeroConv2d(c, 2 * c))
-            layers.append(Slice(prior, keep=c))
-    return Flow(channel_normal((c, h, w)), layers)
+        return layers
+
+    return multi_scale_flow(shape, num_levels, num_scales, steps, prior_called(prior))

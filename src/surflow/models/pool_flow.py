@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from surflow.distributions import DiagonalNormal, Exponential, StandardNormal
+from surflow.distributions import (
+    ChannelAutoregressive,
+    DiagonalNormal,
+    Exponential,
+    StandardNormal,
+)
 from surflow.distributions.base import Distribution, as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution
+from surflow.models.split_priors import channel_normal
 from surflow.nets import DenseNet, ImageEmbedding
 from surflow.transforms import (
     ActNorm,
@@ -65,17 +71,24 @@ def conditional_slice(shape: Shape) -> list[Transform]:
     return [Squeeze(), Slice(DiagonalNormal((3 * c, h // 2, w // 2), net=net), keep=c)]
 
 
+def autoregressive_slice(shape: Shape) -> list[Transform]:
+    """A squeeze, of whose 4 C channels the last 3 C go to normals channel by channel, each given
+    the first C and those before it (:class:`~surflow.distributions.ChannelAutoregressive`).
+
+    Source: Mahajan, Bhattacharyya et al. 2020, arXiv 2004.03891.
+    """
+    c, h, w = shape
+    prior = ChannelAutoregressive((3 * c, h // 2, w // 2), context_channels=c)
+    return [Squeeze(), Slice(prior, keep=c)]
+
+
 DOWNSAMPLINGS: dict[str, Downsampling] = {
     "max_pool": max_pool,
     "learned_max_pool": learned_max_pool,
     "slice": slice_off,
     "conditional_slice": conditional_slice,
+    "autoregressive_slice": autoregressive_slice,
 }
-
-
-def channel_normal(shape: Shape) -> DiagonalNormal:
-    """A normal with a learned location and log-scale a channel, standard at the start."""
-    return DiagonalNormal(shape, learn=True, parameter_shape=(shape[0], 1, 1))
 
 
 def coupling_steps(
@@ -203,7 +216,7 @@ def pool_flow(
     Args:
         shape: (C, H, W), H and W divisible by 2 ** num_scales.
         downsampling: what stands between two scales: "max_pool", "learned_max_pool", "slice",
-            "conditional_slice", or any ``f(shape)`` that gives a transform, or several in order,
+            "conditional_slice", "autoregressive_slice", or any ``f(shape)`` that gives a transform, or several in order,
             for latents of the shape (C, H, W).
         num_levels: K: data are integers 0 ... K - 1.
         num_scales, num_steps: scales, and steps a scale.

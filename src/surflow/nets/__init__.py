@@ -1,7 +1,9 @@
 """Neural nets; nothing probabilistic in here."""
 
+from surflow.nets.conv_lstm import ConvLSTM
 from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder, PlainBlock
 from surflow.nets.densenet import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
+from surflow.nets.gated_attention import ConvAttentionBlock, ConvAttentionNet
 from surflow.nets.glow_net import GlowNet, StandardisedConv2d, ZeroConv2d
 from surflow.nets.lipschitz import LipschitzMLP
 from surflow.nets.made import MADE, MaskedLinear
@@ -14,6 +16,9 @@ __all__ = [
     "ACTIVATIONS",
     "MADE",
     "MLP",
+    "ConvAttentionBlock",
+    "ConvAttentionNet",
+    "ConvLSTM",
     "DenseBlock",
     "DenseLayer",
     "DenseNet",

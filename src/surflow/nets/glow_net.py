@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.nets.sizes import averaged_to
+
 LOG_SCALE_FACTOR = 3.0
 
 
@@ -114,9 +116,11 @@ class GlowNet(nn.Module):
         in_channels, out_channels: sizes of input and output.
         hidden_channels: of the two hidden layers.
         standardise: whether the first batch standardises the hidden layers.
+        context_features: F of an image that the first convolution sees too, behind x: (B, F, H, W),
+            or k times as high and wide, which is averaged over blocks of k × k pixels. 0: none.
 
     Raises:
-        ValueError: for sizes that are not positive.
+        ValueError: for sizes that are not positive, or a context of another size.
 
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.3.
 
@@ -130,8 +134,11 @@ class GlowNet(nn.Module):
         out_channels: int,
         hidden_channels: int = 512,
         standardise: bool = True,
+        context_features: int = 0,
     ) -> None:
         super().__init__()
+        self.context_features = context_features
+        in_channels += context_features
         sizes = (in_channels, out_channels, hidden_channels)
         if min(sizes) < 1:
             raise ValueError(
@@ -146,5 +153,13 @@ class GlowNet(nn.Module):
             self.second = nn.Conv2d(hidden_channels, hidden_channels, 1)
         self.last = ZeroConv2d(hidden_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.context_features:
+            beside = averaged_to(context, *x.shape[2:])
+            if beside is None:
+                raise ValueError(
+                    f"GlowNet: expected a context of a multiple of {x.shape[2]} x {x.shape[3]} "
+                    f"pixels, got shape {tuple(context.shape)}"
+                )
+            x = torch.cat([x, beside.to(x.dtype)], dim=1)
         return self.last(F.relu(self.second(F.relu(self.first(x)))))

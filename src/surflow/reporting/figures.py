@@ -373,6 +373,28 @@ def reconstruction_figure(table: Table, path: str | Path) -> Path:
     )
 
 
+def pyramid_figures(table: Table, folder: str | Path) -> dict[str, Path]:
+    """Draw what models of several resolutions make of `pyramid.npz`: super_resolution.png and
+    levels.png, a row of each panel a test image or a draw.
+
+    Returns the paths by name: "super_resolution" (test images of every resolution, and several
+    finest images given the coarsest one) and "levels" (the same, and unconditional draws coarse to
+    fine).
+    """
+    data = "test images, coarse to fine"
+    with np.load(_first_file(table, "pyramid.npz")) as arrays:
+        columns = int(arrays["columns"])
+    return {
+        name: _draw_grids(table, Path(folder) / f"{name}.png", "pyramid.npz", name, data, columns)
+        for name in ("super_resolution", "levels")
+    }
+
+
+def _first_file(table: Table, name: str) -> Path:
+    """The file `name` of the first run that has it."""
+    return next(f for row in run_files(table, name).values() for f in row.values() if f)
+
+
 def _draw_grids(
     table: Table, path: str | Path, name: str, array: str, data: str, columns: int = 8
 ) -> Path:

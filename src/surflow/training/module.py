@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +190,7 @@ class FlowModule(pl.LightningModule):
     # Training ----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.flow.parameters())
+        optimizer = self.make_optimizer(self._parameters_with_rates())
         total = int(self.trainer.estimated_stepping_batches)
         per_epoch = max(1, total // max(1, self.trainer.max_epochs or 1))
         scheduler = self.make_schedule(optimizer, total_steps=total, steps_per_epoch=per_epoch)
@@ -198,6 +198,12 @@ class FlowModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _parameters_with_rates(self) -> Iterable[Any]:
+        """The flow's parameters, in groups where its parts have learning rates of their own."""
+        groups = getattr(self.flow, "parameter_groups", None)
+        lr = getattr(self.make_optimizer, "keywords", {}).get("lr")
+        return self.flow.parameters() if groups is None or lr is None else groups(lr)
 
     def on_train_epoch_start(self) -> None:
         self._sum, self._count = None, 0

@@ -38,6 +38,7 @@ from surflow.transforms.bijections.elementwise import (
     SoftplusInverse,
     Tanh,
 )
+from surflow.transforms.bijections.haar import Haar
 from surflow.transforms.bijections.linear import FullLinear, HouseholderLinear, PLULinear, QRLinear
 from surflow.transforms.bijections.masks import channel_mask, checkerboard_mask
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
@@ -104,6 +105,7 @@ __all__ = [
     "FullLinear",
     "GumbelArgmaxGenerative",
     "GumbelArgmaxInference",
+    "Haar",
     "HouseholderLinear",
     "IntervalFold",
     "Inverse",

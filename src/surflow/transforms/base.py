@@ -149,6 +149,7 @@ class Transform(nn.Module, ABC):
     integer_data: bool = False
     integer_latent: bool = False
 
+    _label: str | None = None
     _turned_into: str | None = None  # the class that turned this layer round, for messages
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -315,8 +316,12 @@ class Transform(nn.Module, ABC):
 
     @property
     def label(self) -> str:
-        """The short name of this layer in a ledger."""
-        return type(self).__name__
+        """The short name of this layer in a ledger: its own, if it was given one."""
+        return self._label or type(self).__name__
+
+    @label.setter
+    def label(self, name: str) -> None:
+        self._label = name
 
     @property
     def kind(self) -> str:

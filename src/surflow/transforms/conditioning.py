@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
+from surflow.nets.sizes import averaged_to
 from surflow.transforms.base import repeat_rows
 
 
@@ -48,7 +49,8 @@ def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> T
 
     Args:
         seen: (B, C, ...).
-        context: (B, F), spread over the other dimensions of ``seen``, or (B, F, ...).
+        context: (B, F), spread over the other dimensions of ``seen``, or (B, F, ...); of images,
+            one k times as high and wide is averaged over blocks of k × k pixels.
         features: F; 0: the layer reads no context, and ``seen`` comes back.
         where: the layer and method, for messages.
 
@@ -61,6 +63,9 @@ def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> T
     if context.dim() == 2:
         context = context.reshape(*context.shape, *[1] * (seen.dim() - 2))
         context = context.expand(-1, -1, *seen.shape[2:])
+    elif context.dim() == seen.dim() == 4:
+        smaller = averaged_to(context, *seen.shape[2:])
+        context = context if smaller is None else smaller
     if context.shape[1:] != (features, *seen.shape[2:]):
         raise ValueError(
             f"{where}: expected a context with {features} features, (batch, {features}) or "
