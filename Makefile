@@ -22,7 +22,7 @@ REPRODUCE = $(RUN).reproduce $(REQUEST) launcher=$(LAUNCHER) workers=$(WORKERS) 
 	$(if $(DEVICES),devices=$(DEVICES)) $(if $(NODES),nodes=$(NODES)) $(if $(SLURM),'slurm={$(SLURM)}')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset reproduce-vae-planar reproduce-vae-depth reproduce-vae-prior reproduce-vae-prior-mnist reproduce-vlae figure-compositions report-synthetic report-table4 report-table5 lock clean
+.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset reproduce-vae-planar reproduce-vae-depth reproduce-vae-prior reproduce-vae-prior-mnist reproduce-vlae reproduce-mar-scf reproduce-mar-scf-subset reproduce-pronf reproduce-pronf-subset figure-compositions report-synthetic report-table4 report-table5 lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
@@ -107,6 +107,21 @@ reproduce-vae-prior-mnist: $(STAMP)  ## The same on MNIST
 
 reproduce-vlae: $(STAMP)  ## IAF posterior, autoregressive prior, VLAE on binarized MNIST; no GPU: profile smoke
 	$(REPRODUCE) artefact=vlae
+
+reproduce-mar-scf reproduce-pronf: DEFAULT_PROFILE = auto
+reproduce-mar-scf-subset reproduce-pronf-subset: DEFAULT_PROFILE = short
+
+reproduce-mar-scf: $(STAMP)  ## Autoregressive priors of a multi-scale flow on CIFAR-10; no GPU: profile smoke
+	$(REPRODUCE) artefact=mar_scf
+
+reproduce-mar-scf-subset: $(STAMP)  ## Do they help? Three priors at equal parameters on a tenth of CIFAR-10, on a CPU
+	$(REPRODUCE) artefact=mar_scf_subset
+
+reproduce-pronf: $(STAMP)  ## Progressive flows on CIFAR-10, level by level; no GPU: profile smoke
+	$(REPRODUCE) artefact=pronf
+
+reproduce-pronf-subset: $(STAMP)  ## Small progressive flows on a tenth of CIFAR-10, on a CPU
+	$(REPRODUCE) artefact=pronf_subset
 
 report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
 	$(RUN).report artefact=synthetic $(REQUEST)

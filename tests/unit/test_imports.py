@@ -27,7 +27,7 @@ ALLOWED = {
     "checks": set(),
     "scores": set(),
     "nets": {"checks"},
-    "distributions": {"checks", "scores"},
+    "distributions": {"nets", "checks", "scores"},
     "transforms": {"checks", "scores", "nets", "distributions"},
     "flow": {"checks", "distributions", "transforms"},
     "objectives": {"scores", "distributions", "transforms", "flow"},

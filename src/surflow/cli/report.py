@@ -258,7 +258,7 @@ def _draw_images(table: Table, folder: Path) -> dict[str, str]:
     if _any_file(figures.run_files(table, "pyramid.npz")):
         drawn = figures.pyramid_figures(table, folder)
         captions = {
-            "super_resolution": "From the coarsest image of a test image to the finest, several draws",
+            "super_resolution": "Test images, and draws of the finest given the coarsest",
             "levels": "Unconditional draws, level by level",
         }
         pictures |= {captions[name]: path.name for name, path in drawn.items()}

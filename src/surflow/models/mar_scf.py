@@ -69,7 +69,8 @@ def mar_scf(
         ValueError: for an unknown name, sizes that are not positive, or an image that cannot be
             halved so often.
 
-    Source: Mahajan, Bhattacharyya et al. 2020, arXiv 2004.03891, Sec. 4 and 5; sizes of the authors' code.
+    Source: Mahajan, Bhattacharyya et al. 2020, arXiv 2004.03891, Sec. 4 and 5; sizes of the
+    authors' code.
 
     >>> import torch
     >>> flow = mar_scf((3, 8, 8), num_scales=2, num_steps=1, hidden_channels=8)

@@ -216,8 +216,8 @@ def pool_flow(
     Args:
         shape: (C, H, W), H and W divisible by 2 ** num_scales.
         downsampling: what stands between two scales: "max_pool", "learned_max_pool", "slice",
-            "conditional_slice", "autoregressive_slice", or any ``f(shape)`` that gives a transform, or several in order,
-            for latents of the shape (C, H, W).
+            "conditional_slice", "autoregressive_slice", or any ``f(shape)`` that gives a transform,
+            or several in order, for latents of the shape (C, H, W).
         num_levels: K: data are integers 0 ... K - 1.
         num_scales, num_steps: scales, and steps a scale.
         mid_channels, depth, growth, gated, num_blocks: of the couplings' :class:`DenseNet`.

@@ -228,6 +228,8 @@ class Parts:
         """Activation normalisation, 1×1 convolution (PLU), affine coupling; so many times."""
         seen = channels // 2
         outputs = 2 * (channels - seen)
+        if not seen:  # a single channel has no halves
+            return []
         return [
             layer
             for _ in range(self.num_steps)
@@ -243,20 +245,25 @@ class Parts:
             )
         ]
 
-    def two_scales(
+    def scales(
         self, shape: tuple[int, ...], context_features: int
     ) -> tuple[Distribution, list[Transform]]:
         """Squeeze, steps, split; squeeze, steps: the base and the layers for images of ``shape``.
-
-        The priors see the embedded context too, at their size."""
+        Sides that are no multiple of 4 have one squeeze, odd ones none. The priors see the
+        embedded context too, at their size."""
         c, h, w = shape
-        c, h, w = 4 * c, h // 2, w // 2
-        keep = c // 2
-        dropped = self.prior((c - keep, h, w), keep + context_features, 0)
-        layers = [Squeeze(), *self.steps(c, context_features)]
-        layers.append(Slice(dropped, keep=keep, context_features=context_features))
-        c, h, w = 4 * keep, h // 2, w // 2
-        layers += [Squeeze(), *self.steps(c, context_features)]
+        layers: list[Transform] = []
+        if h % 4 == 0:
+            c, h, w = 4 * c, h // 2, w // 2
+            keep = c // 2
+            dropped = self.prior((c - keep, h, w), keep + context_features, 0)
+            layers += [Squeeze(), *self.steps(c, context_features)]
+            layers.append(Slice(dropped, keep=keep, context_features=context_features))
+            c = keep
+        if h % 2 == 0:
+            c, h, w = 4 * c, h // 2, w // 2
+            layers.append(Squeeze())
+        layers += self.steps(c, context_features)
         return self.prior((c, h, w), context_features, 1), layers
 
     def details(self, shape: tuple[int, ...], seen_channels: int) -> FlowDistribution:
@@ -265,7 +272,7 @@ class Parts:
         embed = nn.Sequential(
             nn.Conv2d(seen_channels, e, 3, padding=1), PlainBlock(e, e), PlainBlock(e, e)
         )
-        base, layers = self.two_scales(shape, e)
+        base, layers = self.scales(shape, e)
         return FlowDistribution(Flow(base, layers), shape, embed=embed)
 
 
@@ -324,8 +331,8 @@ def pronf(
     r"""Dequantization -> a level for each halving -> a two-scale flow of the coarsest image.
 
     A step is activation normalisation, an invertible 1×1 convolution (PLU) and an affine coupling
-    with a :class:`~surflow.nets.GlowNet`. Details of a level, 3 C channels at half its size, are two
-    scales of steps whose nets see an embedding of the coarse image; what their split drops and
+    with a :class:`~surflow.nets.GlowNet`. Details of a level, 3 C channels at half its size, are
+    two scales of steps whose nets see an embedding of the coarse image; what their split drops and
     their last latent follow the prior, which sees it too.
 
     In the chain "published" the coarse images are latents z with the posterior
@@ -336,7 +343,7 @@ def pronf(
         shape: (C, H, H), H = coarsest · 2^n.
         num_levels: K: data are integers 0 ... K - 1.
         chain: "published" or "exact".
-        coarsest: side of the coarsest image, at least 4.
+        coarsest: side of the coarsest image.
         num_steps: steps between two squeezes (of a level of "published", also in front of them).
         hidden_channels: of the couplings' nets.
         embed_channels: of the embedded coarse image.
@@ -375,12 +382,12 @@ def pronf(
     if not level_rates or min(level_rates) <= 0:
         raise ValueError(f"model.level_rates: expected positive numbers, got {list(level_rates)}")
     halvings = 0
-    if coarsest >= 4 and len(shape) == 3 and shape[1] >= coarsest:
+    if coarsest >= 1 and len(shape) == 3 and shape[1] >= coarsest:
         halvings = (shape[1] // coarsest).bit_length() - 1
-    if coarsest < 4 or coarsest % 4 or len(shape) != 3 or shape[1:] != (coarsest << halvings,) * 2:
+    if coarsest < 1 or len(shape) != 3 or shape[1:] != (coarsest << halvings,) * 2:
         raise ValueError(
-            "model.shape: expected (C, H, H) with H a power of two times coarsest, and coarsest a "
-            f"multiple of 4, got {shape} and {coarsest}"
+            "model.shape: expected (C, H, H) with H a power of two times coarsest, got "
+            f"{shape} and {coarsest}"
         )
     parts = Parts(
         num_steps,
@@ -404,7 +411,7 @@ def pronf(
         layers += CHAINS[chain]((c, side, side), parts, log_scale)
         ends.append(len(layers))
         side //= 2
-    base, last = parts.two_scales((c, side, side), 0)
+    base, last = parts.scales((c, side, side), 0)
     coarse = Flow(base, [Affine((c, side, side), shift=-0.5), *last])
     base = FlowDistribution(coarse, (c, side, side))
     return PyramidFlow(base, layers, ends, shape, num_levels, level_rates)
