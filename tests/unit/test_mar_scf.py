@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from surflow.distributions import ChannelAutoregressive, DiagonalNormal, StandardNormal, Uniform
-from surflow.models import glow, mar_scf, pool_flow
+from surflow.models import all_latents, from_latents, glow, mar_scf, pool_flow
 from surflow.nets import ConvAttentionBlock, ConvAttentionNet, ConvLSTM
 from surflow.nets.gated_attention import positions
 from surflow.proofs import CHECKS
@@ -393,3 +393,24 @@ def test_uniform_base_of_dequantized_images_is_scored_as_before(double):
     z, ldj = Sequential(list(flow.transforms)[1:])(y)
     expected = StandardNormal((4,)).log_prob(y.flatten(1) - 0.5)
     torch.testing.assert_close(flow.base.log_prob(z) + ldj, expected)
+
+
+@pytest.mark.parametrize("context_channels", [0, 2])
+def test_noise_and_images_undo_each_other(context_channels, double):
+    p = prior((5, 3, 3), context_channels)
+    x = torch.randn(4, 5, 3, 3)
+    context = torch.randn(4, context_channels, 3, 3) if context_channels else None
+    noise = p.standardised(x, context)
+    torch.testing.assert_close(p.from_standardised(noise, context), x, rtol=0, atol=1e-10)
+    log_scale = p.parameters_of(x, context)[1].flatten(1).sum(1)
+    expected = StandardNormal((5, 3, 3)).log_prob(noise) - log_scale
+    torch.testing.assert_close(p.log_prob(x, context), expected)
+
+
+def test_latents_of_the_prior_are_its_noise(double):
+    """An interpolation walks through standard normal noise, and comes back to the images."""
+    flow = trained_like(FLOWS["affine"]((1, 8, 8)), (1, 8, 8))
+    x = torch.randint(8, (3, 1, 8, 8))
+    latents = all_latents(flow, x)
+    assert [latent.normal for latent in latents] == [True, True]
+    assert torch.equal(from_latents(flow, latents), x)

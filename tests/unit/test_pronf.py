@@ -8,6 +8,7 @@ import torch
 
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.flow import Flow
+from surflow.memory import set_memory
 from surflow.models import pronf
 from surflow.models.pronf import BlockMeans, Parts, Shifted, exact_level, published_level
 from surflow.models.split_priors import prior_called
@@ -291,3 +292,21 @@ def test_levels_have_their_own_learning_rates():
 def test_wrong_settings_are_named(settings, said):
     with pytest.raises(ValueError, match=said):
         pronf(**{"shape": (3, 8, 8), **settings})
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_gradients_do_not_depend_on_what_is_kept(chain, mode, double):
+    flow = small(chain).train()
+    x = torch.randint(16, (4, 1, 8, 8))
+
+    def gradients():
+        flow.zero_grad()
+        torch.manual_seed(2)
+        flow.log_prob(x).sum().backward()
+        return [p.grad.clone() for p in flow.parameters()]
+
+    stored = gradients()
+    set_memory(flow, mode)
+    for found, expected in zip(gradients(), stored, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -140,26 +140,36 @@ class ChannelAutoregressive(Distribution):
         loc, log_scale = self._parallel(x, self._embed(context))
         return self._density((x - loc) * torch.exp(-log_scale), log_scale)
 
-    def _walk(
-        self, n: int, embedded: Tensor | None, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """n draws channel by channel, their standardised values and log-scales."""
-        channels, height, width = self.event_shape
-        x = self.inlet.weight.new_zeros(n, 1, height, width)
+    def standardised(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(x - μ)/σ of every channel given those before it: standard normal noise, (B, C, H, W)."""
+        loc, log_scale = self.parameters_of(x, context)
+        return (x - loc) * torch.exp(-log_scale)
+
+    def from_standardised(self, eps: Tensor, context: Tensor | None = None) -> Tensor:
+        """The x of this noise: the inverse of :meth:`standardised`, channel by channel."""
+        return self._walk(eps, self._embed(context))[0]
+
+    def _walk(self, eps: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The x of standardised values (n, C, H, W), channel by channel, and its log-scales."""
+        x = torch.zeros_like(eps[:, :1])
         state: State | None = None
         found = []
-        for _ in range(channels):
+        for now in eps.split(1, dim=1):
             seen = self.inlet(x.to(self.inlet.weight.dtype))
             h, state = self.lstm.step(seen if embedded is None else seen + embedded, state)
             loc, log_scale = (p.unsqueeze(1) for p in self._located(h))
-            eps = temperature * torch.randn_like(loc)
-            x = loc + torch.exp(log_scale) * eps
-            found.append((x, eps, log_scale))
-        x, eps, log_scale = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-        return x, eps, log_scale
+            x = loc + torch.exp(log_scale) * now
+            found.append((x, log_scale))
+        x, log_scale = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return x, log_scale
+
+    def _noise(self, n: int) -> Tensor:
+        like = self.inlet.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.randn(n, *self.event_shape, device=like.device, dtype=dtype)
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
-        return self._walk(n, self._embed(context), temperature)[0]
+        return self._walk(temperature * self._noise(n), self._embed(context))[0]
 
     def sample_and_log_prob(
         self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
@@ -180,5 +190,6 @@ class ChannelAutoregressive(Distribution):
         embedded = self._embed(self._context(context, n, "sample_and_log_prob"))
         if embedded is not None and num_samples > 1:
             embedded = embedded.expand(num_samples, *embedded.shape).flatten(0, 1)
-        x, eps, log_scale = self._walk(num_samples * n, embedded)
+        eps = self._noise(num_samples * n)
+        x, log_scale = self._walk(eps, embedded)
         return x, self._density(eps, log_scale)

@@ -12,7 +12,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from surflow.distributions import DiagonalNormal
+from surflow.distributions import ChannelAutoregressive, DiagonalNormal
 from surflow.distributions.base import Distribution
 from surflow.distributions.location_scale import LocationScale
 from surflow.errors import close_match
@@ -85,6 +85,16 @@ def _(density: LocationScale, x: Tensor, given: Tensor | None, tape: _Tape) -> N
 def _(density: LocationScale, given: Tensor | None, tape: _Tape) -> Tensor:
     loc, log_scale = density.parameters_of(given)
     return loc + torch.exp(log_scale) * tape.read()
+
+
+@_write.register
+def _(density: ChannelAutoregressive, x: Tensor, given: Tensor | None, tape: _Tape) -> None:
+    tape.write(density.standardised(x, given), True)
+
+
+@_read.register
+def _(density: ChannelAutoregressive, given: Tensor | None, tape: _Tape) -> Tensor:
+    return density.from_standardised(tape.read(), given)
 
 
 @_write.register
