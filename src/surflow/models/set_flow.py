@@ -144,7 +144,7 @@ def set_flow(
     activation: str = "gelu",
     dropout: float = 0.0,
 ) -> Flow:
-    r"""Order -> flows, each an affine coupling of the features, one of the points, actnorm -> normal.
+    r"""A flow of sets: order -> couplings of the features and of the points, actnorm -> normal.
 
     .. math:: p(x_1, \dots, x_N) = p(x_{\pi_1}, \dots, x_{\pi_N}) \quad \text{for every order } \pi
 
@@ -185,7 +185,7 @@ def set_flow(
     Raises:
         ValueError: for an unknown order, or sizes out of range.
 
-    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data), and the authors' code;
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data), and its code;
     ``plackett_luce`` and ``none`` are this library's.
 
     >>> import torch

@@ -420,7 +420,7 @@ def _columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
     def label(column: ColumnSpec) -> str:
         if table.spec.figure == "vae" and not column.names_data:
             return own
-        return column.data if table.spec.figure in ("images", "vae") else column.label
+        return column.data if table.spec.figure in ("images", "vae", "sets") else column.label
 
     columns: dict[str, list[ColumnSpec]] = {}
     for column in table.spec.columns:
@@ -835,6 +835,13 @@ def curve_label(column: str) -> str:
     return f"validation {CURVE_WORDS.get(name, name)} ({CURVE_UNITS.get(unit, unit)})"
 
 
+def validation_column(file: Path) -> str | None:
+    """The first validation metric that a run has logged in its metrics.csv; None without any."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        names = next(csv.reader(lines), ())
+    return next((name for name in names if name.startswith("val/")), None)
+
+
 def _read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(epochs, values), both (N,), from the lines of a metrics.csv where both are given."""
     with open(file, newline="", encoding="utf-8") as stream:
@@ -861,17 +868,20 @@ def learning_curve_figure(
     cells: Cells,
     path: str | Path,
     *,
-    column: str = "val/nll_nats",
+    column: str | Mapping[str, str] = "val/nll_nats",
     metric: str = "test/nll_nats",
     label: str | None = None,
+    scale: float = 1.0,
 ) -> Path:
     """Draw `column` of each run's metrics.csv against the epoch: a panel a dataset, a line a model.
 
     `cells[row label][column label]` is a run's `metrics.csv` or None. A dashed line marks the floor
     that the records name for `metric`. The first twentieth of a curve does not stretch the scale.
-    `label` None makes one of `column`.
+    `column` may be one for each row label; `label` None makes one of `column`. Values are shown
+    times `scale`; where it is negative, higher is better.
     """
     label = curve_label(column) if label is None else label
+    of_model = column if isinstance(column, Mapping) else dict.fromkeys(cells, column)
     files = _existing(cells)
     records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
     caution = _caution([r for row in records.values() for r in row.values()])
@@ -890,9 +900,9 @@ def learning_curve_figure(
         curves = {}
         for model in models:
             if files[model][dataset] is not None:
-                epochs, values = _read_curve(files[model][dataset], column)
+                epochs, values = _read_curve(files[model][dataset], of_model[model])
                 if len(values):
-                    curves[model] = (epochs, values)
+                    curves[model] = (epochs, scale * values)
         if not curves:
             _not_run(axes)
             continue
@@ -910,7 +920,8 @@ def learning_curve_figure(
             )
             handles.setdefault(model, line)
             late = values[len(values) // 20 :] if len(values) >= 20 else values
-            seen += [float(values.min()), float(np.quantile(late, 0.995))]
+            best, worst = (values.min(), 0.995) if scale > 0 else (values.max(), 0.005)
+            seen += [float(best), float(np.quantile(late, worst))]
         floors = [
             record.floor[metric].value
             for record in (records[model][dataset] for model in models)

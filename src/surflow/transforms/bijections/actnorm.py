@@ -22,8 +22,8 @@ class ActNorm(Transform):
         dim: that dimension, 1 or more.
 
     Raises:
-        ValueError: for another number of channels, or dim < 1; for an initialising batch of a single value a
-            channel, which has no standard deviation.
+        ValueError: for another number of channels, or dim < 1; for an initialising batch of a
+            single value a channel, which has no standard deviation.
 
     Cost: O(D) a row, and one pass over the first batch; forward and inverse alike.
 
