@@ -88,7 +88,7 @@ def draw_points(images: np.ndarray, num_points: int, key: Sequence[int]) -> np.n
     """
     if max(images.shape[1:]) > 32:
         raise ValueError(f"draw_points: expected at most 32 x 32 pixels, got {images.shape[1:]}")
-    blank = np.flatnonzero(images.reshape(len(images), -1).max(1, initial=0) == 0)
+    blank = np.flatnonzero(images.max((1, 2), initial=0) == 0)
     if len(blank):
         raise ValueError(f"draw_points: expected ink in every picture, got none in row {blank[0]}")
     stream = np.random.PCG64([_POINTS, *key])
@@ -104,7 +104,7 @@ def draw_points(images: np.ndarray, num_points: int, key: Sequence[int]) -> np.n
     while len(tied := np.flatnonzero(_has_ties(points))):
         for row in tied:
             again = np.random.PCG64([_AGAIN, *key, int(row), attempt])
-            points[row] = corners[row] + _jitter(again, 1, num_points)[0]
+            points[row] = corners[row] + _jitter(again.random_raw((1, 2 * num_points)))[0]
         attempt += 1
     return points
 
@@ -115,12 +115,15 @@ def _drawn(
     """Lower left corners of the pixels that were drawn, and where in them, float32 (M, N, 2)."""
     count, height, width = images.shape
     levels = images.reshape(count, -1).astype(np.int64)
-    race = _uniform(stream, count * levels.shape[1]).reshape(levels.shape)
-    spare = _uniform(stream, count * num_points).reshape(count, num_points)
-    jitter = _jitter(stream, count, num_points)
+    # as many random words for every picture, so that none depends on how many follow
+    ends = np.cumsum([levels.shape[1], num_points])
+    words = stream.random_raw(count * (ends[1] + 2 * num_points)).reshape(count, -1)
+    race, spare, within = np.split(words, ends, axis=1)
+    race, spare, jitter = _uniform(race), _uniform(spare), _jitter(within)
     pixels = np.empty((count, num_points), np.int64)
     enough = (levels > 0).sum(1) >= num_points
-    pixels[enough] = _first_home(levels[enough], race[enough], num_points)
+    if enough.any():  # there may be fewer pixels than points
+        pixels[enough] = _first_home(levels[enough], race[enough], num_points)
     pixels[~enough] = _with_replacement(levels[~enough], spare[~enough])
     rows, columns = np.divmod(pixels, width)
     return np.stack([columns, height - 1 - rows], 2).astype(np.float32), jitter
@@ -141,13 +144,14 @@ def _with_replacement(levels: np.ndarray, u: np.ndarray) -> np.ndarray:
     return (below[:, None, :] <= wanted[:, :, None]).sum(2)
 
 
-def _uniform(stream: np.random.PCG64, count: int) -> np.ndarray:
-    return (stream.random_raw(count) >> np.uint64(11)) * 2.0**-53
+def _uniform(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53
 
 
-def _jitter(stream: np.random.PCG64, count: int, num_points: int) -> np.ndarray:
-    words = stream.random_raw(count * num_points * 2) >> np.uint64(64 - _JITTER_BITS)
-    return (words * 2.0**-_JITTER_BITS).astype(np.float32).reshape(count, num_points, 2)
+def _jitter(words: np.ndarray) -> np.ndarray:
+    """Float32 (M, N, 2) in [0, 1), from (M, 2 N) random words."""
+    u = (words >> np.uint64(64 - _JITTER_BITS)) * 2.0**-_JITTER_BITS
+    return u.astype(np.float32).reshape(len(words), -1, 2)
 
 
 def _has_ties(points: np.ndarray) -> np.ndarray:

@@ -446,6 +446,7 @@ def _image_caption(table: Table, row: str, columns: Sequence[ColumnSpec]) -> str
 
 
 PUBLISHED, OURS, OTHERS = LINES[1], LINES[0], GREY
+WIDE_LABEL = 52  # letters; a panel's width
 
 
 def published_figure(table: Table, path: str | Path) -> Path:
@@ -501,7 +502,10 @@ def _published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
         seen |= cell.ours is not None or cell.published is not None or bool(cell.quoted)
     axes.set_title("\n".join(textwrap.wrap(column.label, 36)), fontsize=9.5, color=INK)
     name = f"{column.metric} ({unit})" if unit else column.metric
-    axes.set_xlabel(f"{name}, {column.direction} is better", fontsize=8, color=INK)
+    better = f"{column.direction} is better"
+    wide = len(name) + len(better) > WIDE_LABEL
+    axes.set_xlabel(f"{name},{chr(10) if wide else ' '}{better}", fontsize=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.grid(color="#e4e4e4", lw=0.6)
@@ -827,6 +831,7 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
 
 CURVE_WORDS = {"nll": "NLL", "elbo": "negative ELBO", "iwbo": "negative IWBO"}
 CURVE_UNITS = {"bpd": "bits/dim"}
+LONG_LABEL = 32  # letters; half a panel's width
 
 
 def curve_label(column: str) -> str:
@@ -888,7 +893,7 @@ def learning_curve_figure(
     models, datasets = list(files), list(next(iter(files.values())))
     across = min(len(datasets), 2)
     down = math.ceil(len(datasets) / across)
-    legend_columns = 2 * across
+    legend_columns = (1 if max(map(len, models)) > LONG_LABEL else 2) * across
     legend_rows = math.ceil((len(models) + 1) / legend_columns)  # a line more: the floor
     height = 2.7 * down + 0.3 + 0.2 * legend_rows + (0.25 if caution else 0)
     figure = Figure(figsize=(4.3 * across, height), layout="constrained")

@@ -207,11 +207,12 @@ def per_point(estimates: Mapping[str, Estimate], num_points: int) -> dict[str, E
         split, _, rest = name.partition("/")
         estimator, _, unit = rest.rpartition("_")
         if estimator in POINT_NAMES and unit == "nats":
+            how = e.estimator.replace("point", "set")  # where a data point is a set
             found[f"{split}/point_{POINT_NAMES[estimator]}_nats"] = replace(
                 e,
                 value=-e.value / num_points,
                 unit="nats/point",
-                estimator=f"{e.estimator}, over the {num_points} points of a set",
+                estimator=f"{how}, divided by the {num_points} points of a set",
                 standard_error=e.standard_error / num_points,
             )
     return found
