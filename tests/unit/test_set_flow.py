@@ -23,7 +23,7 @@ from surflow.transforms import (
     StochasticPermutation,
 )
 
-SMALL = dict(num_flows=2, features=8, num_heads=2, num_layers=1)
+SMALL = dict(num_flows=2, features=8, num_heads=2, num_layers=1, softness=0.4)
 EXACT = ("sort", "none")
 
 
@@ -351,6 +351,7 @@ def test_contributions_are_float32_under_half_precision(order):
         ({"num_points": 1}, "num_points and num_features >= 2"),
         ({"num_flows": 0}, "num_flows >= 1, got 4, 2 and 0"),
         ({"width": 0}, "model.width: expected a positive number, got 0"),
+        ({"softness": 0}, "model.softness: expected a positive number, got 0"),
         ({"features": 9}, "features that num_heads divides, got 9 and 2"),
         ({"dropout": 1}, r"a dropout in \[0, 1\)"),
     ],

@@ -50,11 +50,13 @@ class PointParameters(nn.Module):
 
 @dataclass(frozen=True)
 class Points:
-    """What the layers of a set flow are told: N points of C features in a box of a width."""
+    """What the layers of a set flow are told: N points of C features in a box of a width, and how
+    soft a running maximum is, in units of the data."""
 
     number: int
     features: int
     width: float
+    softness: float
 
     def scaled(self) -> Affine:
         """[0, width] to [-1/2, 1/2]."""
@@ -92,7 +94,7 @@ class Order:
 
 def _sorted(points: Points, net: NetOf) -> list[Transform]:
     shape = (points.number, points.features)
-    to_real = RunningMaxToReal(softness=points.width / points.number)
+    to_real = RunningMaxToReal(points.softness)
     return [SortInference(shape), to_real, points.scaled()]
 
 
@@ -136,6 +138,7 @@ def set_flow(
     num_features: int = 2,
     order: str = "sort",
     width: float = 28.0,
+    softness: float = 0.1,
     num_flows: int = 32,
     features: int = 64,
     num_heads: int = 8,
@@ -175,6 +178,8 @@ def set_flow(
         num_features: C, at least 2; coordinates of a point.
         order: sort, permute, plackett_luce or none.
         width: data lie in [0, width] along each coordinate.
+        softness: of the running maximum of ``sort``, as a share of the width. It decides how fast
+            the model learns: see docs/pointcloud.md.
         num_flows: number of flows.
         features, num_heads, num_layers, feedforward_features, activation, dropout: of the nets, see
             :class:`~surflow.nets.SetTransformer`.
@@ -215,7 +220,9 @@ def set_flow(
         activation=activation,
         dropout=dropout,
     )
-    points = Points(num_points, num_features, width)
+    if not softness > 0:
+        raise ValueError(f"model.softness: expected a positive number, got {softness}")
+    points = Points(num_points, num_features, width, softness * width)
     how = ORDERS[order]
     layers = how.front(points, net)
     for index in range(num_flows):
