@@ -166,7 +166,7 @@ def set_flow(
     - ``plackett_luce``: an order is drawn in front, q(order | x) being Plackett-Luce with logits
       from a transformer that does not know places; p(order) is uniform, V = -log N! - log q. The
       flows behind it are those of ``sort``: an order is worth learning only where it is kept. A
-      bound. With sharp logits that grow with the first feature it is a sort.
+      bound. Logits that fall steeply along the first feature make it a sort.
     - ``none``: no order and no permutation. Two dimension-wise couplings a flow, each equivariant,
       and a base of independent points: exact.
 
