@@ -37,10 +37,12 @@ RUNTIME_KEYS = (
     "data.eval_batch_size",
     "data.on_device",
     "data.download",
+    "data.cache",
     "data.module.root",
     "data.module.eval_batch_size",
     "data.module.on_device",
     "data.module.download",
+    "data.module.cache",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -278,9 +280,15 @@ def _check_weights(cfg: DictConfig) -> None:
 
 
 def _check_kind_of_data(cfg: DictConfig) -> None:
-    """Models of vectors take features, models of images a shape."""
+    """Models of vectors take features, of images a shape, of sets a number of points."""
     event = list(cfg.data.event_shape)
-    images = "shape" in cfg.model.builder
+    images, sets = ("shape" in cfg.model.builder, "num_points" in cfg.model.builder)
+    if sets != (len(event) == 2):
+        advice = "point sets such as data=spatial_digits" if sets else "model=set_flow"
+        raise UserError(
+            f"model={cfg.model.name} is {'' if sets else 'not '}for sets of points, and "
+            f"data={cfg.data.name} has events of shape {event}; choose {advice}"
+        )
     if images and len(event) != 3:
         raise UserError(
             f"model={cfg.model.name} is for images, and data={cfg.data.name} has events of shape "
@@ -291,7 +299,7 @@ def _check_kind_of_data(cfg: DictConfig) -> None:
             f"model={cfg.model.name} is for data of levels, and data={cfg.data.name} has none; "
             "choose data=digits_binary or mnist, or model=coupling_flow"
         )
-    if not images and len(event) != 1:
+    if not images and not sets and len(event) != 1:
         raise UserError(
             f"model={cfg.model.name} is for vectors, and data={cfg.data.name} has events of shape "
             f"{event}; choose model=pool_flow, realnvp or glow"

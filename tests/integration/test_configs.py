@@ -24,7 +24,7 @@ from surflow.config import (
     run_dir,
 )
 from surflow.errors import UserError
-from surflow.models import pool_flow
+from surflow.models import ORDERS, pool_flow, set_flow
 from surflow.transforms import MaxPool2d
 
 CONF = Path(conf_dir())
@@ -52,7 +52,9 @@ def of_images(cfg) -> bool:
 
 def from_files(cfg) -> bool:
     """Whether the data are no part of a fresh checkout."""
-    embedded = ("photo_patches", "digits_grey", "digits_binary", "digits_levels")
+    embedded = (
+        "photo_patches", "digits_grey", "digits_binary", "digits_levels", "spatial_digits"
+    )  # fmt: skip
     return "root" in cfg.data and cfg.data.name not in embedded
 
 
@@ -182,7 +184,8 @@ ALL_MODELS = options("model")
 PLAIN_MODELS = [m for m in ALL_MODELS if "/" not in m]
 IMAGE_MODELS = [m for m in PLAIN_MODELS if "shape" in content("model", m).get("builder", {})]
 DIGIT_MODELS = ["vae_posterior", "vae_prior"]
-VECTOR_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *DIGIT_MODELS})
+SET_MODELS = [m for m in PLAIN_MODELS if "num_points" in content("model", m).get("builder", {})]
+VECTOR_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *DIGIT_MODELS, *SET_MODELS})
 DOWNSAMPLING = [s for s in options("surjection") if "downsampling" in content("surjection", s)]
 VECTOR_SURJECTIONS = sorted({*options("surjection")} - {*DOWNSAMPLING})
 
@@ -314,6 +317,37 @@ def test_model_of_digits(data, model):
 def test_what_does_not_fit_together_is_named(overrides, message):
     with pytest.raises(UserError, match=message):
         build(compose([*overrides]))
+
+
+@pytest.mark.parametrize("model", SET_MODELS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_model_of_sets(model, order):
+    sizes = ["model.num_flows=1", "model.features=8", "model.num_heads=2", "data.train_size=256"]
+    overrides = ["data=spatial_digits", f"model={model}", f"model.order={order}", *sizes]
+    data, flow, _, _ = build(compose(overrides))
+    assert flow.log_prob(data.splits["train"][:5]).isfinite().all()
+    assert flow.sample(3).shape == (3, 16, 2)
+    with pytest.raises(UserError, match=r"surjection=abs: .*surjection=none"):
+        build(compose([*overrides, "surjection=abs"]))
+    with pytest.raises(UserError, match=f"model={model} is for sets of points, and data=corners"):
+        build(compose(["data=corners", f"model={model}"]))
+
+
+def test_pointcloud_is_the_published_protocol():
+    """The architecture is the default of set_flow, and the budget that of the paper's code."""
+    for row, dropout in (("sort", 0.2), ("permute", 0.1)):
+        cfg = compose([f"experiment=pointcloud/{row}"])
+        mine = dict(instantiate(cfg.model.builder).keywords)
+        published = {n: p.default for n, p in inspect.signature(set_flow).parameters.items()}
+        assert mine == {**published, "order": row, "dropout": dropout}
+        assert (cfg.data.name, cfg.data.batch_size) == ("spatial_mnist", 128)
+        assert (cfg.optimizer.name, cfg.optimizer.lr) == ("adam", 1e-3)
+        assert (cfg.trainer.max_epochs, cfg.schedule.main_epochs) == (500, 500)
+        assert (cfg.schedule.warmup_steps, cfg.schedule.gamma) == (2000, 0.995)
+        assert cfg.schedule.warmup_overwrites_decay
+        assert cfg.objective.iwbo_samples == 10
+        written = compose([f"experiment=pointcloud/{row}", "recipe=as_written"])
+        assert not written.schedule.warmup_overwrites_decay
 
 
 @pytest.mark.parametrize("surjection", VECTOR_SURJECTIONS)

@@ -165,7 +165,11 @@ def test_columns_are_those_of_the_profile():
         ("digits: 2", "digits: two", r"columns\[0\] needs 'digits', a whole number"),
         ("label: DCGAN", "label: DCGAN, official: true", "needs 'experiment'"),
         ("official: true", "official: 1", "'official' must be true or false"),
-        ("figure: images", "figure: image", "'figure' must be comparison, each, images or vae"),
+        (
+            "figure: images",
+            "figure: image",
+            "'figure' must be comparison, each, images, vae or sets",
+        ),
         ("worse: slice", "worse: dcgan", "unknown row 'dcgan'; known, with runs: slice, max_pool"),
     ],
 )

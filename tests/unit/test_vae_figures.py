@@ -356,7 +356,7 @@ def drawn(monkeypatch):
         ("depth: 0}", "depth: 0, family: Planar}", r"rows\[0\] 'family' is not for depth 0"),
         ("depth: 8}", "depth: 3}", r"rows\[2\] repeats family 'Planar', depth 3 of row 'p8'"),
         ("deep/other}", "deep/other, depth: 0}", r"rows\[4\] repeats depth 0 of row 'vae'"),
-        ("figure: vae", "figure: vaes", "'figure' must be comparison, each, images or vae"),
+        ("figure: vae", "figure: vaes", "'figure' must be .*, images, vae or sets"),
     ],
 )
 def test_places_are_read_strictly(tmp_path, old, new, message):

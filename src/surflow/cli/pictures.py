@@ -23,6 +23,7 @@ from surflow.reporting.records import write_bytes_atomic
 
 POINTS = 50_000
 IMAGES = 64
+SETS = 64
 RECONSTRUCTIONS = 100
 PYRAMIDS = 8
 
@@ -32,6 +33,8 @@ def draw_pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[s
     shape = image_shape(data)
     if shape == (2,):
         return _draw_plane(cfg, folder, flow, data)
+    if hasattr(data, "num_points"):
+        return _draw_sets(cfg, folder, flow, data)
     if len(shape) == 3 and shape[0] in (1, 3):
         return {
             **_draw_images(cfg, folder, flow, data),
@@ -85,6 +88,23 @@ def _draw_images(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
     except ValueError as error:  # some models have no path through all their latents
         print(f"{relative(folder)}: no interpolation.png: {one_line(error)}", file=sys.stderr)
     return pictures
+
+
+def _draw_sets(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
+    """Sets of points from the model and from the test split: points.npz, samples.png."""
+    from surflow.metrics import draw_unit
+    from surflow.reporting.point_sets import clouds_figure
+
+    samples = draw_unit(flow, 0, SETS, cfg.seed).cpu().numpy()
+    if not np.isfinite(samples).all():
+        print("no picture of samples: some are not finite", file=sys.stderr)
+        return {}
+    test = data.splits["test"]
+    real = test[torch.arange(min(SETS, len(test))) * len(test) // min(SETS, len(test))].numpy()
+    arrays = {"samples": samples.astype(np.float32), "data": real}
+    _write_arrays(folder / "points.npz", **arrays, width=np.float64(data.width))
+    clouds = {"data": real, "model": arrays["samples"]}
+    return {"figures/samples": clouds_figure(clouds, data.width, folder / "samples.png")}
 
 
 def _draw_reconstructions(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:

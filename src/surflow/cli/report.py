@@ -129,7 +129,7 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> Cells:
     cells = Cells({c.name: c for c in spec.columns}, {}, {}, {}, [])
     for seed in cfg.seeds:
         for row in with_runs:
-            for column in spec.columns:
+            for column in (c for c in spec.columns if c.shows(row.name)):
                 key = (row.name, column.name, int(seed))
                 published = [
                     f"experiment={row.experiment}",
@@ -283,11 +283,25 @@ def _draw_vae(table: Table, folder: Path) -> dict[str, str]:
     return pictures
 
 
+def _draw_sets(table: Table, folder: Path) -> dict[str, str]:
+    from surflow.reporting import figures, point_sets
+
+    pictures = {}
+    if any(cell.ours is not None or cell.published is not None for cell in table.cells.values()):
+        figures.published_figure(table, folder / "published.png")
+        pictures["Published values and ours"] = "published.png"
+    if _any_file(figures.run_files(table, "points.npz")):
+        point_sets.set_figure(table, folder / "samples.png")
+        pictures["Samples: data and models"] = "samples.png"
+    return pictures
+
+
 DRAWN = {
     "comparison": _draw_comparison,
     "each": _draw_each,
     "images": _draw_images,
     "vae": _draw_vae,
+    "sets": _draw_sets,
 }
 """The pictures of a table beside its learning curves: captions and files, by its `figure`."""
 
@@ -299,6 +313,11 @@ def _draw_curves(table: Table, folder: Path) -> dict[str, str]:
     files = figures.run_files(table, "metrics.csv")
     if table.spec.layout != "grid" or not _any_file(files):
         return {}
+    if table.spec.figure == "sets":
+        from surflow.reporting.point_sets import set_curve_figure
+
+        path = set_curve_figure(table, folder / "learning_curves.png")
+        return {} if path is None else {"Learning curves": path.name}
     logged = {f: _validation_columns(f) for row in files.values() for f in row.values() if f}
     names = [name for columns in logged.values() for name in columns]
     if not names:

@@ -94,6 +94,11 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
 
     samples = torch.cat(list(_drawn(cfg, flow, POINT_UNIT))).numpy()
     _write_npz(cfg, out, samples=samples)
+    if hasattr(data, "num_points"):
+        from surflow.reporting.point_sets import clouds_figure
+
+        shown = {f"{len(samples[:GRID])} samples": samples[:GRID]}
+        return clouds_figure(shown, data.width, out.with_suffix(".png"))
     if samples.shape[1:] != (2,):
         return None
     window = data.dataset.window

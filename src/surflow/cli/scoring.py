@@ -41,13 +41,13 @@ def score_split(
         tf32: see :func:`surflow.training.evaluation.evaluate`.
 
     Returns:
-        estimates by name, and the ledger.
+        estimates by name, of sets those a point too, and the ledger.
     """
-    from surflow.training.evaluation import evaluate
+    from surflow.training.evaluation import evaluate, per_point
 
     shown = _shown(f"evaluating {split}") if progress is None else contextlib.nullcontext(progress)
     with shown as tell:
-        return evaluate(
+        estimates, ledger = evaluate(
             flow,
             data.splits[split],
             data.eval_batch_size,
@@ -60,6 +60,9 @@ def score_split(
             resume=unfinished(folder, split),
             tf32=tf32,
         )
+    if hasattr(data, "num_points"):
+        estimates |= per_point(estimates, data.num_points)
+    return estimates, ledger
 
 
 def _asked(cfg: DictConfig, key: str) -> int:

@@ -41,6 +41,7 @@ RUN_FILES = (
     "generation.npz",
     "reconstructions.npz",
     "latent.npz",
+    "points.npz",
 )
 
 
@@ -230,8 +231,8 @@ def _train_locked(cfg: DictConfig, digest: str, folder: Path) -> dict[str, float
 def what_to_compile(cfg: DictConfig) -> str | None:
     """The whole "loss", only the couplings' "nets", or None.
 
-    Of images, and where stretches are inverted on the way back, it is the nets: they are what is
-    heavy there, those of equal shape are compiled once, and the whole loss takes minutes.
+    Of images and sets, and where stretches are inverted on the way back, it is the nets: they are
+    what is heavy there, those of equal shape are compiled once, and the whole loss takes minutes.
     """
     from surflow.training.module import can_compile
 
@@ -245,7 +246,7 @@ def what_to_compile(cfg: DictConfig) -> str | None:
             f"trainer.compile={str(wanted).lower()}: no C++ compiler found; "
             "use trainer.compile=auto"
         )
-    nets = len(cfg.data.event_shape) == 3 or cfg.trainer.memory == "reversible"
+    nets = len(cfg.data.event_shape) > 1 or cfg.trainer.memory == "reversible"
     return "nets" if wanted == "nets" or (wanted == "auto" and nets) else "loss"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from surflow.data.augment import Augmentation
 from surflow.data.batches import TensorBatches
 from surflow.data.downloads import Published, check_file, data_root, fetch
-from surflow.data.module import TensorDataModule
+from surflow.data.module import TensorDataModule, spaced_rows
 from surflow.data.sources import (
     image_files,
     npz_shape,
@@ -250,15 +250,7 @@ class ImageData(TensorDataModule):
         return images[: len(images) - size], images[len(images) - size :]
 
     def _cut(self, split: str, images: Tensor) -> Tensor:
-        size = self.sizes[split]
-        if size is None or size == len(images):
-            return images
-        if size > len(images):
-            raise ValueError(
-                f"data.{split}_size: expected at most the {len(images)} {split} images of "
-                f"{self.name}, got {size}"
-            )
-        return images[torch.arange(size) * len(images) // size]
+        return spaced_rows(images, self.sizes[split], f"{split} images of {self.name}", split)
 
     # Batches -----------------------------------------------------------------------------------
 

@@ -40,6 +40,25 @@ def block_rows(event_shape: tuple[int, ...]) -> int:
     return min(MOST_BLOCK_ROWS, max(1, BLOCK_NUMBERS // math.prod(event_shape)))
 
 
+def spaced_rows(rows: Tensor, size: int | None, what: str, split: str) -> Tensor:
+    """``size`` rows evenly spaced over them; None: all.
+
+    Args:
+        rows: (N, ...).
+        size: at most N.
+        what: the rows in words, for messages.
+        split: whose size it is, for messages.
+
+    Raises:
+        ValueError: for more rows than there are.
+    """
+    if size is None or size == len(rows):
+        return rows
+    if size > len(rows):
+        raise ValueError(f"data.{split}_size: expected at most the {len(rows)} {what}, got {size}")
+    return rows[torch.arange(size) * len(rows) // size]
+
+
 class TensorDataModule(pl.LightningDataModule):
     """Train, validation and test tensors, held in memory and batched by indexing.
 

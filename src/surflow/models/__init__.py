@@ -11,11 +11,13 @@ from surflow.models.posteriors import POSTERIORS, flow_posterior
 from surflow.models.priors import PRIORS, VampPrior
 from surflow.models.pronf import PyramidFlow, pronf
 from surflow.models.realnvp import realnvp
+from surflow.models.set_flow import ORDERS, set_flow
 from surflow.models.vae import vae_flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 
 __all__ = [
     "DOWNSAMPLINGS",
+    "ORDERS",
     "POSTERIORS",
     "PRIORS",
     "PyramidFlow",
@@ -37,6 +39,7 @@ __all__ = [
     "pronf",
     "read_tensors",
     "realnvp",
+    "set_flow",
     "vae_flow",
     "vae_of_images",
     "vae_of_vectors",

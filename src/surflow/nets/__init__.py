@@ -11,6 +11,7 @@ from surflow.nets.masked_conv import LocalPixelCNN, MaskedConv2d
 from surflow.nets.maxout import Maxout
 from surflow.nets.mlp import ACTIVATIONS, MLP, FourierFeatures, make_activation
 from surflow.nets.resnet import ResidualBlock, ResNet, TanhScale, WeightNormConv2d
+from surflow.nets.transformer import SelfAttention, SetTransformer, TransformerBlock
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,8 +37,11 @@ __all__ = [
     "PlainBlock",
     "ResNet",
     "ResidualBlock",
+    "SelfAttention",
+    "SetTransformer",
     "StandardisedConv2d",
     "TanhScale",
+    "TransformerBlock",
     "WeightNormConv2d",
     "ZeroConv2d",
     "make_activation",

@@ -442,7 +442,7 @@ def _columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
     def label(column: ColumnSpec) -> str:
         if table.spec.figure == "vae" and not column.names_data:
             return own
-        return column.data if table.spec.figure in ("images", "vae") else column.label
+        return column.data if table.spec.figure in ("images", "vae", "sets") else column.label
 
     columns: dict[str, list[ColumnSpec]] = {}
     for column in table.spec.columns:
@@ -468,6 +468,7 @@ def _image_caption(table: Table, row: str, columns: Sequence[ColumnSpec]) -> str
 
 
 PUBLISHED, OURS, OTHERS = LINES[1], LINES[0], GREY
+WIDE_LABEL = 52  # letters; a panel's width
 
 
 def published_figure(table: Table, path: str | Path) -> Path:
@@ -523,7 +524,10 @@ def _published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
         seen |= cell.ours is not None or cell.published is not None or bool(cell.quoted)
     axes.set_title("\n".join(textwrap.wrap(column.label, 36)), fontsize=9.5, color=INK)
     name = f"{column.metric} ({unit})" if unit else column.metric
-    axes.set_xlabel(f"{name}, {column.direction} is better", fontsize=8, color=INK)
+    better = f"{column.direction} is better"
+    wide = len(name) + len(better) > WIDE_LABEL
+    axes.set_xlabel(f"{name},{chr(10) if wide else ' '}{better}", fontsize=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.grid(color="#e4e4e4", lw=0.6)
@@ -849,12 +853,20 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
 
 CURVE_WORDS = {"nll": "NLL", "elbo": "negative ELBO", "iwbo": "negative IWBO"}
 CURVE_UNITS = {"bpd": "bits/dim"}
+LONG_LABEL = 32  # letters; half a panel's width
 
 
 def curve_label(column: str) -> str:
     """Such as "validation negative ELBO (bits/dim)" for ``val/elbo_bpd``."""
     name, _, unit = column.rpartition("/")[2].partition("_")
     return f"validation {CURVE_WORDS.get(name, name)} ({CURVE_UNITS.get(unit, unit)})"
+
+
+def validation_column(file: Path) -> str | None:
+    """The first validation metric that a run has logged in its metrics.csv; None without any."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        names = next(csv.reader(lines), ())
+    return next((name for name in names if name.startswith("val/")), None)
 
 
 def _read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -883,24 +895,27 @@ def learning_curve_figure(
     cells: Cells,
     path: str | Path,
     *,
-    column: str = "val/nll_nats",
+    column: str | Mapping[str, str] = "val/nll_nats",
     metric: str = "test/nll_nats",
     label: str | None = None,
+    scale: float = 1.0,
 ) -> Path:
     """Draw `column` of each run's metrics.csv against the epoch: a panel a dataset, a line a model.
 
     `cells[row label][column label]` is a run's `metrics.csv` or None. A dashed line marks the floor
     that the records name for `metric`. The first twentieth of a curve does not stretch the scale.
-    `label` None makes one of `column`.
+    `column` may be one for each row label; `label` None makes one of `column`. Values are shown
+    times `scale`; where it is negative, higher is better.
     """
     label = curve_label(column) if label is None else label
+    of_model = column if isinstance(column, Mapping) else dict.fromkeys(cells, column)
     files = _existing(cells)
     records = {m: {d: _record(f) for d, f in row.items()} for m, row in files.items()}
     caution = _caution([r for row in records.values() for r in row.values()])
     models, datasets = list(files), list(next(iter(files.values())))
     across = min(len(datasets), 2)
     down = math.ceil(len(datasets) / across)
-    legend_columns = 2 * across
+    legend_columns = (1 if max(map(len, models)) > LONG_LABEL else 2) * across
     legend_rows = math.ceil((len(models) + 1) / legend_columns)  # a line more: the floor
     height = 2.7 * down + 0.3 + 0.2 * legend_rows + (0.25 if caution else 0)
     figure = Figure(figsize=(4.3 * across, height), layout="constrained")
@@ -912,9 +927,9 @@ def learning_curve_figure(
         curves = {}
         for model in models:
             if files[model][dataset] is not None:
-                epochs, values = _read_curve(files[model][dataset], column)
+                epochs, values = _read_curve(files[model][dataset], of_model[model])
                 if len(values):
-                    curves[model] = (epochs, values)
+                    curves[model] = (epochs, scale * values)
         if not curves:
             _not_run(axes)
             continue
@@ -932,7 +947,8 @@ def learning_curve_figure(
             )
             handles.setdefault(model, line)
             late = values[len(values) // 20 :] if len(values) >= 20 else values
-            seen += [float(values.min()), float(np.quantile(late, 0.995))]
+            best, worst = (values.min(), 0.995) if scale > 0 else (values.max(), 0.005)
+            seen += [float(best), float(np.quantile(late, worst))]
         floors = [
             record.floor[metric].value
             for record in (records[model][dataset] for model in models)

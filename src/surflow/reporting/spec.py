@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 DIRECTIONS = ("lower", "higher")
-FIGURES = ("comparison", "each", "images", "vae")
+FIGURES = ("comparison", "each", "images", "vae", "sets")
 LAYOUTS = ("grid", "bounds")
 PROFILES = ("paper", "short", "smoke")
 
@@ -41,7 +41,8 @@ class ColumnSpec:
     """One dataset, or one metric of it, and the overrides that select it.
 
     `tolerance` is in `unit`; `unit` None takes that of the records. `digits` are the decimals of
-    our values, `published_digits` those of published ones. The column is there under `profiles`.
+    our values, `published_digits` those of published ones. The column is there under `profiles`,
+    and is about `rows` alone where it names any: other models have no such number.
     """
 
     name: str
@@ -54,6 +55,11 @@ class ColumnSpec:
     digits: int = 3
     published_digits: int = 3
     profiles: tuple[str, ...] = PROFILES
+    rows: tuple[str, ...] = ()
+
+    def shows(self, row: str) -> bool:
+        """Whether a model has the column's number."""
+        return not self.rows or row in self.rows
 
     @property
     def data(self) -> str:
@@ -101,8 +107,9 @@ class TableSpec:
     `runs` is the artefact whose runs fill the cells: its own, or that of another table that reads
     other metrics of the same runs. `figure` is "comparison" (models side by side, a row of panels a
     column of the table), "each" (a picture of its own for every cell, where the cells have data of
-    their own), "images" (grids of samples, and published values beside ours) or "vae" (the same,
-    with reconstructions, latents and the bound against the depth). `layout` is "grid" (a
+    their own), "images" (grids of samples, and published values beside ours), "vae" (the same,
+    with reconstructions, latents and the bound against the depth) or "sets" (clouds of points, and
+    published values beside ours). `layout` is "grid" (a
     cell a number) or "bounds" (a row a model: bounds beside the likelihood).
     """
 
@@ -282,6 +289,7 @@ _COLUMN_KEYS = (
     "digits",
     "published_digits",
     "profiles",
+    "rows",
 )
 _QUOTE_KEYS = ("row", "column", "value", "source")
 
@@ -300,8 +308,9 @@ def load_spec(path: str | Path) -> TableSpec:
         _row(_Fields(path, f"rows[{index}]", item, _ROW_KEYS))
         for index, item in enumerate(top.items("rows", required=True))
     ]
+    named = [row.name for row in rows]
     columns = [
-        _column(_Fields(path, f"columns[{index}]", item, _COLUMN_KEYS), measure)
+        _column(_Fields(path, f"columns[{index}]", item, _COLUMN_KEYS), measure, named)
         for index, item in enumerate(top.items("columns", required=True))
     ]
     for what, entries in (("row", rows), ("column", columns)):
@@ -386,7 +395,7 @@ def _check_places(top: _Fields, rows: Sequence[RowSpec]) -> None:
             raise top.error(f"rows[{index}] repeats {family}depth {row.depth} of row {other!r}")
 
 
-def _column(fields: _Fields, table: dict[str, Any]) -> ColumnSpec:
+def _column(fields: _Fields, table: dict[str, Any], rows: Sequence[str]) -> ColumnSpec:
     own = {key: read(fields) if key in fields else table[key] for key, read in _MEASURE.items()}
     if "metric" in fields and "unit" not in fields:
         own["unit"] = None  # another metric than the table's: of its own unit
@@ -403,6 +412,7 @@ def _column(fields: _Fields, table: dict[str, Any]) -> ColumnSpec:
         digits=digits,
         published_digits=published,
         profiles=fields.words("profiles", PROFILES) if "profiles" in fields else PROFILES,
+        rows=fields.words("rows", rows) if "rows" in fields else (),
     )
 
 

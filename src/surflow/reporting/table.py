@@ -43,6 +43,7 @@ CSV_FIELDS = (
 )
 NOT_RUN = "not run"
 QUOTED_ONLY = "quoted only"
+NO_SUCH_NUMBER = "no such number"
 _SLACK = 1e-9  # float noise allowed at the edge of a tolerance, in the unit of the metric
 
 
@@ -55,9 +56,9 @@ class Cell:
     """One cell: mean `ours` and sample standard deviation `std` over the accepted `records`.
 
     `ours` is None where nothing was accepted; `verdict` then is ``not run``, ``quoted only``,
-    ``missing: <reason>`` (the run is there, the metric could not be computed) or
-    ``refused: <reason>``. `refusals` and `missing` list what was refused, or is missing, seed by
-    seed, also beside a number.
+    ``no such number`` (the column is not about this model), ``missing: <reason>`` (the run is
+    there, the metric could not be computed) or ``refused: <reason>``. `refusals` and `missing` list
+    what was refused, or is missing, seed by seed, also beside a number.
     """
 
     row: RowSpec
@@ -405,6 +406,9 @@ def _fill_cell(
     warnings: list[str],
 ) -> Cell:
     quoted = tuple(q for q in spec.quoted if (q.row, q.column) == (row.name, column.name))
+    if row.experiment is not None and not column.shows(row.name):
+        verdict = NO_SUCH_NUMBER
+        return Cell(row, column, published, quoted, unit=column.unit or "", verdict=verdict)
     told = {
         absent: tuple(f"seed {r.seed}: {r.reason}" for r in refusals if r.missing == absent)
         for absent in (False, True)
@@ -573,7 +577,7 @@ def cell_text(cell: Cell, wanted: int) -> str:
     published = ""
     if cell.published is not None:
         published = f"({_number(cell.published, cell.column.published_digits)})"
-    if cell.row.experiment is None:
+    if cell.row.experiment is None or cell.verdict == NO_SUCH_NUMBER:
         return published or "–"
     if cell.ours is None:
         text = cell.verdict.partition(":")[0]  # the reason stands in the long table

@@ -8,8 +8,8 @@ import io
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,38 @@ def evaluate(
             count=len(rows),
         )
     return estimates, work.ledger(flow)
+
+
+POINT_NAMES = {"nll": "log_likelihood", "elbo": "elbo", "iwbo": "iwbo"}
+
+
+def per_point(estimates: Mapping[str, Estimate], num_points: int) -> dict[str, Estimate]:
+    r"""The scores of sets, a point, as they are published: not negated, higher is better.
+
+    .. math:: \frac1N \log p(x_1, \dots, x_N)
+
+    Args:
+        estimates: of sets, in nats, by names such as ``test/nll_nats``.
+        num_points: N, points of a set.
+
+    Returns:
+        by name: ``test/point_log_likelihood_nats`` of an exact likelihood, ``test/point_elbo_nats``
+        and ``test/point_iwbo_nats`` of bounds.
+    """
+    found = {}
+    for name, e in estimates.items():
+        split, _, rest = name.partition("/")
+        estimator, _, unit = rest.rpartition("_")
+        if estimator in POINT_NAMES and unit == "nats":
+            how = e.estimator.replace("point", "set")  # where a data point is a set
+            found[f"{split}/point_{POINT_NAMES[estimator]}_nats"] = replace(
+                e,
+                value=-e.value / num_points,
+                unit="nats/point",
+                estimator=f"{how}, divided by the {num_points} points of a set",
+                standard_error=e.standard_error / num_points,
+            )
+    return found
 
 
 def block_size(num_dims: int) -> int:

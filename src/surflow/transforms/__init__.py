@@ -42,7 +42,7 @@ from surflow.transforms.bijections.haar import Haar
 from surflow.transforms.bijections.linear import FullLinear, HouseholderLinear, PLULinear, QRLinear
 from surflow.transforms.bijections.masks import channel_mask, checkerboard_mask
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
-from surflow.transforms.bijections.ordered import OrderedToReal
+from surflow.transforms.bijections.ordered import OrderedToReal, RunningMaxToReal
 from surflow.transforms.bijections.permute import Permute, Reverse, Rotation
 from surflow.transforms.bijections.planar import Planar
 from surflow.transforms.bijections.planar_stack import PlanarStack
@@ -138,6 +138,7 @@ __all__ = [
     "Reverse",
     "Rotation",
     "Rounding",
+    "RunningMaxToReal",
     "Sequential",
     "Sigmoid",
     "Slice",

@@ -18,11 +18,12 @@ class ActNorm(Transform):
     the layer is what its parameters say (the identity).
 
     Args:
-        num_channels: C, the size of dimension 1 of x.
+        num_channels: C, the size of the channels' dimension of x.
+        dim: that dimension, 1 or more.
 
     Raises:
-        ValueError: for another number of channels; for an initialising batch of a single value a
-            channel, which has no standard deviation.
+        ValueError: for another number of channels, or dim < 1; for an initialising batch of a
+            single value a channel, which has no standard deviation.
 
     Cost: O(D) a row, and one pass over the first batch; forward and inverse alike.
 
@@ -38,11 +39,14 @@ class ActNorm(Transform):
     stochastic_forward = False
     stochastic_inverse = False
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"ActNorm: expected dim >= 1, got {dim}")
         if num_channels < 1:
             raise ValueError(f"ActNorm: expected num_channels >= 1, got {num_channels}")
         self.num_channels = num_channels
+        self.dim = dim
         self.shift = nn.Parameter(torch.zeros(num_channels))
         self.log_scale = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
@@ -56,7 +60,7 @@ class ActNorm(Transform):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set shift and scale so that this batch has mean 0 and deviation 1 in every channel."""
-        values = x.detach().movedim(1, 0).flatten(1).to(self.shift.dtype)
+        values = x.detach().movedim(self.dim, 0).flatten(1).to(self.shift.dtype)
         if values.shape[1] < 2:
             raise ValueError(
                 "ActNorm.forward: expected at least 2 values a channel to initialise from, "
@@ -68,12 +72,13 @@ class ActNorm(Transform):
         self._initialised = True
 
     def _per_channel(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        if x.shape[1] != self.num_channels:
+        if x.dim() <= self.dim or x.shape[self.dim] != self.num_channels:
+            along = "" if self.dim == 1 else f" along dimension {self.dim}"
             raise ValueError(
-                f"{self.where(method)}: expected {self.num_channels} channels, "
+                f"{self.where(method)}: expected {self.num_channels} channels{along}, "
                 f"got shape {tuple(x.shape)}"
             )
-        shape = (1, -1, *[1] * (x.dim() - 2))
+        shape = (-1, *[1] * (x.dim() - self.dim - 1))
         return self.shift.view(shape), self.log_scale.view(shape)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,10 @@ class Coupling(Transform):
     .. math:: z_1 = x_1, \quad z_2 = f(x_2;\, \theta(x_1, c)), \qquad
               \mathrm{ldj} = \sum_d \log |f'(x_{2,d})|
 
-    Two ways to part x. A split along dimension 1: the net sees the first part, (B, C1, ...), and
-    gives (B, C2 * P, ...), channels alternating over the P parameters of an element. A mask: the
-    net sees the whole of x with the transformed places at zero, and gives (B, C * P, ...).
+    Two ways to part x. A split along a dimension, by default 1: the net sees the first part,
+    (B, C1, ...), and gives (B, C2 * P, ...), channels alternating over the P parameters of an
+    element. A mask: the net sees the whole of x with the transformed places at zero, and gives
+    (B, C * P, ...).
 
     Args:
         map: the elementwise map f.
@@ -36,10 +37,11 @@ class Coupling(Transform):
         swap: exchange the two parts' roles.
         mask: boolean, broadcastable to the event; True conditions, False is transformed. It
             takes the place of ``split``.
+        dim: the dimension of the channels, 1 or more.
 
     Raises:
         ValueError: for an unknown split, a split that leaves a part empty, a mask that does not
-            fit, or a net whose output has a wrong shape.
+            fit, a dimension that x has not, or a net whose output has a wrong shape.
 
     Cost: one pass of the net and one evaluation of the map an element; forward and inverse alike,
     unless the map's differ.
@@ -63,8 +65,11 @@ class Coupling(Transform):
         split: str | int = "half",
         swap: bool = False,
         mask: Tensor | None = None,
+        dim: int = 1,
     ) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
         if split not in SPLITS and not (isinstance(split, int) and split > 0):
             raise ValueError(
                 f"{type(self).__name__}: expected split to be one of {', '.join(SPLITS)} or a "
@@ -74,6 +79,7 @@ class Coupling(Transform):
         self.net = net
         self.split = split
         self.swap = swap
+        self.dim = dim
         if mask is not None:
             mask = torch.as_tensor(mask, dtype=torch.bool)
             mask = ~mask if swap else mask
@@ -82,13 +88,14 @@ class Coupling(Transform):
     # Parting x and putting it together ---------------------------------------------------------
 
     def _parts(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        channels = x.shape[1]
+        dim = self._dim_of(x, method)
+        channels = x.shape[dim]
         if self.split == "alternate":
-            first, second = x[:, 0::2], x[:, 1::2]
+            first, second = (_every_other(x, dim, start) for start in (0, 1))
         else:
-            size = channels // 2 if self.split == "half" else self.split
-            first, second = x[:, :size], x[:, size:]
-        if first.shape[1] == 0 or second.shape[1] == 0:
+            size = min(channels // 2 if self.split == "half" else self.split, channels)
+            first, second = x.split([size, channels - size], dim)
+        if first.shape[dim] == 0 or second.shape[dim] == 0:
             raise ValueError(
                 f"{self.where(method)}: expected channels that split {self.split!r} parts in two, "
                 f"got shape {tuple(x.shape)}"
@@ -98,29 +105,37 @@ class Coupling(Transform):
     def _merge(self, x: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
         first, second = (changed, conditioning) if self.swap else (conditioning, changed)
         if self.split != "alternate":
-            return torch.cat([first, second], dim=1)
-        return torch.slice_scatter(x, changed, dim=1, start=0 if self.swap else 1, step=2)
+            return torch.cat([first, second], dim=self.dim)
+        return torch.slice_scatter(x, changed, dim=self.dim, start=0 if self.swap else 1, step=2)
 
     def _join(self, like: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
         """The same where x is not at hand: it lies in memory as ``like`` does."""
         if self.split == "alternate":
             like = torch.empty_like(like, dtype=conditioning.dtype)
             start = 1 if self.swap else 0
-            like = torch.slice_scatter(like, conditioning, dim=1, start=start, step=2)
+            like = torch.slice_scatter(like, conditioning, dim=self.dim, start=start, step=2)
         return self._merge(like, conditioning, changed)
 
     def _params(self, seen: Tensor, like: Tensor, context: Tensor | None, method: str) -> Tensor:
         out = run_net(self.net, seen, context, self.where(method))
-        count = self.map.num_params
-        expected = (like.shape[0], like.shape[1] * count, *like.shape[2:])
+        count, dim = self.map.num_params, self.dim
+        expected = (*like.shape[:dim], like.shape[dim] * count, *like.shape[dim + 1 :])
         if tuple(out.shape) != expected:
             raise ValueError(
                 f"{self.where(method)}: expected the net to give shape {expected}, "
                 f"got {tuple(out.shape)}"
             )
-        return out.to(like.dtype).unflatten(1, (like.shape[1], count)).movedim(2, -1)
+        return out.to(like.dtype).unflatten(dim, (like.shape[dim], count)).movedim(dim + 1, -1)
+
+    def _dim_of(self, x: Tensor, method: str) -> int:
+        if x.dim() <= self.dim:
+            raise ValueError(
+                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
+            )
+        return self.dim
 
     def _mask_for(self, x: Tensor, method: str) -> Tensor:
+        self._dim_of(x, method)
         try:
             return self.mask.expand(x.shape[1:])
         except RuntimeError:
@@ -235,7 +250,7 @@ class AffineCoupling(Coupling):
     Args:
         net: gives s and t, channels alternating.
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
-        split, swap, mask: see :class:`Coupling`.
+        split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net beside O(D) a row; forward and inverse alike.
 
@@ -255,8 +270,9 @@ class AffineCoupling(Coupling):
         split: str | int = "half",
         swap: bool = False,
         mask: Tensor | None = None,
+        dim: int = 1,
     ) -> None:
-        super().__init__(AffineMap(scale), net, split, swap, mask)
+        super().__init__(AffineMap(scale), net, split, swap, mask, dim)
 
     @classmethod
     def example(cls) -> Example:
@@ -272,7 +288,7 @@ class AdditiveCoupling(Coupling):
 
     Args:
         net: gives t.
-        split, swap, mask: see :class:`Coupling`.
+        split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net beside O(D) a row; forward and inverse alike.
 
@@ -290,8 +306,9 @@ class AdditiveCoupling(Coupling):
         split: str | int = "half",
         swap: bool = False,
         mask: Tensor | None = None,
+        dim: int = 1,
     ) -> None:
-        super().__init__(AdditiveMap(), net, split, swap, mask)
+        super().__init__(AdditiveMap(), net, split, swap, mask, dim)
 
     @classmethod
     def example(cls) -> Example:
@@ -310,7 +327,7 @@ class RationalQuadraticSplineCoupling(Coupling):
     Args:
         net: gives 3 K - 1 parameters an element with tails (``bound``), 3 K + 1 without.
         num_bins, bound, min_bin, min_slope: see :class:`RationalQuadraticSpline`.
-        split, swap, mask: see :class:`Coupling`.
+        split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net and O(K) an element, K the number of bins; forward and inverse alike.
 
@@ -333,9 +350,10 @@ class RationalQuadraticSplineCoupling(Coupling):
         split: str | int = "half",
         swap: bool = False,
         mask: Tensor | None = None,
+        dim: int = 1,
     ) -> None:
         spline = RationalQuadraticSpline(num_bins, bound, min_bin, min_slope)
-        super().__init__(spline, net, split, swap, mask)
+        super().__init__(spline, net, split, swap, mask, dim)
 
     @classmethod
     def example(cls) -> Example:
@@ -352,7 +370,7 @@ class LogisticMixtureCoupling(Coupling):
     Args:
         net: gives 3 K + 2 parameters an element; see :class:`LogisticMixtureMap`.
         num_components: K.
-        split, swap, mask: see :class:`Coupling`.
+        split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net and O(K) an element; the inverse is a bisection, some tens of
     evaluations of the map.
@@ -372,14 +390,20 @@ class LogisticMixtureCoupling(Coupling):
         split: str | int = "half",
         swap: bool = False,
         mask: Tensor | None = None,
+        dim: int = 1,
     ) -> None:
-        super().__init__(LogisticMixtureMap(num_components), net, split, swap, mask)
+        super().__init__(LogisticMixtureMap(num_components), net, split, swap, mask, dim)
 
     @classmethod
     def example(cls) -> Example:
         from surflow.nets import MLP
 
         return _example(cls(MLP(2, 2 * 11, [16], "tanh"), num_components=3))
+
+
+def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
+    """x[..., start::2, ...] along a dimension, a view."""
+    return x[(slice(None),) * dim + (slice(start, None, 2),)]
 
 
 def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
