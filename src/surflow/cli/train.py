@@ -41,6 +41,7 @@ RUN_FILES = (
     "generation.npz",
     "reconstructions.npz",
     "latent.npz",
+    "pyramid.npz",
     "points.npz",
 )
 
