@@ -82,7 +82,9 @@ class Haar(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
+        from surflow.distributions import DiagonalNormal
 
-        x, z = StandardNormal((2, 2, 2)), StandardNormal((8, 1, 1))
-        return Example(cls(), x.sample_and_log_prob, z)
+        wide = DiagonalNormal((1, 2, 4), scale=1.2)
+        # the mean of four has half their deviation
+        scale = torch.tensor([0.5, 1.0, 1.0, 1.0]).view(4, 1, 1)
+        return Example(cls(), wide.sample_and_log_prob, DiagonalNormal((4, 1, 2), scale=scale))
