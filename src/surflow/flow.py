@@ -464,10 +464,7 @@ class FlowDistribution(Distribution):
             context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
             num_samples: K draws a row, sample k of row b at k n + b.
         """
-        if n is None:
-            if context is None:
-                raise ValueError("FlowDistribution.sample_and_log_prob: expected n or a context")
-            n = context.shape[0]
+        n = self._rows(n, context, "sample_and_log_prob")
         context = self._embed(self._context(context, n, "sample_and_log_prob"))
         context = repeat_rows(context, num_samples)
         z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,13 +244,19 @@ def _draw_each(table: Table, folder: Path) -> dict[str, str]:
     return pictures
 
 
+def _draw_published(table: Table, folder: Path) -> dict[str, str]:
+    from surflow.reporting import figures
+
+    if all(cell.ours is None and cell.published is None for cell in table.cells.values()):
+        return {}
+    figures.published_figure(table, folder / "published.png")
+    return {"Published values and ours": "published.png"}
+
+
 def _draw_images(table: Table, folder: Path) -> dict[str, str]:
     from surflow.reporting import figures
 
-    pictures = {}
-    if any(cell.ours is not None or cell.published is not None for cell in table.cells.values()):
-        figures.published_figure(table, folder / "published.png")
-        pictures["Published values and ours"] = "published.png"
+    pictures = _draw_published(table, folder)
     if _any_file(figures.run_files(table, "images.npz")):
         figures.image_figure(table, folder / "samples.png")
         pictures["Samples: data and models"] = "samples.png"
@@ -286,10 +291,7 @@ def _draw_vae(table: Table, folder: Path) -> dict[str, str]:
 def _draw_sets(table: Table, folder: Path) -> dict[str, str]:
     from surflow.reporting import figures, point_sets
 
-    pictures = {}
-    if any(cell.ours is not None or cell.published is not None for cell in table.cells.values()):
-        figures.published_figure(table, folder / "published.png")
-        pictures["Published values and ours"] = "published.png"
+    pictures = _draw_published(table, folder)
     if _any_file(figures.run_files(table, "points.npz")):
         point_sets.set_figure(table, folder / "samples.png")
         pictures["Samples: data and models"] = "samples.png"
@@ -318,7 +320,7 @@ def _draw_curves(table: Table, folder: Path) -> dict[str, str]:
 
         path = set_curve_figure(table, folder / "learning_curves.png")
         return {} if path is None else {"Learning curves": path.name}
-    logged = {f: _validation_columns(f) for row in files.values() for f in row.values() if f}
+    logged = {f: figures.validation_columns(f) for row in files.values() for f in row.values() if f}
     names = [name for columns in logged.values() for name in columns]
     if not names:
         return {}
@@ -331,12 +333,6 @@ def _draw_curves(table: Table, folder: Path) -> dict[str, str]:
     path = folder / "learning_curves.png"
     figures.learning_curve_figure(shown, path, column=column, metric=metric)
     return {"Learning curves": path.name}
-
-
-def _validation_columns(file: Path) -> list[str]:
-    """The validation metrics that a run has logged: the objective's, not always the table's."""
-    with open(file, newline="", encoding="utf-8") as lines:
-        return [name for name in next(csv.reader(lines), ()) if name.startswith("val/")]
 
 
 def _copy_records(table: Table, folder: Path) -> None:

@@ -104,10 +104,7 @@ class Distribution(nn.Module, ABC):
         Returns:
             (n, *event).
         """
-        if n is None:
-            if context is None:
-                raise ValueError(f"{type(self).__name__}.sample: expected n or a context")
-            n = context.shape[0]
+        n = self._rows(n, context, "sample")
         if n < 0:
             raise ValueError(f"{type(self).__name__}.sample: expected n >= 0, got {n}")
         if not temperature > 0:
@@ -127,6 +124,14 @@ class Distribution(nn.Module, ABC):
         if self.discrete:
             record_score(log_prob)
         return x, log_prob
+
+    def _rows(self, n: int | None, context: Tensor | None, method: str) -> int:
+        """n, or the rows of the context where it is left out."""
+        if n is None:
+            if context is None:
+                raise ValueError(f"{type(self).__name__}.{method}: expected n or a context")
+            n = context.shape[0]
+        return n
 
     def _context(self, context: Tensor | None, n: int, method: str) -> Tensor | None:
         if not self.conditional:

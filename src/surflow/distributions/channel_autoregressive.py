@@ -181,12 +181,7 @@ class ChannelAutoregressive(Distribution):
             context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
             num_samples: K draws a row, sample k of row b at k n + b.
         """
-        if n is None:
-            if context is None:
-                raise ValueError(
-                    "ChannelAutoregressive.sample_and_log_prob: expected n or a context"
-                )
-            n = context.shape[0]
+        n = self._rows(n, context, "sample_and_log_prob")
         embedded = self._embed(self._context(context, n, "sample_and_log_prob"))
         if embedded is not None and num_samples > 1:
             embedded = embedded.expand(num_samples, *embedded.shape).flatten(0, 1)

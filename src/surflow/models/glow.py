@@ -20,6 +20,16 @@ from surflow.transforms import (
 )
 
 
+def glow_coupling(
+    channels: int, hidden_channels: int, standardise: bool, context_features: int = 0
+) -> AffineCoupling:
+    """An affine coupling of scale σ(s + 2) + 10⁻³ with a :class:`GlowNet`, for C channels."""
+    seen = channels // 2
+    changed = channels - seen
+    net = GlowNet(seen, 2 * changed, hidden_channels, standardise, context_features)
+    return AffineCoupling(net, scale="sigmoid")
+
+
 def multi_scale_flow(
     shape: Sequence[int],
     num_levels: int,
@@ -121,12 +131,8 @@ def glow(
     def steps(channels: int) -> list[Transform]:
         layers: list[Transform] = []
         for _ in range(num_steps):
-            net = GlowNet(channels // 2, channels, hidden_channels, standardise)
-            layers += [
-                ActNorm(channels),
-                Conv1x1(channels, parametrisation),
-                AffineCoupling(net, scale="sigmoid"),
-            ]
+            coupling = glow_coupling(channels, hidden_channels, standardise)
+            layers += [ActNorm(channels), Conv1x1(channels, parametrisation), coupling]
         return layers
 
     return multi_scale_flow(shape, num_levels, num_scales, steps, prior_called(prior))

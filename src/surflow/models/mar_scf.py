@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from surflow.errors import close_match
 from surflow.flow import Flow
-from surflow.models.glow import multi_scale_flow
+from surflow.models.glow import glow_coupling, multi_scale_flow
 from surflow.models.split_priors import prior_called
-from surflow.nets import ConvAttentionNet, GlowNet
-from surflow.transforms import ActNorm, AffineCoupling, Conv1x1, LogisticMixtureCoupling, Transform
+from surflow.nets import ConvAttentionNet
+from surflow.transforms import ActNorm, Conv1x1, LogisticMixtureCoupling, Transform
 
 COUPLINGS = ("affine", "mixture")
 
@@ -90,8 +90,7 @@ def mar_scf(
         )
 
     def affine(channels: int) -> Transform:
-        net = GlowNet(channels // 2, 2 * (channels - channels // 2), hidden_channels, standardise)
-        return AffineCoupling(net, scale="sigmoid")
+        return glow_coupling(channels, hidden_channels, standardise)
 
     def mixture(channels: int) -> Transform:
         outputs = (channels - channels // 2) * (3 * num_components + 2)

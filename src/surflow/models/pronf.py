@@ -26,14 +26,13 @@ from surflow.distributions import DiagonalNormal
 from surflow.distributions.base import Distribution, as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution, Ledger
+from surflow.models.glow import glow_coupling
 from surflow.models.split_priors import Prior, prior_called
-from surflow.nets import GlowNet
 from surflow.nets.conv_resnet import PlainBlock
 from surflow.transforms import (
     VAE,
     ActNorm,
     Affine,
-    AffineCoupling,
     Conv1x1,
     Dequantization,
     Haar,
@@ -226,9 +225,7 @@ class Parts:
 
     def steps(self, channels: int, context_features: int = 0) -> list[Transform]:
         """Activation normalisation, 1×1 convolution (PLU), affine coupling; so many times."""
-        seen = channels // 2
-        outputs = 2 * (channels - seen)
-        if not seen:  # a single channel has no halves
+        if channels < 2:  # a single channel has no halves
             return []
         return [
             layer
@@ -236,12 +233,7 @@ class Parts:
             for layer in (
                 ActNorm(channels),
                 Conv1x1(channels, "plu"),
-                AffineCoupling(
-                    GlowNet(
-                        seen, outputs, self.hidden_channels, self.standardise, context_features
-                    ),
-                    scale="sigmoid",
-                ),
+                glow_coupling(channels, self.hidden_channels, self.standardise, context_features),
             )
         ]
 

@@ -178,8 +178,8 @@ def set_flow(
         num_features: C, at least 2; coordinates of a point.
         order: sort, permute, plackett_luce or none.
         width: data lie in [0, width] along each coordinate.
-        softness: of the running maximum of ``sort``, as a share of the width. It decides how fast
-            the model learns: see docs/pointcloud.md.
+        softness: of the running maximum of ``sort``, as a share of the width. A latent
+            stays within a few of it of its point: see docs/pointcloud.md.
         num_flows: number of flows.
         features, num_heads, num_layers, feedforward_features, activation, dropout: of the nets, see
             :class:`~surflow.nets.SetTransformer`.

@@ -862,11 +862,11 @@ def curve_label(column: str) -> str:
     return f"validation {CURVE_WORDS.get(name, name)} ({CURVE_UNITS.get(unit, unit)})"
 
 
-def validation_column(file: Path) -> str | None:
-    """The first validation metric that a run has logged in its metrics.csv; None without any."""
+def validation_columns(file: Path) -> list[str]:
+    """The validation metrics that a run has logged in its metrics.csv: the objective's, not always
+    the table's."""
     with open(file, newline="", encoding="utf-8") as lines:
-        names = next(csv.reader(lines), ())
-    return next((name for name in names if name.startswith("val/")), None)
+        return [name for name in next(csv.reader(lines), ()) if name.startswith("val/")]
 
 
 def _read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:

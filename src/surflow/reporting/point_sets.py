@@ -154,7 +154,7 @@ def set_curve_figure(table: Table, path: str | Path) -> Path | None:
     points = set()
     for row, found in figures.run_files(table, "metrics.csv").items():
         file = next(filter(None, found.values()), None)
-        column = None if file is None else figures.validation_column(file)
+        column = next(iter(figures.validation_columns(file)), None) if file else None
         record = figures._record(file)
         if column is None or record is None:
             continue
