@@ -67,6 +67,10 @@ ADDED_LATER: dict[str, Any] = {
     "objective.free_bits": 0.0,
     "model.prior": "conditional",  # of model=glow
     "model.builder.prior": "conditional",
+    "model.posterior_rate": 1.0,  # of model=vae_posterior
+    "model.builder.posterior_rate": 1.0,
+    "model.posterior_start": 0,
+    "model.builder.posterior_start": 0,
 }
 
 

@@ -159,6 +159,39 @@ def test_active_units_of_a_record(train, posterior):
     assert metric["protocol"] == {"of": 3, "threshold": 0.01, "rows": 100}
 
 
+LATE = ["model.posterior=planar", "model.num_layers=3"]
+
+
+def test_a_posterior_that_begins_later(train, weights):
+    def trained(start, rate):
+        how = (f"model.posterior_start={start}", f"model.posterior_rate={rate}")
+        _, folder, _ = train(*LATE, *how)
+        found = weights(folder)
+        late = {n for n in found if ".encoder.flow.transforms." in n}
+        assert len(late) == 2  # weight and bias of their map
+        return [{n: v for n, v in found.items() if (n in late) is part} for part in (False, True)]
+
+    def same(one, two):
+        return [torch.equal(one[name], two[name]) for name in one]
+
+    still = trained(7, 1e-30)  # of 8 steps; these layers never move
+    last = trained(7, 0.5)
+    early = trained(6, 0.5)
+    # what moves in the last step is seen by nobody before it, what moves one earlier is
+    assert all(same(still[0], last[0]))
+    assert not any(same(still[1], last[1]))
+    assert not all(same(still[0], early[0]))  # but for the constants of the base
+
+
+def test_a_posterior_cannot_begin_behind_the_end(call, root):
+    done = call("train", *VAE, *LATE, "model.posterior_start=8", f"run.root={root}")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith(
+        "model.posterior_start: expected fewer than the 8 optimizer steps of the run, got 8"
+    )
+    assert not list(root.rglob("last.ckpt"))
+
+
 def test_annealing_needs_a_vae_layer(call, root):
     done = call(
         "train",

@@ -107,6 +107,38 @@ def test_the_others():
     assert rates(cosine, 20, **sizes, warmup_steps=4, final=0.1) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (constant, dict(warmup_steps=3)),
+        (cosine, dict(warmup_steps=3)),
+        (exponential, dict(gamma=0.8)),
+        (staged, dict(OPTIONS, warmup_overwrites_decay=False)),
+    ],
+)
+def test_a_group_that_begins_later(schedule, options):
+    """Its rate is 0 before its start, and then follows the others' in its own proportion."""
+    sizes = dict(total_steps=ALL * STEPS, steps_per_epoch=STEPS)
+    whole = rates(schedule, ALL * STEPS, **sizes, **options)
+    late = {"params": [torch.nn.Parameter(torch.ones(2))], "lr": LR / 4, "start": 12}
+    adamax = optimizer()
+    adamax.add_param_group(late)
+    scheduler = schedule(adamax, **sizes, **options)
+    got = []
+    for _ in range(ALL * STEPS):
+        got.append([group["lr"] for group in adamax.param_groups])
+        adamax.step()
+        scheduler.step()
+    first, second = zip(*got, strict=True)
+    assert list(first) == whole
+    tail = [rate / 4 for rate in whole[12:]]
+    if schedule is staged:  # its cool-down names a rate, which is the first group's
+        assert first[-1] == pytest.approx(COOL)
+    assert list(second[:12]) == [0.0] * 12
+    assert list(second[12:]) == pytest.approx(tail)
+    assert max(tail) > 0
+
+
 def test_a_state_goes_on():
     sizes = dict(total_steps=ALL * STEPS, steps_per_epoch=STEPS)
     options = dict(sizes, **OPTIONS, warmup_overwrites_decay=True)

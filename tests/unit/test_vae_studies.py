@@ -130,6 +130,21 @@ def test_amortised_layers_start_as_the_identity(posterior):
     torch.testing.assert_close(log_q, normal.log_prob(z).sum(1), rtol=1e-9, atol=1e-9)
 
 
+def test_the_posteriors_layers_are_a_group_of_their_own():
+    how = dict(hidden_features=[8], posterior_rate=0.5, posterior_start=7)
+    flow = vae_of_vectors(6, 3, "planar", 4, **how)
+    nets, layers = flow.parameter_groups(0.1)
+    head = flow.transforms[0].encoder.flow.transforms[0].transform.net
+    assert [id(p) for p in layers["params"]] == [id(head.weight), id(head.bias)]
+    assert (nets["lr"], layers["lr"], layers["start"]) == (0.1, 0.05, 7)
+    both = [id(p) for p in nets["params"] + layers["params"]]
+    assert sorted(both) == sorted(id(p) for p in flow.parameters())
+    for plain in (vae_of_vectors(6, 3, "planar", 4), vae_of_vectors(6, 3, **how)):
+        (group,) = plain.parameter_groups(0.1)
+        assert [id(p) for p in group["params"]] == [id(p) for p in plain.parameters()]
+        assert group["lr"] == 0.1 and "start" not in group
+
+
 @pytest.mark.parametrize("posterior", list(POSTERIORS))
 def test_depth_zero_is_the_diagonal_posterior(posterior):
     x, values = pixels().float(), []
@@ -247,6 +262,8 @@ def test_a_vamp_prior_shares_the_encoder():
         ({"num_levels": 3}, "expected 2 levels with bernoulli, got 3"),
         ({"hidden_features": []}, "model.hidden_features: expected at least one"),
         ({"latent_features": 0}, "latent_features"),
+        ({"posterior_rate": 0.0}, "model.posterior_rate: expected > 0, got 0.0"),
+        ({"posterior_start": -1}, "model.posterior_start: expected >= 0, got -1"),
         (
             {"latent_features": 1, "posterior": "realnvp", "num_layers": 1},
             "model.latent_features: expected >= 2 for a coupling, got 1",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder
 from surflow.nets.masked_conv import LocalPixelCNN
 from surflow.nets.maxout import Maxout
 from surflow.nets.mlp import Linear
-from surflow.transforms import VAE
+from surflow.transforms import VAE, Transform
 
 LocalNet = Callable[[int], LocalPixelCNN]
 """``local(channels)`` makes the net of a local decoder."""
@@ -126,6 +127,47 @@ def likelihood_of(
     return make(shape, num_levels, net(outputs(num_levels)))
 
 
+class VAEFlow(Flow):
+    """A flow that begins with a VAE layer, whose posterior's layers may learn apart from the nets.
+
+    Args:
+        base, transforms: see :class:`~surflow.flow.Flow`; the first transform is a VAE layer whose
+            encoder is a :class:`~surflow.flow.FlowDistribution`.
+        posterior_rate: factor of the learning rate of the layers behind the encoder's draw, with
+            the maps of h to their parameters.
+        posterior_start: the optimizer step from which they learn. Layers that start as the
+            identity stay there until then, so that the nets are first those of a diagonal normal.
+
+    Raises:
+        ValueError: for a rate that is not positive, or a negative start.
+    """
+
+    def __init__(
+        self,
+        base: Distribution,
+        transforms: Sequence[Transform],
+        posterior_rate: float = 1.0,
+        posterior_start: int = 0,
+    ) -> None:
+        super().__init__(base, transforms)
+        if not posterior_rate > 0:
+            raise ValueError(f"model.posterior_rate: expected > 0, got {posterior_rate}")
+        if posterior_start < 0:
+            raise ValueError(f"model.posterior_start: expected >= 0, got {posterior_start}")
+        self.posterior_rate = posterior_rate
+        self.posterior_start = posterior_start
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """For an optimizer: the nets, and the posterior's layers where they learn apart."""
+        layers = list(self.transforms[0].encoder.flow.transforms.parameters())
+        if not layers or (self.posterior_rate == 1 and not self.posterior_start):
+            return [{"params": list(self.parameters()), "lr": lr}]
+        apart = {id(p) for p in layers}
+        nets = [p for p in self.parameters() if id(p) not in apart]
+        late = {"params": layers, "lr": self.posterior_rate * lr, "start": self.posterior_start}
+        return [{"params": nets, "lr": lr}, late]
+
+
 def vae_of_vectors(
     features: int,
     latent_features: int,
@@ -142,7 +184,9 @@ def vae_of_vectors(
     activation: str = "relu",
     flow_hidden_features: Sequence[int] = (320,),
     flow_activation: str = "relu",
-) -> Flow:
+    posterior_rate: float = 1.0,
+    posterior_start: int = 0,
+) -> VAEFlow:
     r"""VAE layer with a flow as its posterior -> a flow as its prior -> base.
 
     .. math:: \log p(x) \ge \mathbb E_{q(z|x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
@@ -165,6 +209,7 @@ def vae_of_vectors(
         hidden_features, activation: of encoder and decoder; relu, elu, gelu, silu, tanh, or maxout
             over four units each.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
+        posterior_rate, posterior_start: of the posterior's layers; see :class:`VAEFlow`.
 
     Raises:
         ValueError: for an unknown name, or numbers that do not fit.
@@ -212,7 +257,7 @@ def vae_of_vectors(
         flow_activation,
     )
     base, layers = prior_of(prior, wanted)
-    return Flow(base, [VAE(encoder, decoder), *layers])
+    return VAEFlow(base, [VAE(encoder, decoder), *layers], posterior_rate, posterior_start)
 
 
 def independent(

@@ -192,6 +192,12 @@ class FlowModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self._parameters_with_rates())
         total = int(self.trainer.estimated_stepping_batches)
+        start = max(group.get("start", 0) for group in optimizer.param_groups)
+        if start >= total:
+            raise ValueError(
+                f"model.posterior_start: expected fewer than the {total} optimizer steps of the "
+                f"run, got {start}"
+            )
         per_epoch = max(1, total // max(1, self.trainer.max_epochs or 1))
         scheduler = self.make_schedule(optimizer, total_steps=total, steps_per_epoch=per_epoch)
         return {

@@ -13,10 +13,19 @@ def _warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
+def _of_groups(optimizer: Optimizer, factor: Callable[[int], float]) -> LambdaLR:
+    """The factor on the rate of every group; 0 before the step that a group's ``start`` names."""
+
+    def begun(start: int) -> Callable[[int], float]:
+        return lambda step: factor(step) if step >= start else 0.0
+
+    return LambdaLR(optimizer, [begun(group.get("start", 0)) for group in optimizer.param_groups])
+
+
 def _schedule(optimizer: Optimizer, factor: Callable[[int], float], warmup_steps: int) -> LambdaLR:
     if warmup_steps < 0:
         raise ValueError(f"schedule.warmup_steps: expected >= 0, got {warmup_steps}")
-    return LambdaLR(optimizer, lambda step: _warmup(step, warmup_steps) * factor(step))
+    return _of_groups(optimizer, lambda step: _warmup(step, warmup_steps) * factor(step))
 
 
 def constant(
@@ -125,4 +134,4 @@ def staged(
             return warm * (gamma if within == 0 and epoch > 0 else 1.0)
         return warm * gamma**epoch
 
-    return LambdaLR(optimizer, factor)
+    return _of_groups(optimizer, factor)
