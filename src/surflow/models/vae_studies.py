@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, Distribution
@@ -136,7 +137,8 @@ class VAEFlow(Flow):
         posterior_rate: factor of the learning rate of the layers behind the encoder's draw, with
             the maps of h to their parameters.
         posterior_start: the optimizer step from which they learn. Layers that start as the
-            identity stay there until then, so that the nets are first those of a diagonal normal.
+            identity stay there until then, so that the nets are first those of a diagonal normal;
+            :func:`vae_of_vectors` then starts the nets from a seed alike whatever the layers are.
 
     Raises:
         ValueError: for a rate that is not positive, or a negative start.
@@ -230,16 +232,17 @@ def vae_of_vectors(
             f"{features}, {latent_features} and {num_levels}"
         )
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
-    encoder = flow_posterior(
-        latent_features,
-        GreyInput(embed, num_levels),
-        hidden_features[-1],
-        posterior,
-        num_layers,
-        amortised,
-        flow_hidden_features,
-        flow_activation,
-    )
+    with torch.random.fork_rng(devices=[], enabled=posterior_start > 0):  # see VAEFlow
+        encoder = flow_posterior(
+            latent_features,
+            GreyInput(embed, num_levels),
+            hidden_features[-1],
+            posterior,
+            num_layers,
+            amortised,
+            flow_hidden_features,
+            flow_activation,
+        )
 
     def net(outputs: int) -> nn.Module:
         hidden = list(reversed(hidden_features))
