@@ -39,5 +39,5 @@ def test_the_chosen_one_steps_as_itself(algorithm, plain):
 def test_another_name():
     from surflow.training.optimizers import one_of
 
-    with pytest.raises(ValueError, match="expected one of adam, rmsprop, got .sgd"):
+    with pytest.raises(ValueError, match=r"expected one of adam, rmsprop, got .sgd"):
         one_of([torch.nn.Parameter(torch.ones(1))], "sgd", 0.1, {})
