@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library as operators
 
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_library: Any = None  # torch.library keeps a definition for as long as this object lives
+_library: Any = None  # a definition lasts for as long as this object lives
 
 
 def make_torchvision_importable() -> None:
@@ -35,6 +36,6 @@ def make_torchvision_importable() -> None:
             torch.ops.load_library(str(extension))
     if hasattr(torch.ops.torchvision, "nms"):
         return
-    _library = torch.library.Library("torchvision", "DEF")
+    _library = operators.Library("torchvision", "DEF")
     for schema in _SCHEMAS.values():
         _library.define(schema)
