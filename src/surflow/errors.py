@@ -14,3 +14,18 @@ def close_match(word: str, known: Iterable[str]) -> str:
     """', did you mean ...?' where a known word is close, else an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def check_choice(
+    name: str, value: object, known: Iterable[str], error: type[Exception] = ValueError
+) -> None:
+    """Raise ``error`` unless ``value`` is one of ``known``.
+
+    >>> check_choice("unit", "bits", ("nats", "bpd"))
+    Traceback (most recent call last):
+    ValueError: unit: expected one of nats, bpd, got 'bits'
+    """
+    known = list(known)
+    if value not in known:
+        hint = close_match(str(value), known)
+        raise error(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
