@@ -1,11 +1,11 @@
-"""Configuration: where it lies, how it is composed, and what makes two runs the same run."""
+"""Configuration: composing it, its options, and the hash of what a run computes."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +14,42 @@ from omegaconf import DictConfig, OmegaConf
 from surflow.errors import UserError, close_match
 
 PROFILES = ("paper", "short", "smoke")
-EXTRACTORS = ("inception", "random_features")
-MEMORY_MODES = ("stored", "reversible", "checkpoint")
-WEIGHT_SOURCES = ("official",)
-SPLITS = ("train", "valid", "test")
-ANNEALED = ("divergence", "joint")
+"""From the largest budget to the smallest."""
 
-# keys that change where and how a run is carried out, not what it computes
-RUNTIME_KEYS = (
+OPEN_GROUPS = (
+    "data",
+    "model",
+    "surjection",
+    "optimizer",
+    "schedule",
+    "objective",
+    "trainer",
+    "callbacks",
+    "measures",
     "logger",
-    "run",
-    "metrics",  # of the trained model's samples: the record keeps them with their protocol
-    "weights.path",
-    "checkpoint",
-    "split",
-    "iwbo_samples",  # of evaluate; the run's own is objective.iwbo_samples
-    "eval_samples",
-    "n",
-    "temperature",
-    "out",
-    "data.root",
-    "data.eval_batch_size",
-    "data.on_device",
-    "data.download",
-    "data.cache",
-    "data.module.root",
-    "data.module.eval_batch_size",
-    "data.module.on_device",
-    "data.module.download",
-    "data.module.cache",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.compile",
-    "trainer.threads",
-    "trainer.deterministic",
-    "trainer.finite_check_every",
-    "trainer.log_every",
-    "trainer.memory",
-    "trainer.channels_last",
-    "trainer.checkpoint_minutes",
+    "profiler",
 )
+"""Groups of `_target_` nodes: an option of the target is set without it standing in the YAML."""
 
-# keys that runs of an earlier version had not: at these values the hash does not see them
-ADDED_LATER: dict[str, Any] = {
-    "weights.source": None,
-    "trainer.scored": "last",
-    "objective.annealed": "divergence",
-    "objective.beta_start": 1.0,
-    "objective.beta_steps": 0,
-    "objective.free_bits": 0.0,
-    "model.prior": "conditional",  # of model=glow
-    "model.builder.prior": "conditional",
-    "model.posterior_rate": 1.0,  # of model=vae_posterior
-    "model.builder.posterior_rate": 1.0,
-    "model.posterior_start": 0,
-    "model.builder.posterior_start": 0,
-}
+HASHED_GROUPS = (
+    "data",
+    "model",
+    "surjection",
+    "optimizer",
+    "schedule",
+    "objective",
+    "trainer",
+    "callbacks",
+)
+"""Groups that decide what a run computes."""
+
+TRAINER_RUNTIME = frozenset(
+    "accelerator strategy devices num_nodes logger callbacks profiler plugins default_root_dir "
+    "log_every_n_steps deterministic benchmark detect_anomaly barebones inference_mode "
+    "use_distributed_sampler num_sanity_val_steps enable_progress_bar enable_model_summary "
+    "enable_checkpointing enable_autolog_hparams model_registry sync_batchnorm".split()
+)
+"""Lightning's options of where and how a run is carried out; the others change what it computes."""
 
 
 def _per_profile(values: DictConfig, *, _root_: DictConfig) -> Any:
@@ -90,9 +68,16 @@ def _by(key: str, values: DictConfig, default: Any) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make ``${per_profile:{paper: 10, smoke: 1}}`` and ``${by:key,{a: 1},default}`` known."""
+    """Make ``${per_profile:{paper: 10, smoke: 1}}``, ``${by:key,{a: 1},default}`` and the open
+    groups known."""
+    from hydra.core.config_store import ConfigStore
+
     OmegaConf.register_new_resolver("per_profile", _per_profile, replace=True)
     OmegaConf.register_new_resolver("by", _by, replace=True)
+    node = OmegaConf.create({group: {} for group in OPEN_GROUPS})
+    for group in OPEN_GROUPS:
+        OmegaConf.set_struct(node[group], False)
+    ConfigStore.instance().store(name="open", node=node)
 
 
 def project_root() -> Path:
@@ -101,7 +86,7 @@ def project_root() -> Path:
     for root in (here.parent.parent, here):
         if (root / "conf").is_dir():
             return root
-    raise UserError(f"no conf/ folder beside {here}: install surflow from its repository")
+    raise UserError(f"no conf/ folder next to {here}: install surflow from its repository")
 
 
 def conf_dir() -> str:
@@ -126,185 +111,172 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def config_hash(cfg: DictConfig) -> str:
-    """16 hex digits of what the run computes: the resolved config without its runtime keys."""
-    plain = resolved(cfg)
-    for key in RUNTIME_KEYS:
-        node: Any = plain
-        *parents, last = key.split(".")
-        for name in parents:
-            node = node.get(name, {})
-        node.pop(last, None)
-    for key, default in ADDED_LATER.items():
-        *parents, name = key.split(".")
-        node = plain
-        for parent in parents:
-            node = node.get(parent, {})
-        if node.get(name) == default:
-            node.pop(name, None)
-            if not node and len(parents) == 1:
-                plain.pop(parents[0], None)
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+# `_target_` nodes
+
+
+def target_of(node: Mapping[str, Any], where: str = "") -> Callable[..., Any]:
+    """The class or function that a node names by `_target_`.
+
+    Raises:
+        UserError: for a name that cannot be imported.
+    """
+    from hydra.utils import get_object
+
+    try:
+        return get_object(node["_target_"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}: cannot import {node['_target_']!r} ({reason})") from error
+
+
+def options_of(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """The named options of a class or function with their defaults, and whether any other is
+    taken. An option without a default has ``inspect.Parameter.empty``.
+
+    A class whose ``**options`` go to its parent has the parent's options too.
+    """
+    kinds = inspect.Parameter
+    calls = (
+        [c.__init__ for c in target.__mro__ if "__init__" in vars(c) and c is not object]
+        if inspect.isclass(target)
+        else [target]
+    )
+    found: dict[str, Any] = {}
+    for call in calls:
+        parameters = inspect.signature(call).parameters
+        for name, p in parameters.items():
+            if name != "self" and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY):
+                found.setdefault(name, p.default)
+        if not any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+            return found, False
+    return found, True
+
+
+def nodes(config: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every `_target_` node of a plain config with its key, outer nodes first."""
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield where, config
+        items: Any = config.items()
+    elif isinstance(config, list):
+        items = enumerate(config)
+    else:
+        return
+    for key, value in items:
+        yield from nodes(value, f"{where}.{key}" if where else str(key))
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """Refuse a key that the target of its node does not take.
+
+    Raises:
+        UserError: one line: the key, its target, the nearest known options.
+    """
+    for where, node in nodes({group: config.get(group) for group in OPEN_GROUPS}):
+        known, others = options_of(target_of(node, where))
+        for key in node:
+            if others or key in known or key == "name" or key.startswith("_"):
+                continue
+            elsewhere = [f"{at}.{key}" for at, keys in _plain_groups(config) if key in keys]
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else close_match(key, known)
+            raise UserError(
+                f"{where}.{key}: unknown option of {node['_target_']}{hint} Known: "
+                f"{', '.join(known)}"
+            )
+
+
+def _plain_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for at, keys in config.items():
+        if isinstance(keys, dict) and at not in OPEN_GROUPS:
+            yield at, keys
+
+
+def build(node: Any, **given: Any) -> Any:
+    """The object that a node describes; None for a node without a target.
+
+    ``name`` labels a node; it is handed on only where the target takes it.
+
+    Args:
+        node: of a config, or plain.
+        given: further arguments, such as ``seed``.
+    """
+    from hydra.utils import instantiate
+
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not plain or "_target_" not in plain:
+        return None
+    return instantiate(_without_labels(plain), _convert_="all", **given)
+
+
+def _without_labels(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_labels(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _without_labels(value) for key, value in node.items()}
+    if "_target_" in node and "name" in node and "name" not in options_of(target_of(node))[0]:
+        del node["name"]
+    return node
+
+
+# What makes two runs the same run
+
+
+def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """16 hex digits of what a run computes: its seed and the options that differ from the defaults
+    of their targets, without those that change no result.
+
+    A target names the latter itself, as ``runtime``.
+    """
+    plain = resolved(cfg) if isinstance(cfg, DictConfig) else cfg
+    found: dict[str, Any] = {"seed": plain["seed"]}
+    for group in HASHED_GROUPS:
+        content = _computed(plain.get(group))
+        if content:
+            found[group] = content
+    text = json.dumps(found, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _computed(node: Any) -> Any:
+    """A node without what changes no result; None for one that changes none at all."""
+    if isinstance(node, list):
+        return [_computed(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        parts = {key: _computed(value) for key, value in node.items()}
+        return {key: value for key, value in parts.items() if value is not None}
+    target = target_of(node)
+    defaults, _ = options_of(target)
+    runtime = getattr(target, "runtime", ())
+    if runtime == "all":
+        return None
+    if node["_target_"] == "pytorch_lightning.Trainer":
+        runtime = TRAINER_RUNTIME
+    empty = inspect.Parameter.empty
+    return {
+        key: _computed(value)
+        for key, value in node.items()
+        if key not in ("_partial_", "_convert_")
+        and key not in runtime
+        and not (key in defaults and defaults[key] is not empty and _same(value, defaults[key]))
+    }
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        default = list(default)
+    return type(value) is type(default) and value == default or (
+        isinstance(value, int | float)
+        and isinstance(default, int | float)
+        and not isinstance(value, bool)
+        and not isinstance(default, bool)
+        and value == default
+    )
 
 
 def run_dir(cfg: DictConfig) -> Path:
     """runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>: it follows from the config."""
     name = f"seed{cfg.seed}-{config_hash(cfg)[:8]}"
     return Path(cfg.run.root) / cfg.profile.name / cfg.artefact / cfg.row / cfg.data.name / name
-
-
-def check_config(cfg: DictConfig) -> None:
-    """Everything that can be known to be wrong before anything is built.
-
-    Raises:
-        UserError: one line: the key, what is wrong, what would be right.
-    """
-    if cfg.profile.name not in PROFILES:
-        raise UserError(
-            f"profile: expected one of {', '.join(PROFILES)}, got {cfg.profile.name!r}"
-            + close_match(cfg.profile.name, PROFILES)
-        )
-    positive = (
-        "trainer.max_epochs",
-        "trainer.accumulate_grad_batches",
-        "trainer.ema_every",
-        "trainer.num_nodes",
-        "trainer.log_every",
-        "trainer.finite_check_every",
-        "data.batch_size",
-        "data.eval_batch_size",
-        "metrics.batch_size",
-        "objective.num_samples",
-        "objective.eval_samples",
-        "iwbo_samples",
-        "eval_samples",
-    )
-    for key in positive:
-        value = OmegaConf.select(cfg, key, default=1)  # what has not the key has no such mistake
-        if value is None and key in ("iwbo_samples", "eval_samples"):
-            continue
-        if not _whole(value) or value < 1:
-            raise UserError(f"{key}: expected a positive whole number, got {value}")
-    if not _whole(cfg.objective.iwbo_samples) or cfg.objective.iwbo_samples < 0:
-        raise UserError(
-            "objective.iwbo_samples: expected 0 (no IWBO) or a positive whole number, got "
-            f"{cfg.objective.iwbo_samples}"
-        )
-    _check_annealing(cfg)
-    _check_metrics(cfg)
-    _check_weights(cfg)
-    _check_kind_of_data(cfg)
-    lr = OmegaConf.select(cfg, "optimizer.lr")
-    if lr is not None and not (isinstance(lr, int | float) and lr > 0):
-        raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**31:
-        raise UserError(f"seed: expected a whole number from 0 to 2^31 - 1, got {cfg.seed}")
-    _one_of("trainer.scored", cfg.trainer.scored, ("last", "best"))
-    _one_of("trainer.memory", cfg.trainer.memory, MEMORY_MODES)
-    if cfg.trainer.channels_last not in ("auto", True, False):
-        raise UserError(
-            f"trainer.channels_last: expected auto, true or false, got {cfg.trainer.channels_last}"
-        )
-    minutes = cfg.trainer.checkpoint_minutes
-    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
-        raise UserError(
-            f"trainer.checkpoint_minutes: expected a positive number or null, got {minutes}"
-        )
-    ema = cfg.trainer.ema_decay
-    if ema is not None and not 0 < ema < 1:
-        raise UserError(f"trainer.ema_decay: expected a number in (0, 1) or null, got {ema}")
-    clip = cfg.trainer.gradient_clip_val
-    if clip is not None and not clip > 0:
-        raise UserError(
-            f"trainer.gradient_clip_val: expected a positive number or null, got {clip}"
-        )
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(
-            f"{key}: expected one of {', '.join(known)}, got {value!r}"
-            + close_match(str(value), known)
-        )
-
-
-def _check_annealing(cfg: DictConfig) -> None:
-    o = cfg.objective
-    _one_of("objective.annealed", o.annealed, ANNEALED)
-    if not _real(o.beta_start) or not 0 <= o.beta_start <= 1:
-        raise UserError(f"objective.beta_start: expected a number from 0 to 1, got {o.beta_start}")
-    if not _whole(o.beta_steps) or o.beta_steps < 0:
-        raise UserError(
-            "objective.beta_steps: expected 0 (none) or a whole number of steps, got "
-            f"{o.beta_steps}"
-        )
-    if not _real(o.free_bits) or not 0 <= o.free_bits < math.inf:
-        raise UserError(f"objective.free_bits: expected nats of at least 0, got {o.free_bits}")
-    if o.beta_start < 1 and not o.beta_steps:
-        raise UserError(
-            f"objective.beta_start: {o.beta_start} is of no effect without objective.beta_steps"
-        )
-    if (o.beta_steps or o.free_bits) and o.num_samples != 1:
-        raise UserError(
-            "objective.num_samples: expected 1 with annealing or free bits, which change the ELBO, "
-            f"got {o.num_samples}"
-        )
-
-
-def _check_metrics(cfg: DictConfig) -> None:
-    m = cfg.metrics
-    if not _whole(m.n) or m.n < 0 or m.n == 1:
-        raise UserError(f"metrics.n: expected 0 (none) or at least 2 images, got {m.n}")
-    _one_of("metrics.extractor", m.extractor, EXTRACTORS)
-    reference = list(m.reference) if OmegaConf.is_list(m.reference) else [m.reference]
-    if not reference:
-        raise UserError("metrics.reference: expected some of train, valid, test, got []")
-    for split in reference:
-        _one_of("metrics.reference", split, SPLITS)
-    if not isinstance(m.temperature, int | float) or not m.temperature > 0:
-        raise UserError(f"metrics.temperature: expected a positive number, got {m.temperature}")
-    if m.n and len(cfg.data.event_shape) != 3:
-        raise UserError(f"metrics.n: scores of samples are for images, not data={cfg.data.name}")
-
-
-def _check_weights(cfg: DictConfig) -> None:
-    if cfg.weights.source is not None:
-        _one_of("weights.source", cfg.weights.source, WEIGHT_SOURCES)
-    elif cfg.weights.path is not None:
-        raise UserError("weights.path: of no effect without weights.source=official")
-
-
-def _check_kind_of_data(cfg: DictConfig) -> None:
-    """Models of vectors take features, of images a shape, of sets a number of points."""
-    event = list(cfg.data.event_shape)
-    images, sets = ("shape" in cfg.model.builder, "num_points" in cfg.model.builder)
-    if sets != (len(event) == 2):
-        advice = "point sets such as data=spatial_digits" if sets else "model=set_flow"
-        raise UserError(
-            f"model={cfg.model.name} is {'' if sets else 'not '}for sets of points, and "
-            f"data={cfg.data.name} has events of shape {event}; choose {advice}"
-        )
-    if images and len(event) != 3:
-        raise UserError(
-            f"model={cfg.model.name} is for images, and data={cfg.data.name} has events of shape "
-            f"{event}; choose image data such as data=photo_patches, or model=coupling_flow"
-        )
-    if "num_levels" in cfg.model.builder and "num_levels" not in cfg.data:
-        raise UserError(
-            f"model={cfg.model.name} is for data of levels, and data={cfg.data.name} has none; "
-            "choose data=digits_binary or mnist, or model=coupling_flow"
-        )
-    if not images and not sets and len(event) != 1:
-        raise UserError(
-            f"model={cfg.model.name} is for vectors, and data={cfg.data.name} has events of shape "
-            f"{event}; choose model=pool_flow, realnvp or glow"
-        )

@@ -27,5 +27,6 @@ def check_choice(
     """
     known = list(known)
     if value not in known:
-        hint = close_match(str(value), known)
-        raise error(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
+        words = ["null" if word is None else str(word) for word in known]
+        hint = close_match(str(value), words)
+        raise error(f"{name}: expected one of {', '.join(words)}, got {value!r}{hint}")
