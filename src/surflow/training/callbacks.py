@@ -1,4 +1,4 @@
-"""What a person sees of a run, the average of its weights, checkpoints by the clock."""
+"""Callbacks: progress, times, the average of the weights, checkpoints by the clock."""
 
 from __future__ import annotations
 
@@ -113,6 +113,10 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float, every: int = 1) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"callbacks.ema.decay: expected a number in (0, 1), got {decay}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"callbacks.ema.every: expected a positive whole number, got {every}")
         # buffers are copied, not averaged: a mean of infinite edges is not a number
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay**every))
         self.every = every
@@ -136,8 +140,9 @@ class TimedCheckpoint(Checkpoint):
     layers draw follows from the place in the epoch (:class:`FlowModule`). None is written at the
     end of an epoch, which has one of its own.
 
+    The file is last.ckpt in the trainer's folder, replaced each time.
+
     Args:
-        path: the file, replaced each time.
         minutes: between two of them, and from an epoch's start to the first; 0: at every step.
         look_every: optimizer steps between looks at the clock where several processes must agree.
         clock: seconds, as of ``time.monotonic``.
@@ -146,18 +151,18 @@ class TimedCheckpoint(Checkpoint):
         ValueError: for negative minutes, or a ``look_every`` that is not positive.
     """
 
+    runtime = "all"  # it changes no result
+
     def __init__(
         self,
-        path: str | Path,
         minutes: float,
         look_every: int = 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not minutes >= 0:
-            raise ValueError(f"trainer.checkpoint_minutes: expected minutes >= 0, got {minutes}")
+            raise ValueError(f"callbacks.timed_checkpoint.minutes: expected minutes >= 0, got {minutes}")
         if look_every < 1:
             raise ValueError(f"look_every: expected a positive number, got {look_every}")
-        self.path = Path(path)
         self.seconds = 60.0 * minutes
         self.look_every = look_every
         self.clock = clock
@@ -182,8 +187,47 @@ class TimedCheckpoint(Checkpoint):
             look = steps % self.look_every == 0
             due = look and bool(trainer.strategy.broadcast(self._due()))
         if due:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
             self._last = self.clock()
 
     def _due(self) -> bool:
         return self.clock() - self._last >= self.seconds
+
+
+class Elapsed(Callback):
+    """How long a run has taken, the earlier processes that it resumes included.
+
+    Args:
+        clock: seconds, as of ``time.monotonic``.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.start = clock()
+        self.fit_start: float | None = None
+        self.fitted = self.train_before = self.wall_before = 0.0
+
+    @property
+    def train(self) -> float:
+        """Seconds of training."""
+        if self.fit_start is None:
+            return self.train_before + self.fitted
+        return self.train_before + self.clock() - self.fit_start
+
+    @property
+    def wall(self) -> float:
+        """Seconds in all."""
+        return self.wall_before + self.clock() - self.start
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.fit_start = self.clock()
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.fitted = self.clock() - self.fit_start
+        self.fit_start = None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"train_s": self.train, "wall_s": self.wall}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.train_before, self.wall_before = state_dict["train_s"], state_dict["wall_s"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from surflow.errors import UserError
+from surflow.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -18,22 +19,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{path}: the checkpoint could not be written ({error}); the one before it is "
                 "kept: free some space, then give the same command again to resume"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -72,13 +65,32 @@ def read_file(path: str | Path) -> Any:
         ) from error
 
 
-def check_same_config(checkpoint: dict[str, Any], config_hash: str, name: str) -> None:
-    """Refuse a checkpoint of another config."""
-    theirs = checkpoint.get("surflow", {}).get("config_hash")
+def check_same_run(
+    checkpoint: Mapping[str, Any], config_hash: str, data: Mapping[str, str], name: str
+) -> None:
+    """Refuse a checkpoint of another config or of other data.
+
+    Args:
+        checkpoint: as read.
+        config_hash: of this run; empty: not compared.
+        data: SHA-256 of each split of this run; empty: not compared.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: one line.
+    """
+    own = checkpoint.get("surflow", {})
+    theirs = own.get("config_hash")
     if config_hash and theirs != config_hash:
         raise UserError(
             f"{name}: written by another config (its hash is {theirs}, this config's is "
             f"{config_hash}); use the overrides it was trained with, or another folder"
+        )
+    changed = [s for s, digest in (own.get("data") or {}).items() if data.get(s, digest) != digest]
+    if changed:
+        raise UserError(
+            f"{name}: trained on other data ({', '.join(changed)}: another SHA-256); bring back "
+            "the data, or start anew with run.force=true or another run.root"
         )
 
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-ALGORITHMS: dict[str, type[Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "rmsprop": torch.optim.RMSprop,
-}
+from surflow.errors import check_choice
 
 
 def one_of(
-    params: Iterable[Any], algorithm: str, lr: float, options: Mapping[str, Mapping[str, Any]]
+    params: Iterable[Any],
+    algorithm: str,
+    lr: float,
+    options: Mapping[str, Callable[..., Optimizer]],
 ) -> Optimizer:
-    """The optimizer of that name, with its own options.
+    """The optimizer that ``options`` has under a name.
 
     Args:
         params: parameters, or groups of them.
-        algorithm: adam or rmsprop.
+        algorithm: a name of ``options``.
         lr: the learning rate.
-        options: keyword arguments of each algorithm; none of one that is not there.
+        options: functions (params, lr=...) -> optimizer, by name.
 
     Raises:
         ValueError: for another name.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"optimizer.algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
-        )
-    return ALGORITHMS[algorithm](params, lr=lr, **options.get(algorithm, {}))
+    check_choice("optimizer.algorithm", algorithm, options)
+    return options[algorithm](params, lr=lr)

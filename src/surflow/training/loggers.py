@@ -1,23 +1,20 @@
-"""Loggers: a CSV file that survives a resume, and wandb set up so that a dashboard groups runs.
-
-And a stopwatch that survives a resume.
-"""
+"""Loggers: a CSV file that survives a resume, W&B grouped as a dashboard needs it, TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from surflow.errors import UserError
 from surflow.flow import Ledger
-from surflow.reporting.records import write_text_atomic
+from surflow.files import write_text
 
 
 class CSVMetrics(Logger):
@@ -63,7 +60,7 @@ class CSVMetrics(Logger):
                 rows = [r for r in csv.DictReader(file) if r["step"] and int(r["step"]) <= step]
         lines = [",".join(self.columns)]
         lines += [",".join(row.get(c) or "" for c in self.columns) for row in rows]
-        write_text_atomic(self.path, "\n".join(lines) + "\n")
+        write_text(self.path, "\n".join(lines) + "\n")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -81,40 +78,6 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.8g}"
 
 
-class Elapsed(Callback):
-    """How long a run has taken, with the processes before this one up to the checkpoint resumed.
-
-    Args:
-        start: when this process began, by the clock.
-        clock: seconds, as of ``time.monotonic``.
-
-    Attributes:
-        wall_before: seconds of the processes before this one.
-    """
-
-    def __init__(self, start: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.start = start
-        self.clock = clock
-        self.fit_start = clock()
-        self.train_before = self.wall_before = 0.0
-
-    @property
-    def train(self) -> float:
-        """Seconds of training."""
-        return self.train_before + self.clock() - self.fit_start
-
-    @property
-    def wall(self) -> float:
-        """Seconds in all."""
-        return self.wall_before + self.clock() - self.start
-
-    def state_dict(self) -> dict[str, float]:
-        return {"train_s": self.train, "wall_s": self.wall}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.train_before, self.wall_before = state_dict["train_s"], state_dict["wall_s"]
-
-
 def run_name(config: Mapping[str, Any]) -> str:
     """The row of a run, with its surjection where no experiment has named the row."""
     row, surjection = config["row"], config["surjection"]["name"]
@@ -123,28 +86,51 @@ def run_name(config: Mapping[str, Any]) -> str:
     return row
 
 
-def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> Any:
-    """A wandb logger whose run name, group, job type and tags a dashboard can group by.
+@dataclass(frozen=True)
+class RunName:
+    """What names a run in a dashboard.
 
-    The id follows from the config, so that a resumed run continues its wandb run.
+    Attributes:
+        folder: of the run.
+        config: resolved.
+        config_hash: of it.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    config_hash: str
+
+
+def wandb_logger(
+    run: RunName,
+    project: str = "surflow",
+    entity: str | None = None,
+    offline: bool = True,
+    images: bool = True,
+) -> Any:
+    """A W&B logger whose run name, group, job type and tags a dashboard can group by.
+
+    The id follows from the config, so that a resumed run continues its W&B run.
 
     Args:
-        config: the resolved config of the run.
-        folder: its folder; offline data go to wandb/ in it.
-        config_hash: its hash.
+        run: names it; offline data go to wandb/ in its folder.
+        project, entity: of W&B.
+        offline: keep the data here; no account, no network.
+        images: log the run's pictures too.
     """
     from pytorch_lightning.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
-    folder.mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = run.config
     row, surjection = run_name(config), config["surjection"]["name"]
     logger = WandbLogger(
-        project=config["logger"]["project"],
-        entity=config["logger"]["entity"],
-        offline=config["logger"]["offline"],
-        save_dir=str(folder),
-        id=f"{config['profile']['name']}-{config_hash}",
+        project=project,
+        entity=entity,
+        offline=offline,
+        save_dir=str(run.folder),
+        id=f"{config['profile']['name']}-{run.config_hash}",
         resume="allow",
         name=f"{row}-{config['data']['name']}-seed{config['seed']}",
         group=config["artefact"],
@@ -154,7 +140,52 @@ def wandb_logger(config: Mapping[str, Any], folder: Path, config_hash: str) -> A
     )
     # Lightning always hands it on, and wandb warns of it
     vars(logger).get("_wandb_init", {}).pop("anonymous", None)
+    logger.shows_images = images
     return logger
+
+
+def tensorboard_logger(run: RunName) -> Any:
+    """A TensorBoard logger: event files in tensorboard/ of the run's folder.
+
+    Raises:
+        UserError: where neither tensorboardX nor tensorboard is installed.
+    """
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(str(run.folder), name="tensorboard", version="")
+    except ModuleNotFoundError:
+        raise UserError("logger=tensorboard: needs a package: pip install tensorboardX") from None
+
+
+def log_result(
+    loggers: Iterable[Any],
+    values: Mapping[str, float],
+    tables: Mapping[str, Ledger],
+    pictures: Mapping[str, Path],
+) -> None:
+    """Add final numbers to every logger that keeps them; ledgers and pictures to W&B.
+
+    Args:
+        loggers: of the run.
+        values: by name.
+        tables: ledgers by name.
+        pictures: files by name.
+    """
+    for logger in loggers:
+        run = getattr(logger.experiment, "summary", None)  # only W&B has one
+        if run is None:
+            logger.log_metrics(dict(values))
+            continue
+        import wandb
+
+        run.update(dict(values))
+        found = {name: ledger_table(ledger) for name, ledger in tables.items()}
+        if logger.shows_images:
+            found |= {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        if found:
+            logger.experiment.log(found)
+        wandb.finish()
 
 
 def ledger_table(ledger: Ledger) -> Any:

@@ -1,10 +1,9 @@
-"""What a run was: versions, machine, commit, memory; and where its result is kept."""
+"""What a result was computed by: commit, versions, machine, memory."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from functools import cache
@@ -111,8 +110,25 @@ def _cpu_model() -> str:
 
 def peak_memory_mib() -> float:
     """The most memory this process has held: resident, and on the accelerator if there is one."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        import psutil
+
+        peak = psutil.Process().memory_info().peak_wset / 2**20
+    else:
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if torch.cuda.is_available():
         peak += torch.cuda.max_memory_allocated() / 2**20
     return round(peak, 1)
+
+
+def origin_line(result: dict[str, Any], command: str) -> str:
+    """Machine, torch, commit and command of a result that holds :func:`origin`."""
+    return (
+        f"Machine: {result['machine']['cpu']}, {result['machine']['cores']} cores; "
+        f"torch {result['versions']['torch']}; commit {result['commit'][:12]}"
+        + ("+dirty" if result["dirty"] else "")
+        + f". Written by `{command}`."
+    )

@@ -1,0 +1,404 @@
+"""A run: one config come to life, from its folder to its record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from surflow.config import build, check_options, config_hash, resolved, run_dir, target_of
+from surflow.data.module import TensorDataModule
+from surflow.errors import UserError, check_choice
+from surflow.evaluation.likelihood import forget
+from surflow.evaluation.pictures import draw_pictures
+from surflow.evaluation.trained import Trained, run_measures
+from surflow.files import locked, relative, sha256_of, write_json
+from surflow.flow import Flow, Ledger
+from surflow.metric import Metric
+from surflow.models.contract import Takes
+from surflow.models.official import find_checkpoint, load_official, read_tensors
+from surflow.record import RECORD_NAME, Record, RecordError, load_record, protocol_value
+from surflow.training.callbacks import Elapsed
+from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
+from surflow.training.fit import FILES, fit
+from surflow.training.hardware import check_compute, check_trainer, device_of_accelerator
+from surflow.training.loggers import RunName, log_result
+from surflow.training.objective import Objective
+from surflow.training.origin import commit, origin, peak_memory_mib
+
+WEIGHT_SOURCES = ("official",)
+
+
+class Run:
+    """One config: its folder, hash, device, data, flow and record.
+
+    Args:
+        cfg: of ``surflow-train``, or of a command that adds keys to it.
+
+    Attributes:
+        config: resolved, as plain containers.
+        hash: of what the run computes.
+        folder: runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>.
+        objective: what is maximised and reported.
+        data: the DataModule, not set up before it is needed.
+        device: the first one of the trainer's accelerator.
+
+    Raises:
+        UserError: for a config that cannot be meant, before a file is read.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.times = Elapsed()
+        self.config = resolved(cfg)
+        check_options(self.config)
+        self._check_plain_keys()
+        self.seed: int = self.config["seed"]
+        self.objective: Objective = build(self.config["objective"])
+        self.data: TensorDataModule = build(self.config["data"], seed=self.seed)
+        check_trainer(self.config["trainer"], self.data.batch_size)
+        check_compute(self.config["compute"])
+        self.measures = {
+            name: measure
+            for name, node in self.config["measures"].items()
+            if (measure := build(node)) is not None
+        }
+        self.builder_takes.check(self.config["model"]["name"], self.data)
+        self._check_surjection()
+        self.hash = config_hash(self.config)
+        self.folder = run_dir(cfg)
+        self.device = device_of_accelerator(self.config["trainer"].get("accelerator", "auto"))
+        if self.config["compute"]["threads"] is not None:
+            torch.set_num_threads(self.config["compute"]["threads"])
+
+    # Checks -----------------------------------------------------------------------------------
+
+    def _check_plain_keys(self) -> None:
+        seed, weights = self.config["seed"], self.config["weights"]
+        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise UserError(f"seed: expected a whole number from 0 to 2^31 - 1, got {seed}")
+        if weights["source"] is not None:
+            check_choice("weights.source", weights["source"], WEIGHT_SOURCES, UserError)
+            if self.config["model"]["name"] != "pool_flow":
+                raise UserError(
+                    "weights.source=official: there are none of model="
+                    f"{self.config['model']['name']}, only of pool_flow"
+                )
+        elif weights["path"] is not None:
+            raise UserError("weights.path: of no effect without weights.source=official")
+
+    def _check_surjection(self) -> None:
+        takes, node = self.builder_takes, self.config["surjection"]
+        name, model = node["name"], self.config["model"]["name"]
+        chosen = node["_target_"] is not None
+        between = chosen and getattr(target_of(node), "between", False)
+        if takes.between and not between:
+            raise UserError(
+                f"surjection={name}: model={model} needs a downsampling surjection, such as "
+                "max_pool or slice"
+            )
+        if between and not takes.between:
+            raise UserError(
+                f"surjection={name} downsamples images, which model={model} does not do by a "
+                "surjection of your choice; use model=pool_flow, or surjection=none"
+            )
+        if chosen and takes.surjection is None:
+            raise UserError(
+                f"surjection={name}: model={model} takes none; use surjection=none"
+            )
+
+    @property
+    def builder_takes(self) -> Takes:
+        """What the builder of the model takes.
+
+        Raises:
+            UserError: for a builder that does not declare it.
+        """
+        target = target_of(self.config["model"], "model")
+        takes = getattr(target, "takes", None)
+        if takes is None:
+            raise UserError(
+                f"model._target_: {self.config['model']['_target_']} does not say what it takes; "
+                "declare it with surflow.models.takes"
+            )
+        return takes
+
+    # Data, flow, weights ----------------------------------------------------------------------
+
+    @property
+    def unit(self) -> str:
+        """Of the scores: nats or bpd."""
+        return self.objective.unit or self.data.unit
+
+    def build_flow(self) -> Flow:
+        """The untrained flow; the same seed gives the same initial weights."""
+        self.data.setup()
+        torch.manual_seed(self.seed)
+        takes = self.builder_takes
+        builder = build(self.config["model"], _partial_=True)
+        facts = takes.of(self.data)
+        if takes.surjection is not None:
+            surjection = build(self.config["surjection"])
+            if surjection is not None and not takes.between and not isinstance(surjection, torch.nn.Module):
+                surjection = surjection(self.data.event_shape)
+            facts[takes.surjection] = surjection
+        flow = builder(**facts)
+        return flow.double() if str(self.config["trainer"].get("precision")) == "64-true" else flow
+
+    def load_flow(self, checkpoint: str | Path | None = None) -> tuple[Flow, Path]:
+        """The trained or released flow on the run's device, and the file of its weights.
+
+        Args:
+            checkpoint: a .ckpt file of this config; None: the run's own.
+
+        Raises:
+            UserError: where there is none, or it is damaged or of another config.
+        """
+        if self.config["weights"]["source"] is not None:
+            if checkpoint is not None:
+                raise UserError("checkpoint: not with weights.source; leave one of them out")
+            return self._released_flow()
+        path = Path(checkpoint) if checkpoint else self.folder / f"{self.objective.scored}.ckpt"
+        state = load_checkpoint(path)
+        check_same_run(state, self.hash, self.data_digest(), relative(path))
+        flow = self.build_flow()
+        flow.load_state_dict(flow_state(state))
+        return flow.to(self.device).eval(), path
+
+    def _released_flow(self) -> tuple[Flow, Path]:
+        path, flow = self.weights_file, self.build_flow()
+        try:
+            load_official(flow, read_tensors(path))
+        except ValueError as error:
+            raise UserError(f"weights.path: {relative(path)}: {error}") from error
+        return flow.to(self.device).eval(), path
+
+    @property
+    def weights_file(self) -> Path:
+        """The file of the released weights."""
+        names = self.data.name, self.config["surjection"]["name"]
+        return find_checkpoint(self.config["weights"]["path"], *names)
+
+    def data_digest(self) -> dict[str, str]:
+        """SHA-256 of each split of data that come from files; empty for data drawn from the
+        config, which the hash covers."""
+        if not self.data.from_files:
+            return {}
+        self.data.setup()
+        return {s: told["sha256"] for s, told in self.data.provenance()["splits"].items()}
+
+    # The record -------------------------------------------------------------------------------
+
+    def complete_record(self) -> Record | None:
+        """The record of this run, finished by an earlier process; None if there is none.
+
+        Raises:
+            UserError: where the data or the released weights are no longer those of the record.
+        """
+        try:
+            record = load_record(self.folder)
+        except RecordError:
+            return None
+        if record.status != "complete" or record.config_hash != self.hash:
+            return None
+        if self.config["weights"]["path"] is not None:
+            if sha256_of(self.weights_file) != record.weights.get("sha256"):
+                raise UserError(
+                    f"weights.path: {relative(self.weights_file)} is not the file that "
+                    f"{relative(record.path)} is of; run.force=true scores it in its place"
+                )
+        self._check_data(record)
+        return record
+
+    def _check_data(self, record: Record) -> None:
+        told = record.provenance.get("splits", {})
+        if not told or not self.data.from_files:
+            return
+        try:
+            digests = self.data_digest()
+        except (UserError, OSError):  # the files are elsewhere: nothing to compare with
+            print(f"{relative(self.folder)}: its data are not here to compare with", file=sys.stderr)
+            return
+        changed = [s for s, digest in digests.items() if told.get(s, {}).get("sha256") != digest]
+        if changed:
+            raise UserError(
+                f"{relative(self.folder)}: the data have changed since ({', '.join(changed)}: "
+                "another SHA-256); run.force=true trains on what is there now, another run.root "
+                "keeps both"
+            )
+
+    def missing_measures(self, record: Record) -> dict[str, Any]:
+        """The measures with a metric that a record lacks, or has under another protocol.
+
+        A measure tells by ``wanted``: the protocol of each metric that it gives, by name.
+        """
+
+        def due(name: str, protocol: Mapping[str, Any]) -> bool:
+            metric = record.metrics.get(name)
+            return metric is None or any(
+                protocol_value(metric.protocol, key) != value for key, value in protocol.items()
+            )
+
+        return {
+            key: measure
+            for key, measure in self.measures.items()
+            if any(due(*entry) for entry in getattr(measure, "wanted", {}).items())
+        }
+
+    # Doing it ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run's folder; a second process is told so instead of writing into it."""
+        if not first_process():
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = locked(self.folder / ".lock", wait=False)
+            lock.__enter__()
+        except BlockingIOError:
+            raise UserError(
+                f"{relative(self.folder)}: another process is training this run; wait for it, or "
+                "change seed or run.root"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"run.root: cannot write to {relative(self.folder)} ({error.strerror}); choose a "
+                "folder that can be written to: run.root=<folder>"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    @cached_property
+    def loggers(self) -> list[Any]:
+        """The loggers that the config names; metrics.csv is written without them."""
+        name = RunName(self.folder, self.config, self.hash)
+        return [build(node, run=name) for node in self.config["logger"].values()]
+
+    def train(self) -> Flow | None:
+        """Train to the last epoch, from the last checkpoint where there is one.
+
+        Returns:
+            the flow with the weights to be scored; None in a process other than the first.
+        """
+        commit()  # of the code that runs, whatever is there when it ends
+        if self.config["run"]["force"] and first_process():
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+        if self.config["weights"]["source"] is not None:
+            return self.load_flow()[0] if first_process() else None
+        return fit(self, self.times)
+
+    def trained(self, flow: Flow, split: str = "test", **draws: int | None) -> Trained:
+        """The flow with what measures need of the run.
+
+        Args:
+            flow: on the device to compute on.
+            split: to be scored.
+            draws: eval_samples, iwbo_samples in the place of the objective's own.
+        """
+        own = {key: getattr(self.objective, key) for key in ("eval_samples", "iwbo_samples")}
+        given = {key: value for key, value in draws.items() if value is not None}
+        self.data.setup()
+        return Trained(
+            flow=flow,
+            data=self.data,
+            split=split,
+            seed=self.seed,
+            unit=self.unit,
+            folder=self.folder,
+            cache=Path(self.config["run"]["root"]) / ".reference",
+            **own | given,
+        )
+
+    def finish(self, flow: Flow) -> Record:
+        """Measure the flow on test, draw its pictures, write the record last."""
+        trained = self.trained(flow)
+        metrics = run_measures(trained, self.measures)
+        pictures = {}
+        if self.config["run"]["pictures"]:
+            pictures = draw_pictures(trained, self.config["row"])
+        record = self._record(trained, metrics)
+        write_json(record.path, record.to_json())
+        self.log(record, {"test/ledger": trained.ledger} if trained.ledger else {}, pictures)
+        forget(self.folder, "test")
+        return record
+
+    def add_measures(self, record: Record) -> Record:
+        """Add the metrics that a complete record lacks; nothing is trained or scored twice."""
+        trained = self.trained(self.load_flow()[0])
+        metrics = run_measures(trained, self.missing_measures(record))
+        record = replace(
+            record, metrics={**record.metrics, **metrics}, missing=dict(trained.missing)
+        )
+        write_json(record.path, record.to_json())
+        self.log(record)
+        return record
+
+    def log(
+        self,
+        record: Record,
+        tables: Mapping[str, Ledger] | None = None,
+        pictures: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Add a record's numbers to the loggers of the run."""
+        values = {name: metric.value for name, metric in record.metrics.items()}
+        floors = {f"floor/{name}": floor.value for name, floor in record.floor.items()}
+        log_result(self.loggers, values | floors, tables or {}, pictures or {})
+
+    def _record(self, trained: Trained, metrics: Mapping[str, Metric]) -> Record:
+        config, floor = self.config, self.data.floor
+        bounded = [m.name for m in metrics.values() if m.kind != "score" and floor is not None]
+        weights = {}
+        if config["weights"]["source"] is not None:
+            weights = {
+                "source": config["weights"]["source"],
+                "path": relative(self.weights_file),
+                "sha256": sha256_of(self.weights_file),
+                "parameters": sum(p.numel() for p in trained.flow.parameters()),
+            }
+        return Record(
+            path=self.folder / RECORD_NAME,
+            experiment=f"{config['artefact']}/{config['row']}",
+            artefact=config["artefact"],
+            row=config["row"],
+            data=self.data.name,
+            model=config["model"]["name"],
+            surjection=config["surjection"]["name"],
+            profile=config["profile"]["name"],
+            seed=self.seed,
+            config_hash=self.hash,
+            config=config,
+            measures=config["measures"],
+            status="complete",
+            metrics=metrics,
+            missing=trained.missing,
+            floor={name: floor for name in bounded},
+            provenance=self.data.provenance(),
+            weights=weights,
+            ledger={} if trained.ledger is None else trained.ledger.to_json(),
+            parameters=sum(p.numel() for p in trained.flow.parameters()),
+            **trained.details,
+            **origin(),
+            train_time_s=round(self.times.train, 2),
+            wall_time_s=round(self.times.wall, 2),
+            peak_memory_mib=peak_memory_mib(),
+        )
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the run, or the first of several: it keeps the folder."""
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return rank_zero_only.rank == 0 and node == "0"
