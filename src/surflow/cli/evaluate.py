@@ -3,115 +3,83 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
-from surflow.cli.common import (
-    check_everything,
-    guarded,
-    load_flow,
-    one_line_errors,
-    relative,
-    truth_of,
-    use_threads,
-)
-from surflow.cli.result import check_finite, plain_rows
-from surflow.cli.scoring import forget, score_split
-from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
-from surflow.errors import UserError
-from surflow.reporting.records import write_json_atomic
+from surflow.cli.command import command
+from surflow.errors import UserError, check_choice
+from surflow.evaluation.likelihood import forget
+from surflow.evaluation.trained import Trained, run_measures
+from surflow.files import relative, write_json
+from surflow.metric import Metric
+from surflow.training.loggers import log_result
+from surflow.training.origin import commit
+from surflow.training.run import Run
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, float]:
-    """Score a split with the weights of a checkpoint; print, write and log what comes out.
+    """Score a split with the weights of a checkpoint; print, write and log the numbers.
 
-    One that is cut off goes on where it was when the same command is given again.
+    An interrupted evaluation resumes when the same command is given again.
     """
-    from surflow.compat import make_torchvision_importable
-
-    make_torchvision_importable()
-    from surflow.training.record import commit
-
-    register_resolvers()
-    check_everything(cfg)
-    if cfg.split not in ("train", "valid", "test"):
-        raise UserError(f"split: expected train, valid or test, got {cfg.split!r}")
-    use_threads(cfg)
-    flow, data, path = load_flow(cfg)
+    check_choice("split", cfg.split, ("train", "valid", "test"), UserError)
+    for key in ("eval_samples", "iwbo_samples"):
+        if cfg[key] is not None and not (isinstance(cfg[key], int) and cfg[key] > 0):
+            raise UserError(f"{key}: expected a positive whole number, got {cfg[key]}")
+    run = Run(cfg)
+    for name in cfg.only or ():
+        check_choice("only", name, cfg.measures, UserError)
+    flow, path = run.load_flow(cfg.checkpoint)
     if cfg.iwbo_samples is not None and not flow.lower_bound:
         raise UserError("iwbo_samples: the likelihood of this model is no bound; leave it out")
-    rows = data.splits[cfg.split]
-    folder = run_dir(cfg)
-    estimates, ledger = score_split(cfg, flow, data, cfg.split, folder)
-    check_finite(estimates)
-    truth = truth_of(cfg)
-    if truth is not None:
-        with Console(stderr=True).status("likelihood itself") as status:
-            comparison = truth.compare(flow, rows, seed=cfg.seed, progress=status.update)
-        estimates |= comparison.metrics(cfg.split)
-    print(f"{relative(path)}, {len(rows)} {cfg.split} points, profile {cfg.profile.name}\n")
-    print(ledger)
+    draws = {"eval_samples": cfg.eval_samples, "iwbo_samples": cfg.iwbo_samples}
+    trained = run.trained(flow, cfg.split, **draws)
+    chosen = {k: m for k, m in run.measures.items() if cfg.only is None or k in cfg.only}
+    metrics = run_measures(trained, chosen)
+    _show(run, trained, path, metrics)
+    _write(run, trained, path, metrics)
+    forget(run.folder, cfg.split)
+    values = {name: metric.value for name, metric in metrics.items()}
+    # other numbers of draws stand next to the run's own scores, not in their place
+    asked = any(value is not None for value in (cfg.checkpoint, *draws.values()))
+    logged = {f"evaluate/{name}" if asked else name: value for name, value in values.items()}
+    log_result(run.loggers, logged, {f"{cfg.split}/ledger": trained.ledger}, {})
+    return values
+
+
+def _show(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric]) -> None:
+    profile = run.config["profile"]["name"]
+    print(f"{relative(path)}, {len(trained.rows)} {trained.split} points, profile {profile}\n")
+    print(trained.ledger)
     print()
-    for name, e in estimates.items():
-        error = "" if math.isnan(e.standard_error) else f" ± {e.standard_error:.4f}"
-        print(f"{name} = {e.value:.4f}{error} {e.unit}  ({e.kind}: {e.estimator})")
-    if data.floor is not None:
-        print(_floor_line(data, cfg.objective.unit))
+    for metric in metrics.values():
+        print(metric)
+    floor = run.data.floor
+    if floor is not None:
+        bits = floor.value / (math.prod(run.data.event_shape) * math.log(2))
+        value = f"{floor.value:.4f} nats" if trained.unit == "nats" else f"{bits:.4f} bpd"
+        print(f"floor = {value}  ({floor.source})")
+
+
+def _write(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric]) -> None:
     head, dirty = commit()
     result = {
         "schema": 1,
         "checkpoint": relative(path),
-        "config_hash": config_hash(cfg),
-        "profile": cfg.profile.name,
-        "split": cfg.split,
-        "metrics": {name: e.plain() for name, e in estimates.items()},
-        "ledger": plain_rows(ledger),
+        "config_hash": run.hash,
+        "profile": run.config["profile"]["name"],
+        "split": trained.split,
+        "metrics": {name: metric.to_json() for name, metric in metrics.items()},
+        "ledger": trained.ledger.to_json()["rows"],
         "commit": head,
         "dirty": dirty,
     }
-    write_json_atomic(folder / f"evaluation_{cfg.split}.json", result)
-    forget(folder, cfg.split)
-    _log(cfg, {name: e.value for name, e in estimates.items()}, ledger)
-    return {name: e.value for name, e in estimates.items()}
+    write_json(run.folder / f"evaluation_{trained.split}.json", result)
 
 
-def _floor_line(data: Any, unit: str) -> str:
-    """What no model can beat, in the unit of the scores."""
-    line = f"floor = {data.floor.value:.4f} nats"
-    if unit == "bpd":
-        bits = data.floor.value / (math.prod(data.event_shape) * math.log(2))
-        line = f"floor = {bits:.4f} bpd"
-    return f"{line}  ({data.floor.source})"
-
-
-def _log(cfg: DictConfig, values: dict[str, float], ledger: object) -> None:
-    """Add the evaluation to the run's wandb run, where one is kept."""
-    if cfg.logger.name != "wandb":
-        return
-    import wandb
-
-    from surflow.config import resolved
-    from surflow.training.logging import ledger_table, wandb_logger
-
-    logger = wandb_logger(resolved(cfg), run_dir(cfg), config_hash(cfg))
-    asked = (cfg.checkpoint, cfg.iwbo_samples, cfg.eval_samples)
-    if any(value is not None for value in asked):  # beside the run's own scores, not in their place
-        values = {f"evaluate/{name}": value for name, value in values.items()}
-    logger.experiment.summary.update(values)
-    logger.experiment.log({f"{cfg.split}/ledger": ledger_table(ledger)})
-    wandb.finish()
-
-
-@hydra.main(config_path=conf_dir(), config_name="evaluate", version_base="1.3")
-def _main(cfg: DictConfig) -> None:
-    with one_line_errors():
-        evaluate_run(cfg)
-
-
-main = guarded(_main)
+main = command("evaluate")(evaluate_run)
 
 if __name__ == "__main__":
     main()
