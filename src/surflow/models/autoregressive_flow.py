@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.models.coupling_flow import support_of
 from surflow.nets import MADE
 from surflow.transforms import (
@@ -21,6 +22,7 @@ from surflow.transforms import (
 NORMS: dict[str, type[Transform]] = {"actnorm": ActNorm, "batch_norm": BatchNorm}
 
 
+@takes("points", "table", "image", facts=("features", "low", "high"), surjection="surjection")
 def autoregressive_flow(
     features: int,
     map: ElementwiseMap,

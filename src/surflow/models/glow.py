@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from surflow.distributions.base import as_shape
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.models.split_priors import Prior, prior_called
 from surflow.nets import GlowNet
 from surflow.transforms import (
@@ -73,6 +74,7 @@ def multi_scale_flow(
     return Flow(prior((c, h, w), 0, num_scales - 1), layers)
 
 
+@takes("image", facts=("shape", "num_levels"))
 def glow(
     shape: Sequence[int] = (3, 32, 32),
     num_levels: int = 256,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.models.glow import glow_coupling, multi_scale_flow
 from surflow.models.split_priors import prior_called
 from surflow.nets import ConvAttentionNet
@@ -14,6 +15,7 @@ from surflow.transforms import ActNorm, Conv1x1, LogisticMixtureCoupling, Transf
 COUPLINGS = ("affine", "mixture")
 
 
+@takes("image", facts=("shape", "num_levels"))
 def mar_scf(
     shape: Sequence[int] = (3, 32, 32),
     num_levels: int = 256,

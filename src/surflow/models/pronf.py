@@ -26,6 +26,7 @@ from surflow.distributions import DiagonalNormal
 from surflow.distributions.base import Distribution, as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution, Ledger
+from surflow.models.contract import takes
 from surflow.models.glow import glow_coupling
 from surflow.models.split_priors import Prior, prior_called
 from surflow.nets.conv_resnet import PlainBlock
@@ -304,6 +305,7 @@ CHAINS: dict[str, Callable[[tuple[int, ...], Parts, float], list[Transform]]] = 
 }
 
 
+@takes("image", facts=("shape", "num_levels"))
 def pronf(
     shape: Sequence[int] = (3, 32, 32),
     num_levels: int = 256,

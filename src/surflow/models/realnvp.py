@@ -10,6 +10,7 @@ from surflow.distributions import StandardNormal
 from surflow.distributions.base import as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.nets import ResNet, TanhScale
 from surflow.transforms import (
     ActNorm,
@@ -50,6 +51,7 @@ def diagonal_first(channels: int) -> Permute:
     return Permute([4 * c + pixel for pixel in DIAGONAL_FIRST for c in range(channels)])
 
 
+@takes("image", facts=("shape", "num_levels"))
 def realnvp(
     shape: Sequence[int] = (3, 32, 32),
     num_levels: int = 256,

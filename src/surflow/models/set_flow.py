@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surflow.distributions import StandardNormal
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.nets import SetTransformer
 from surflow.transforms import (
     ActNorm,
@@ -133,6 +134,7 @@ ORDERS: dict[str, Order] = {
 }
 
 
+@takes("set", facts=("num_points", "num_features", "width"))
 def set_flow(
     num_points: int = 50,
     num_features: int = 2,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surflow.distributions import Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.flow import Flow, FlowDistribution
+from surflow.models.contract import takes
 from surflow.models.coupling_flow import support_of
 from surflow.nets import MLP
 from surflow.transforms import (
@@ -36,30 +37,27 @@ Net = Callable[[int, int], nn.Module]
 """``net(in_features, out_features)`` makes a net."""
 
 
-def behind(
-    model: Callable[[], Flow],
+@takes("points", "table", facts=("features", "low", "high"), surjection="surjection")
+def model_after(
+    features: int,
+    model: Callable[..., Flow],
     support: str = "unmapped",
     surjection: Transform | None = None,
     low: Sequence[float] | None = None,
     high: Sequence[float] | None = None,
 ) -> Flow:
-    """A model behind a surjection and the map of its support, or by itself.
+    """A model after a surjection and the map of its support, or by itself.
 
     Args:
-        model: makes the flow.
+        features: D.
+        model: ``model(features=D)`` makes the flow.
         support, surjection, low, high: see :func:`surflow.models.coupling_flow`.
     """
-    flow = model()
+    flow = model(features=features)
     if surjection is None and support == "unmapped":
         return flow
-    if any(t.integer_data for t in flow.transforms):
-        raise ValueError(
-            "model: this one begins with a dequantization, which takes integers: expected "
-            f"surjection=none and model.support=unmapped, got support {support!r} and "
-            f"{type(surjection).__name__}"
-        )
-    low = list(low) if low is not None else [-math.inf] * 2
-    high = list(high) if high is not None else [math.inf] * 2
+    low = list(low) if low is not None else [-math.inf] * features
+    high = list(high) if high is not None else [math.inf] * features
     mapped, _ = support_of(support, surjection, low, high)
     first = [surjection] if surjection is not None else []
     return Flow(flow.base, [*first, *mapped, *flow.transforms])
@@ -265,6 +263,7 @@ def spline_couplings(
     ]
 
 
+@takes("points", "image", facts=("features", "num_levels"))
 def dequantization(
     num_levels: int,
     noise: str = "uniform",

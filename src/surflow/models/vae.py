@@ -8,10 +8,12 @@ from torch import nn
 
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.models.coupling_flow import support_of
 from surflow.transforms import VAE, Transform
 
 
+@takes("points", "table", "image", facts=("features", "low", "high"), surjection="surjection")
 def vae_flow(
     features: int,
     latent_features: int,

@@ -23,6 +23,7 @@ from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, Distri
 from surflow.distributions.autoregressive import AutoregressiveBernoulli
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.models.posteriors import flow_posterior
 from surflow.models.priors import Wanted, prior_of
 from surflow.nets import make_activation
@@ -170,6 +171,7 @@ class VAEFlow(Flow):
         return [{"params": nets, "lr": lr}, late]
 
 
+@takes("points", "table", "image", facts=("features", "num_levels"))
 def vae_of_vectors(
     features: int,
     latent_features: int,
@@ -287,6 +289,7 @@ DECODERS: dict[str, Callable[..., Distribution]] = {
 }
 
 
+@takes("image", facts=("shape", "num_levels"))
 def vae_of_images(
     shape: Sequence[int],
     latent_features: int = 32,
