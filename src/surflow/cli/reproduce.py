@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import hydra
 from omegaconf import DictConfig
 
-from surflow.cli.common import check_everything, guarded, one_line_errors, relative
-from surflow.cli.launch import (
+from surflow.cli.cells import Cell, plan_cells, runs_of, write_report
+from surflow.cli.command import command
+from surflow.cli.request import complete_request
+from surflow.errors import UserError
+from surflow.files import relative
+from surflow.reporting import Key
+from surflow.training.launch import (
     Allotment,
     Job,
     fitting,
@@ -20,27 +24,20 @@ from surflow.cli.launch import (
     share,
     visible_gpus,
 )
-from surflow.cli.report import Cells, Key, load_table_spec, plan_cells, write_report
-from surflow.cli.request import check_request, settle
-from surflow.config import conf_dir, register_resolvers
-from surflow.errors import UserError
+from surflow.training.run import Run
 
 
 def reproduce(cfg: DictConfig) -> int:
     """Train what is missing, report; returns the number of runs that failed."""
-    register_resolvers()
-    check_request(cfg)
-    print(settle(cfg), flush=True)
-    spec = load_table_spec(cfg.artefact, cfg.profile.name)
+    spec = complete_request(cfg)
     cells = plan_cells(cfg, spec)
-    for config in cells.configs.values():
-        check_everything(config)
-    missing = cells.missing()
-    total = len(cells.runs())
+    for cell in cells.values():
+        Run(cell.config)  # its checks; reads no files
+    runs, missing = runs_of(cells), runs_of(cells, to_run=True)
     seeds = ",".join(map(str, cfg.seeds))
     print(
-        f"{cfg.artefact}: profile {cfg.profile.name}, seeds {seeds}: {total} runs, "
-        f"{total - len(missing)} complete, {len(missing)} to do",
+        f"{cfg.artefact}: profile {cfg.profile.name}, seeds {seeds}: {len(runs)} runs, "
+        f"{len(runs) - len(missing)} complete, {len(missing)} to do",
         flush=True,
     )
     if cfg.profile.name != "paper":
@@ -56,17 +53,19 @@ def reproduce(cfg: DictConfig) -> int:
     return len(failed)
 
 
-def run_missing(cfg: DictConfig, cells: Cells, missing: Sequence[Key]) -> list[Job]:
+def run_missing(cfg: DictConfig, cells: Mapping[Key, Cell], missing: Sequence[Key]) -> list[Job]:
     """Run these cells where the request says; returns their jobs, done."""
     here = cfg.launcher != "submitit_slurm"
     gpus = visible_gpus() if here else []
     allotment = allot(cfg, len(missing))
     places = places_here(cfg.devices if here else None, cfg.workers, allotment, gpus)
-    jobs = [_job(cells, key, allotment, cpu=here and not gpus) for key in missing]
+    jobs = [_job(cells[key], key, allotment, cpu=here and not gpus) for key in missing]
     if cfg.launcher == "local":
         run_local(jobs, places.workers, places.gpus)
     else:
-        run_submitit(jobs, cfg.launcher.removeprefix("submitit_"), cfg, places)
+        folder = f"{cfg.run_root}/.submitit"
+        cluster = cfg.launcher.removeprefix("submitit_")
+        run_submitit(jobs, cluster, folder, cfg.slurm, cfg.devices is not None, places)
     return jobs
 
 
@@ -77,25 +76,21 @@ def allot(cfg: DictConfig, num_runs: int) -> Allotment:
     return share(num_runs, cfg.devices, cfg.nodes)[0]
 
 
-def _job(cells: Cells, key: Key, allotment: Allotment, cpu: bool) -> Job:
-    fits = fitting(allotment, cells.configs[key].data.batch_size)
-    overrides = [*cells.overrides[key], *fits.overrides(cpu)]
-    command = [sys.executable, "-m", "surflow.cli.train", *overrides]
-    name = f"{key[0]} {cells.columns[key[1]].data} seed {key[2]}"
-    return Job(name, command, cells.folder(key) / "train.log", fits)
+def _job(cell: Cell, key: Key, allotment: Allotment, cpu: bool) -> Job:
+    fits = fitting(allotment, cell.config.data.batch_size)
+    command = [sys.executable, "-m", "surflow.cli.train", *cell.overrides, *fits.overrides(cpu)]
+    return Job(f"{key[0]} {cell.data} seed {key[2]}", command, cell.folder / "train.log", fits)
 
 
-@hydra.main(config_path=conf_dir(), config_name="reproduce", version_base="1.3")
 def _main(cfg: DictConfig) -> None:
-    with one_line_errors():
-        failed = reproduce(cfg)
-        if failed:
-            raise UserError(
-                f"{failed} run(s) failed, for the reasons above; the table is of the others"
-            )
+    failed = reproduce(cfg)
+    if failed:
+        raise UserError(
+            f"{failed} run(s) failed, for the reasons above; the table is of the others"
+        )
 
 
-main = guarded(_main)
+main = command("reproduce")(_main)
 
 if __name__ == "__main__":
     main()

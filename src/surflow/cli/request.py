@@ -1,4 +1,4 @@
-"""What is asked of ``reproduce`` and ``report``: checked, and settled where it was left open."""
+"""The request of ``reproduce`` and ``report``: checked, and completed where it was left open."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from surflow.config import PROFILES, conf_dir
-from surflow.errors import UserError, close_match
+from surflow.config import PROFILES, conf_dir, project_root
+from surflow.errors import UserError, check_choice
+from surflow.reporting import TableSpec, load_spec
 
 LAUNCHERS = ("local", "submitit", "submitit_local", "submitit_slurm")
 WEIGHTS = ("official",)
 
 
 def check_request(cfg: DictConfig) -> None:
-    """Refuse a request that cannot be meant, before anything runs."""
-    _one_of("launcher", cfg.launcher, LAUNCHERS)
-    _one_of("profile", cfg.profile.name, ("auto", *PROFILES))
+    """Refuse a request that cannot be meant, before anything runs.
+
+    Raises:
+        UserError: one line: the key, what is wrong, what would be right.
+    """
+    check_choice("launcher", cfg.launcher, LAUNCHERS, UserError)
+    check_choice("profile", cfg.profile.name, ("default", "auto", *PROFILES), UserError)
     if cfg.weights is not None:
-        _one_of("weights", cfg.weights, WEIGHTS)
+        check_choice("weights", cfg.weights, WEIGHTS, UserError)
     for key in ("seeds", "rows", "columns", "overrides"):
         value = cfg[key]
         if not (OmegaConf.is_list(value) or (value is None and key in ("rows", "columns"))):
@@ -42,27 +47,34 @@ def check_request(cfg: DictConfig) -> None:
         raise UserError("weights_path: of no effect without weights=official")
 
 
-def _one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(
-            f"{key}: expected one of {', '.join(known)}, got {value!r}"
-            + close_match(str(value), known)
-        )
-
-
 def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def settle(cfg: DictConfig) -> str:
-    """Put the launcher and the profile that are meant in the place of ``submitit`` and ``auto``.
+def table_spec(artefact: str) -> TableSpec:
+    """experiments/<artefact>/table.yaml, all profiles of it.
+
+    Raises:
+        UserError: for an unknown artefact.
+    """
+    folder = project_root() / "experiments"
+    known = sorted(p.parent.name for p in folder.glob("*/table.yaml"))
+    check_choice("artefact", artefact, known, UserError)
+    return load_spec(folder / artefact / "table.yaml")
+
+
+def complete_request(cfg: DictConfig) -> TableSpec:
+    """Replace ``submitit``, ``default`` and ``auto`` by the launcher and the profile that they
+    stand for, and say which profile it is and why.
 
     Returns:
-        which profile it is and why, in one line.
+        the table under that profile.
 
     Raises:
         UserError: for several machines without Slurm; for released weights under profile smoke.
     """
+    check_request(cfg)
+    spec = table_spec(cfg.artefact)
     if cfg.launcher == "submitit":
         cfg.launcher = "submitit_slurm" if shutil.which("sbatch") else "submitit_local"
     if cfg.nodes > 1 and cfg.launcher != "submitit_slurm":
@@ -72,43 +84,41 @@ def settle(cfg: DictConfig) -> str:
         )
     if cfg.nodes > 1 and cfg.devices is None:
         raise UserError(f"nodes={cfg.nodes}: say with devices how many GPUs each machine has")
-    if cfg.profile.name != "auto":
-        why = "as asked"
-    else:
+    name, why = cfg.profile.name, "as asked"
+    if name == "default":
+        name, why = spec.profile, "the default of this table"
+    if name == "auto":
         name, why = fitting_profile(cfg)
-        cfg.profile = OmegaConf.load(Path(conf_dir()) / "profile" / f"{name}.yaml")
-    if cfg.weights is not None and cfg.profile.name == "smoke":
+    cfg.profile = OmegaConf.load(Path(conf_dir()) / "profile" / f"{name}.yaml")
+    if cfg.weights is not None and name == "smoke":
         raise UserError(
             "weights=official: released weights are of the published models, which profile smoke "
             "does not have; choose profile=paper"
         )
-    return f"{cfg.artefact}: profile {cfg.profile.name}, {why}"
+    print(f"{cfg.artefact}: profile {name}, {why}", flush=True)
+    return spec.of_profile(name)
 
 
 def fitting_profile(cfg: DictConfig) -> tuple[str, str]:
     """The profile for this machine and request, and why."""
     import torch
 
-    choices = (
-        (cfg.weights is not None, "paper", "since released weights are of the published models"),
-        (
-            cfg.launcher == "submitit_slurm" and cfg.devices is not None,
-            "paper",
-            "since its runs go to GPUs through Slurm",
-        ),
-        (torch.cuda.is_available(), "paper", "since this machine has a CUDA device"),
-        (
-            True,
-            "smoke",
-            "since this machine has no CUDA device (PROFILE=paper runs the published protocol)",
-        ),
+    if cfg.weights is not None:
+        return "paper", "since released weights are of the published models"
+    if cfg.launcher == "submitit_slurm" and cfg.devices is not None:
+        return "paper", "since its runs go to GPUs through Slurm"
+    if torch.cuda.is_available():
+        return "paper", "since this machine has a CUDA device"
+    return (
+        "smoke",
+        "since this machine has no CUDA device (PROFILE=paper runs the published protocol)",
     )
-    return next((name, why) for holds, name, why in choices if holds)
 
 
-def results_name(cfg: DictConfig) -> str:
+def results_folder(cfg: DictConfig) -> Path:
     """The folder of the results: numbers of released weights have one of their own."""
-    return cfg.artefact if cfg.weights is None else f"{cfg.artefact}_{cfg.weights}"
+    name = cfg.artefact if cfg.weights is None else f"{cfg.artefact}_{cfg.weights}"
+    return Path(cfg.results_root) / cfg.profile.name / name
 
 
 def make_command(cfg: DictConfig) -> str:
@@ -119,11 +129,11 @@ def make_command(cfg: DictConfig) -> str:
 
 
 def shared_overrides(cfg: DictConfig) -> list[str]:
-    """What the request adds to every run of it, beside ``overrides``."""
+    """What the request adds to every run of it, besides ``overrides``."""
     chosen = {
         "weights.source": cfg.weights,
         "weights.path": cfg.weights_path,
-        "metrics.inception_weights": cfg.inception,
+        "measures.samples.weights": cfg.inception,
     }
     return [f"{key}={_quoted(value)}" for key, value in chosen.items() if value is not None]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -119,7 +118,7 @@ def number_of_workers(wanted: int | str) -> int:
         return int(wanted)
     import torch
 
-    from surflow.training.record import cores
+    from surflow.training.origin import cores
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
@@ -182,20 +181,34 @@ def run_local(jobs: Sequence[Job], workers: int, gpus: Sequence[str] = ()) -> No
     run_jobs(jobs, Places(workers, tuple(gpus)), _start_here)
 
 
-def run_submitit(jobs: Sequence[Job], cluster: str, cfg: DictConfig, places: Places) -> None:
+def run_submitit(
+    jobs: Sequence[Job],
+    cluster: str,
+    folder: str | Path,
+    slurm: Mapping[str, Any] | None,
+    counted: bool,
+    places: Places,
+) -> None:
     """Run the jobs through submitit: on a Slurm cluster, or as its local processes.
 
     Slurm gets them all, and starts a job's command once a process of its allotment; local jobs
     wait for a place of their own, like those of :func:`run_local`.
+
+    Args:
+        jobs: to run.
+        cluster: slurm or local.
+        folder: of submitit's files.
+        slurm: its parameters, such as timeout_min.
+        counted: whether Slurm is asked for the devices of each allotment.
+        places: for local jobs.
     """
     import submitit
 
-    folder = Path(cfg.run_root) / ".submitit"
     executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
-    own = OmegaConf.to_container(cfg.slurm) if cfg.slurm else {}
+    own = dict(slurm or {})
 
     def start(job: Job, environment: Mapping[str, str]) -> _Submitted:
-        asked = slurm_parameters(job.allotment) if cluster == "slurm" and cfg.devices else {}
+        asked = slurm_parameters(job.allotment) if cluster == "slurm" and counted else {}
         executor.update_parameters(**{"timeout_min": DAY, **asked, **own})
         submitted = executor.submit(run_logged, job.command, str(job.log), dict(environment))
         return _Submitted(submitted, job.log)

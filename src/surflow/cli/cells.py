@@ -1,0 +1,161 @@
+"""The runs of a table: the config of every cell, which of them are to be run, what they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from surflow.cli.request import make_command, results_folder, shared_overrides
+from surflow.config import build, compose, config_hash, resolved, run_dir, target_of
+from surflow.errors import UserError, check_choice
+from surflow.files import relative
+from surflow.record import Record, RecordError, lacking, load_record, load_records
+from surflow.reporting import (
+    Key,
+    TableSpec,
+    build_table,
+    print_table,
+    without_stale,
+    write_table,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The run of a cell.
+
+    Attributes:
+        column: of the table.
+        overrides: what composes its config.
+        config: composed.
+        hash: of the config.
+        chosen: whether it is to be run; all are reported.
+    """
+
+    metric: str
+    data: str
+    overrides: tuple[str, ...]
+    config: DictConfig
+    hash: str
+    chosen: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return run_dir(self.config)
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """The protocol that the cell's metric must have; empty where any is right."""
+        return wanted_protocols(self.config).get(self.metric, {})
+
+    def record(self) -> Record | None:
+        """The complete record of exactly this config, if there is one."""
+        try:
+            record = load_record(self.folder)
+        except RecordError:
+            return None
+        return record if record.status == "complete" and record.config_hash == self.hash else None
+
+    def to_run(self) -> bool:
+        """Whether the cell has no record, or one without the score that it shows.
+
+        A score that could not be computed (say, for want of the extractor's weights) is tried
+        again: the run then computes that alone.
+        """
+        record = self.record()
+        if record is None:
+            return True
+        wanted = wanted_protocols(self.config)
+        return self.metric in wanted and lacking(record, wanted)
+
+
+def wanted_protocols(config: DictConfig) -> dict[str, Mapping[str, Any]]:
+    """The protocol of every metric whose measure tells one, by name."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for node in resolved(config)["measures"].values():
+        if node:
+            runtime = getattr(target_of(node), "runtime", ())
+            plain = {key: value for key, value in node.items() if key not in runtime}
+            found |= getattr(build(plain), "wanted", {})
+    return found
+
+
+def plan_cells(cfg: DictConfig, spec: TableSpec) -> dict[Key, Cell]:
+    """Compose the config of every cell; a mistake in any of them shows before one runs.
+
+    Cells that are not chosen are not run, but what they have is reported. Rows that are quoted
+    only have no config, nor have, where released weights are asked for, rows without any.
+    """
+    with_runs = [r for r in spec.rows if r.experiment and (r.official or cfg.weights is None)]
+    if not with_runs:
+        raise UserError(f"weights: no row of {spec.artefact} has released weights")
+    rows = _chosen("rows", cfg.rows, [r.name for r in with_runs])
+    columns = _chosen("columns", cfg.columns, [c.name for c in spec.columns])
+    cells = {}
+    for seed in cfg.seeds:
+        for row in with_runs:
+            for column in (c for c in spec.columns if c.shows(row.name)):
+                published = [
+                    f"experiment={row.experiment}",
+                    *row.overrides,
+                    *column.overrides,
+                    f"profile={cfg.profile.name}",
+                    f"seed={seed}",
+                    f"run.root={cfg.run_root}",
+                    *shared_overrides(cfg),
+                ]
+                config = compose([*published, *cfg.overrides])
+                if cfg.overrides and cfg.profile.name == "paper":
+                    _refuse_changed(config, compose(published), cfg.overrides)
+                cells[row.name, column.name, int(seed)] = Cell(
+                    column.metric,
+                    column.data,
+                    (*published, *cfg.overrides),
+                    config,
+                    config_hash(config),
+                    row.name in rows and column.name in columns,
+                )
+    return cells
+
+
+def runs_of(cells: Mapping[Key, Cell], to_run: bool = False) -> list[Key]:
+    """The chosen cells, one a run, in the table's order, seed by seed; those that need one."""
+    keys = [key for key, cell in cells.items() if cell.chosen and (not to_run or cell.to_run())]
+    return list({cells[key].folder: key for key in reversed(keys)}.values())[::-1]
+
+
+def _refuse_changed(config: DictConfig, published: DictConfig, overrides: Sequence[str]) -> None:
+    """Under the paper's profile nothing may change what is computed: its cells get a verdict."""
+    same = config_hash(config) == config_hash(published)
+    if not same or wanted_protocols(config) != wanted_protocols(published):
+        raise UserError(
+            f"overrides: {list(overrides)} change what the published protocol computes; keep to "
+            "keys such as logger or compute.compile, choose profile=short, or train the run by "
+            "itself with surflow-train"
+        )
+
+
+def _chosen(name: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    for item in wanted or ():
+        check_choice(name, item, known, UserError)
+    return list(wanted or known)
+
+
+def write_report(cfg: DictConfig, spec: TableSpec, cells: Mapping[Key, Cell]) -> None:
+    """Write results/<profile>/<artefact>/ (table.md, table.csv, figures, records) and say where."""
+    hashes = {key: cell.hash for key, cell in cells.items()}
+    found = load_records(Path(cfg.run_root) / cfg.profile.name / spec.runs)
+    records = without_stale(found, hashes, released=cfg.weights is not None)
+    protocols = {key: cell.protocol for key, cell in cells.items()}
+    seeds = [int(seed) for seed in cfg.seeds]
+    table = build_table(spec, records, hashes, cfg.profile.name, seeds, protocols)
+    folder = results_folder(cfg)
+    figures = write_table(table, folder, make_command(cfg))
+    shown = ", ".join(figures.values()) or "no figures"
+    print(f"{relative(folder)}/: table.md, table.csv, {shown}")
+    print_table(table)
