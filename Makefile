@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment first: nothing to do by hand on a fresh machine.
 #   make help
 
-# PROFILE unset: paper, or what a target says below (auto: paper on a GPU, smoke without one)
+# PROFILE unset: what the table's table.yaml says
 SEEDS    ?= 0
 LAUNCHER ?= local
 WORKERS  ?= auto
@@ -13,8 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH := $(VENV)/bench
 RUN   := $(BIN)/python -m surflow.cli
-DEFAULT_PROFILE = paper
-REQUEST = profile=$(or $(PROFILE),$(DEFAULT_PROFILE)) 'seeds=[$(SEEDS)]' \
+REQUEST = $(if $(PROFILE),profile=$(PROFILE)) 'seeds=[$(SEEDS)]' \
 	$(if $(WEIGHTS),weights=$(WEIGHTS)) $(if $(WEIGHTS_PATH),'weights_path="$(WEIGHTS_PATH)"') \
 	$(if $(INCEPTION),'inception="$(INCEPTION)"') \
 	$(if $(ROWS),'rows=[$(ROWS)]') $(if $(COLUMNS),'columns=[$(COLUMNS)]')
@@ -22,11 +21,17 @@ REPRODUCE = $(RUN).reproduce $(REQUEST) launcher=$(LAUNCHER) workers=$(WORKERS) 
 	$(if $(DEVICES),devices=$(DEVICES)) $(if $(NODES),nodes=$(NODES)) $(if $(SLURM),'slurm={$(SLURM)}')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all verify docs bench bench-gpu reproduce-synthetic reproduce-compositions reproduce-unification reproduce-table4 reproduce-table5 reproduce-cifar10-subset reproduce-vae-planar reproduce-vae-depth reproduce-vae-prior reproduce-vae-prior-mnist reproduce-vlae reproduce-mar-scf reproduce-mar-scf-subset reproduce-pronf reproduce-pronf-subset reproduce-pointcloud figure-compositions report-synthetic report-table4 report-table5 lock clean
+.PHONY: help setup lint format test test-all verify docs bench bench-gpu figure-compositions lock clean
+TABLES := $(subst _,-,$(patsubst experiments/%/table.yaml,%,$(wildcard experiments/*/table.yaml)))
+.PHONY: $(addprefix reproduce-,$(TABLES)) $(addprefix report-,$(TABLES))
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
 		awk -F'\t' '{printf "  %-25s %s\n", $$1, $$2}'
+	@echo; grep -H '^title:' experiments/*/table.yaml | \
+		sed -E 's#^experiments/([^/]*)/table.yaml:title: *"?([^"]*)"?$$#\1\t\2#' | \
+		awk -F'\t' '{gsub("_", "-", $$1); printf "  reproduce-%-15s %s\n", $$1, $$2}'
+	@echo "  report-...                the same table from the records there are; runs nothing"
 	@echo; echo "  PROFILE=paper|short|smoke|auto  SEEDS=0,1,2  ROWS=slice,max_pool  COLUMNS=cifar10"
 	@echo "  WORKERS=auto|n  DEVICES=n  NODES=n  LAUNCHER=local|submitit|submitit_local|submitit_slurm"
 	@echo "  SLURM=timeout_min:2880,slurm_partition:gpu  WEIGHTS=official  WEIGHTS_PATH=folder  INCEPTION=file"
@@ -73,71 +78,12 @@ bench: $(STAMP) $(BENCH)  ## Time ours against a plain step and three libraries;
 bench-gpu: $(STAMP)  ## Time the full PoolFlow on a GPU: speed-up, share of peak, memory, FID time
 	$(RUN).bench 'parts=[images]' bench_images@images=gpu
 
-reproduce-synthetic: $(STAMP)  ## Flow, AbsFlow, AbsSplineFlow on symmetric 2-D data: table and figures
-	$(REPRODUCE) artefact=synthetic
+# one target for each experiments/<table>/table.yaml, which names the default profile
+$(addprefix reproduce-,$(TABLES)): reproduce-%: $(STAMP)
+	$(REPRODUCE) artefact=$(subst -,_,$*)
 
-reproduce-unification: $(STAMP)  ## The models SurVAE flows unify: bounds against likelihoods, 2-D data
-	$(REPRODUCE) artefact=unification
-
-reproduce-table4 reproduce-table5 report-table4 report-table5: DEFAULT_PROFILE = auto
-
-reproduce-table4: $(STAMP)  ## Images, bits per dim: MaxPoolFlow, slicing, Glow, RealNVP; no GPU: profile smoke
-	$(REPRODUCE) artefact=table4
-
-reproduce-table5: $(STAMP)  ## Images, Inception score and FID of table 4's runs; no GPU: profile smoke
-	$(REPRODUCE) artefact=table5
-
-reproduce-cifar10-subset: DEFAULT_PROFILE = short
-reproduce-cifar10-subset: $(STAMP)  ## Two small PoolFlows on a tenth of CIFAR-10, on a CPU: does the pipeline learn?
-	$(REPRODUCE) artefact=cifar10_subset
-
-reproduce-vae-depth reproduce-vlae: DEFAULT_PROFILE = auto
-
-reproduce-vae-planar: $(STAMP)  ## VAE against planar, radial, IAF, Real NVP posteriors on MNIST; hours on two cores
-	$(REPRODUCE) artefact=vae_planar
-
-reproduce-vae-depth: $(STAMP)  ## Depth of a planar posterior on binarized MNIST; no GPU: profile smoke
-	$(REPRODUCE) artefact=vae_depth
-
-reproduce-vae-prior: $(STAMP)  ## Priors of a VAE on embedded digits, with the aggregated posterior as a picture
-	$(REPRODUCE) artefact=vae_prior
-
-reproduce-vae-prior-mnist: $(STAMP)  ## The same on MNIST
-	$(REPRODUCE) artefact=vae_prior_mnist
-
-reproduce-vlae: $(STAMP)  ## IAF posterior, autoregressive prior, VLAE on binarized MNIST; no GPU: profile smoke
-	$(REPRODUCE) artefact=vlae
-
-reproduce-mar-scf reproduce-pronf: DEFAULT_PROFILE = auto
-reproduce-mar-scf-subset reproduce-pronf-subset: DEFAULT_PROFILE = short
-
-reproduce-mar-scf: $(STAMP)  ## Autoregressive priors of a multi-scale flow on CIFAR-10; no GPU: profile smoke
-	$(REPRODUCE) artefact=mar_scf
-
-reproduce-mar-scf-subset: $(STAMP)  ## Do they help? Three priors at equal parameters on a tenth of CIFAR-10, on a CPU
-	$(REPRODUCE) artefact=mar_scf_subset
-
-reproduce-pronf: $(STAMP)  ## Progressive flows on CIFAR-10, level by level; no GPU: profile smoke
-	$(REPRODUCE) artefact=pronf
-
-reproduce-pronf-subset: $(STAMP)  ## Small progressive flows on a tenth of CIFAR-10, on a CPU
-	$(REPRODUCE) artefact=pronf_subset
-
-reproduce-pointcloud: DEFAULT_PROFILE = auto
-reproduce-pointcloud: $(STAMP)  ## SortFlow, PermuteFlow and others on SpatialMNIST; no GPU: profile smoke
-	$(REPRODUCE) artefact=pointcloud
-
-report-synthetic: $(STAMP)  ## The same table from the records there are; runs nothing
-	$(RUN).report artefact=synthetic $(REQUEST)
-
-report-table4: $(STAMP)
-	$(RUN).report artefact=table4 $(REQUEST)
-
-report-table5: $(STAMP)
-	$(RUN).report artefact=table5 $(REQUEST)
-
-reproduce-compositions: $(STAMP)
-	$(REPRODUCE) artefact=compositions
+$(addprefix report-,$(TABLES)): report-%: $(STAMP)
+	$(RUN).report artefact=$(subst -,_,$*) $(REQUEST)
 
 figure-compositions: reproduce-compositions  ## Two composed surjections: density and samples
 

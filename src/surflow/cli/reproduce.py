@@ -77,7 +77,7 @@ def allot(cfg: DictConfig, num_runs: int) -> Allotment:
 
 
 def _job(cell: Cell, key: Key, allotment: Allotment, cpu: bool) -> Job:
-    fits = fitting(allotment, cell.config.data.batch_size)
+    fits = fitting(allotment, Run(cell.config).data.batch_size)
     command = [sys.executable, "-m", "surflow.cli.train", *cell.overrides, *fits.overrides(cpu)]
     return Job(f"{key[0]} {cell.data} seed {key[2]}", command, cell.folder / "train.log", fits)
 
