@@ -10,7 +10,7 @@ import pytest
 
 from surflow.reporting import build_table, figures, load_record, load_records, load_spec
 from surflow.reporting.figures import curve_label
-from surflow.reporting.records import write_json_atomic
+from surflow.files import write_json
 from surflow.reporting.table import cell_text, render_csv, render_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def put(root, row="slice", data="cifar10", metrics=None, seed=0, profile="paper"
         **changes,
     }
     folder = root / profile / row / data / f"{seed}-{content['config_hash']}"
-    return write_json_atomic(folder / "record.json", content).parent
+    return write_json(folder / "record.json", content).parent
 
 
 def fill(root, artefact="table4", profile="paper", seeds=(0,), protocols=None):

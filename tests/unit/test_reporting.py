@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from surflow.reporting import records as records_module
-from surflow.reporting.records import (
-    RecordError,
-    find_records,
-    load_record,
-    load_records,
-    write_json_atomic,
-    write_text_atomic,
-)
+from surflow.files import write_json, write_text
+from surflow.record import RecordError, find_records, load_record, load_records
 from surflow.reporting.spec import load_spec
 from surflow.reporting.table import (
     build_table,
@@ -99,7 +93,7 @@ def content(value=3.2, row="flow", data="corners", seed=0, **changes):
 def put(root, *args, **kwargs):
     found = content(*args, **kwargs)
     name = f"{found['profile']}/{found['row']}/{found['data']}/{found['seed']}"
-    return write_json_atomic(root / name / "record.json", found)
+    return write_json(root / name / "record.json", found)
 
 
 def fill(root, profile="paper", seeds=(0,), config_hash=HASH, spec=None):
@@ -176,22 +170,22 @@ def test_record_missing_truncated_or_lacking_a_field(tmp_path):
     ("broken", "error"), [({"x": float("nan")}, ValueError), ({"x": {1, 2}}, TypeError)]
 )
 def test_atomic_json_leaves_the_old_file_when_serialisation_fails(tmp_path, broken, error):
-    path = write_json_atomic(tmp_path / "deep" / "record.json", {"a": 1})
+    path = write_json(tmp_path / "deep" / "record.json", {"a": 1})
     with pytest.raises(error):
-        write_json_atomic(path, broken)
+        write_json(path, broken)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
 def test_atomic_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatch):
-    path = write_text_atomic(tmp_path / "table.md", "old")
+    path = write_text(tmp_path / "table.md", "old")
 
     def full(_):
         raise OSError("no space left")
 
     monkeypatch.setattr(records_module.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        write_text_atomic(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
 

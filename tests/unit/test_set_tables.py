@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from surflow.reporting import build_table, figures, load_records, load_spec
-from surflow.reporting.point_sets import (
+from surflow.reporting.figures.sets import (
     _curve_words,
     cloud_panel,
     clouds_figure,
     set_curve_figure,
     set_figure,
 )
-from surflow.reporting.records import write_json_atomic
+from surflow.files import write_json
 from surflow.reporting.table import cell_text, render_csv, render_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def put(root, row, metrics, profile="paper", curve=("val/nll_nats", (300.0, 290.
         "dirty": False,
     }
     folder = root / profile / "pointcloud" / row / "spatial_mnist" / "seed0"
-    write_json_atomic(folder / "record.json", content)
+    write_json(folder / "record.json", content)
     random = np.random.default_rng(0)
     np.savez(
         folder / "points.npz",

@@ -24,8 +24,8 @@ from surflow.flow import Flow
 from surflow.metrics.samples import BrokenSamples, draw_unit
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 from surflow.reporting import build_table, figures, load_records, load_spec
-from surflow.reporting.images import image_sheet, tile
-from surflow.reporting.records import write_json_atomic
+from surflow.reporting.figures.images import image_sheet, tile
+from surflow.files import write_json
 from surflow.transforms import VAE, Affine
 
 HASH = "0123456789abcdef"
@@ -325,7 +325,7 @@ def fill(tmp_path, profile="paper", values=VALUES, text=TABLE):
             "commit": "ab" * 20,
             "dirty": False,
         }
-        write_json_atomic(root / row / "record.json", content)
+        write_json(root / row / "record.json", content)
     keys = [(row.name, column.name, 0) for row in spec.rows for column in spec.columns]
     return build_table(spec, load_records(root), dict.fromkeys(keys, HASH), profile, (0,), None)
 

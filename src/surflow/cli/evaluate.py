@@ -22,7 +22,7 @@ from surflow.cli.result import check_finite, plain_rows
 from surflow.cli.scoring import forget, score_split
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
-from surflow.reporting.records import write_json_atomic
+from surflow.files import write_json
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, float]:
@@ -72,7 +72,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         "commit": head,
         "dirty": dirty,
     }
-    write_json_atomic(folder / f"evaluation_{cfg.split}.json", result)
+    write_json(folder / f"evaluation_{cfg.split}.json", result)
     forget(folder, cfg.split)
     _log(cfg, {name: e.value for name, e in estimates.items()}, ledger)
     return {name: e.value for name, e in estimates.items()}

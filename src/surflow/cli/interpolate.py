@@ -59,7 +59,7 @@ def interpolation_figure(
     from surflow.cli.decoded import decoded_of, drawing
     from surflow.cli.pixels import pixels_of
     from surflow.models import latent_interpolation
-    from surflow.reporting.images import image_grid
+    from surflow.reporting.figures.images import image_grid
 
     test = data.splits["test"]
     pairs = min(pairs, len(test) // 2)

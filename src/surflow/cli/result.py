@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from surflow.cli.common import build_data, load_flow, relative, truth_of
 from surflow.config import config_hash, resolved, run_dir
 from surflow.errors import UserError
-from surflow.reporting.records import load_record, protocol_value, write_json_atomic
+from surflow.files import write_json
+from surflow.record import load_record, protocol_value
 
 SCORES = {
     "inception": ("sample/inception_score", "sample/fid"),
@@ -143,7 +144,7 @@ def write_result(
         "peak_memory_mib": peak_memory_mib(),
     }
     _log_to_wandb(cfg, loggers, values, floor, ledger, pictures)
-    write_json_atomic(folder / "record.json", record)
+    write_json(folder / "record.json", record)
     forget(folder, "test")
     print(f"{relative(folder)}: {summary(values)}")
     _say_missing(missing)
@@ -250,7 +251,7 @@ def add_scores(cfg: DictConfig, folder: Path) -> dict[str, float]:
         record["missing"] = missing
     values = {name: e["value"] for name, e in record["metrics"].items()}
     _log_to_wandb(cfg, (), values, {})
-    write_json_atomic(folder / "record.json", record)
+    write_json(folder / "record.json", record)
     print(f"{relative(folder)}: {summary(values)}")
     _say_missing(missing)
     return values

@@ -78,11 +78,11 @@ def _drawn(cfg: DictConfig, flow: Any, unit: int, done: int = 0) -> Iterator[Any
 def _write_npz(cfg: DictConfig, out: Path, **arrays: Any) -> None:
     import numpy as np
 
-    from surflow.reporting.records import write_bytes_atomic
+    from surflow.files import write_bytes
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays, seed=cfg.seed, temperature=cfg.temperature)
-    write_bytes_atomic(out, buffer.getvalue())
+    write_bytes(out, buffer.getvalue())
 
 
 def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) -> Path | None:
@@ -90,12 +90,12 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
     import torch
 
     from surflow.metrics.samples import POINT_UNIT
-    from surflow.reporting import figures
+    from surflow.reporting.figures.densities import scatter_figure
 
     samples = torch.cat(list(_drawn(cfg, flow, POINT_UNIT))).numpy()
     _write_npz(cfg, out, samples=samples)
     if hasattr(data, "num_points"):
-        from surflow.reporting.point_sets import clouds_figure
+        from surflow.reporting.figures.sets import clouds_figure
 
         shown = {f"{len(samples[:GRID])} samples": samples[:GRID]}
         return clouds_figure(shown, data.width, out.with_suffix(".png"))
@@ -103,7 +103,7 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
         return None
     window = data.dataset.window
     picture = out.with_suffix(".png")
-    figures.scatter_figure(samples, picture, -window, window)
+    scatter_figure(samples, picture, -window, window)
     return picture
 
 
@@ -118,7 +118,7 @@ def _write_images(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
     from surflow.cli.decoded import decoded_of
     from surflow.cli.pixels import pixels_of
     from surflow.metrics.samples import IMAGE_UNIT, full_range
-    from surflow.reporting.images import image_sheet
+    from surflow.reporting.figures.images import image_sheet
 
     parts = decoded_of(flow)
     found = [pixels_of(drawn, data) for drawn in _drawn(cfg, flow, IMAGE_UNIT)]
@@ -148,7 +148,7 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
 
     from surflow.cli.pixels import pixels_of
     from surflow.metrics.samples import IMAGE_UNIT
-    from surflow.reporting.images import write_image
+    from surflow.reporting.figures.images import write_image
 
     _claim(cfg, path, out)
     files = [out / f"{i:06d}.png" for i in range(cfg.n)]
@@ -165,8 +165,8 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
 
 def _claim(cfg: DictConfig, path: Path, out: Path) -> None:
     """Say in the folder what its files are; refuse one whose files are of something else."""
+    from surflow.files import write_json
     from surflow.metrics.inception import sha256_of
-    from surflow.reporting.records import write_json_atomic
 
     note = {
         "checkpoint_sha256": sha256_of(path),
@@ -188,11 +188,11 @@ def _claim(cfg: DictConfig, path: Path, out: Path) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {relative(out)} is there and not a folder of ours; give another one")
-    write_json_atomic(out / NOTE, note)
+    write_json(out / NOTE, note)
 
 
 def _grid(images: Any, picture: Path, levels: int = 256) -> Path:
-    from surflow.reporting.images import image_grid
+    from surflow.reporting.figures.images import image_grid
 
     return image_grid(images[:GRID], picture, columns=8, num_levels=levels)
 

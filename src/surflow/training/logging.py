@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from surflow.files import write_text
 from surflow.flow import Ledger
-from surflow.reporting.records import write_text_atomic
 
 
 class CSVMetrics(Logger):
@@ -63,7 +63,7 @@ class CSVMetrics(Logger):
                 rows = [r for r in csv.DictReader(file) if r["step"] and int(r["step"]) <= step]
         lines = [",".join(self.columns)]
         lines += [",".join(row.get(c) or "" for c in self.columns) for row in rows]
-        write_text_atomic(self.path, "\n".join(lines) + "\n")
+        write_text(self.path, "\n".join(lines) + "\n")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
