@@ -92,8 +92,13 @@ class Table:
         """Whether its numbers are of released weights that nothing of ours trained."""
         return any(record.weights for record in self.records)
 
+    @property
+    def of_known_densities(self) -> bool:
+        """Whether its data are known densities: their runs name the entropy, the floor."""
+        return any(record.floor for record in self.records)
+
     def without_empty_rows(self) -> Table:
-        """The same table without rows that have neither a value nor a run, for its pictures."""
+        """The same table without the rows that have neither a value nor a run."""
         told = {c.row.name for c in self.cells.values() if c.records or c.published is not None}
         told |= {c.row.name for c in self.cells.values() if c.quoted}
         rows = tuple(row for row in self.spec.rows if row.name in told)

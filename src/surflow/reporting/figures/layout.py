@@ -59,10 +59,10 @@ def _run_file(cell: Cell, name: str) -> Path | None:
 def columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
     """The columns of each column label of `run_files`.
 
-    Columns that show several metrics of the same data are one, named after it. Those of 2-D
+    Columns that show several metrics of the same data are one, named after it. Columns of known
     densities have their own labels.
     """
-    if any(_run_file(cell, "picture.npz") for cell in table.cells.values()):
+    if table.of_known_densities:
         return {column.label: [column] for column in table.spec.columns}
     own = next((record.data for record in table.records), "data")  # where the rows choose it
     columns: dict[str, list[ColumnSpec]] = {}

@@ -18,10 +18,8 @@ from surflow.reporting.figures.layout import (
     HOLLOW,
     INK,
     LINES,
-    any_file,
     caution_of,
     plot_axes,
-    run_files,
     save,
     say_not_run,
     warn,
@@ -34,9 +32,9 @@ WIDE_LABEL = 52  # letters; a panel's width
 
 
 def published(table: Table, folder: Path) -> dict[str, str]:
-    """Every value of a grid, ours and theirs; 2-D densities have figures of their own."""
+    """Every value of the table, ours and theirs; known densities are shown as such."""
     empty = all(cell.ours is None and cell.published is None for cell in table.cells.values())
-    if empty or table.spec.layout != "grid" or any_file(run_files(table, "picture.npz")):
+    if empty or table.of_known_densities:
         return {}
     published_figure(table, folder / "published.png")
     return {"Published values and ours": "published.png"}
