@@ -203,7 +203,7 @@ def test_grey_values_are_shown_as_such(call, tmp_path):
 
 
 def test_a_table_of_vaes_is_drawn(run, tmp_path):
-    """figure: vae, from the records and files of runs to the pictures of the page."""
+    """From the records and files of runs to the pictures of the page."""
     _, folder = run
     cfg = compose(
         [
