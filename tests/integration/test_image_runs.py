@@ -16,7 +16,7 @@ from surflow.errors import UserError
 from surflow.models import official_flow, read_tensors
 from surflow.models.official import find_checkpoint
 from surflow.objectives import bits_per_dim, elbo
-from surflow.reporting import load_record
+from surflow.record import load_record
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 SMALL = (

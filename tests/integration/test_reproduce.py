@@ -28,7 +28,7 @@ from surflow.cli.request import check_request, make_command, results_name, settl
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
 from surflow.errors import UserError
-from surflow.reporting.records import write_json_atomic
+from surflow.files import write_json
 
 SMALL = (
     "data.train_size=640",
@@ -533,7 +533,7 @@ def put_record(cells, key, metrics, **changes):
         "metrics": values,
         **{k: v for k, v in changes.items() if k != "protocol"},
     }
-    return write_json_atomic(cells.folder(key) / "record.json", content)
+    return write_json(cells.folder(key) / "record.json", content)
 
 
 KEY = ("slice", "fid", 0)

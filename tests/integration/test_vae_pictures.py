@@ -9,7 +9,7 @@ from surflow.cli import report
 from surflow.cli.common import build_data, load_flow
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
-from surflow.reporting.records import write_json_atomic
+from surflow.files import write_json
 
 TINY = (
     "model=vae_prior",
@@ -203,7 +203,7 @@ def test_grey_values_are_shown_as_such(call, tmp_path):
 
 
 def test_a_table_of_vaes_is_drawn(run, tmp_path):
-    """figure: vae, from the records and files of runs to the pictures of the page."""
+    """From the records and files of runs to the pictures of the page."""
     _, folder = run
     cfg = compose(
         [
@@ -248,7 +248,7 @@ def test_a_table_of_vaes_is_drawn(run, tmp_path):
             "commit": "ab" * 20,
             "dirty": False,
         }
-        home = write_json_atomic(cells.folder(key) / "record.json", content).parent
+        home = write_json(cells.folder(key) / "record.json", content).parent
         for name in ("images.npz", "reconstructions.npz", "latent.npz", "metrics.csv"):
             (home / name).write_bytes((folder / name).read_bytes())
     table = report.fill_table(cfg, spec, cells)

@@ -12,8 +12,10 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.flow import Flow
 from surflow.models import unification as models
 from surflow.nets import MLP
-from surflow.reporting import build_table, figures, load_record, load_spec
-from surflow.reporting.bounds import bounds_rows, render_bounds_csv, render_bounds_markdown
+from surflow.record import load_record
+from surflow.reporting import build_table, load_spec
+from surflow.reporting.bounds import bounds_rows, render_csv, render_markdown
+from surflow.reporting.figures.gaps import gap_figure
 from surflow.training.truth import Truth
 from surflow.transforms import VAE, AffineCoupling
 
@@ -26,7 +28,6 @@ unit: nats
 direction: lower
 tolerance: 0.0
 layout: bounds
-figure: each
 rows:
   - {name: loose, label: Loose, experiment: toy/loose}
   - {name: exact, label: Exact, experiment: toy/exact}
@@ -221,12 +222,12 @@ def test_seeds_are_averaged(tmp_path):
 def test_page_and_csv(tmp_path):
     records = [write_record(tmp_path, "loose", GOOD)]
     table = table_of(tmp_path, records)
-    page = render_bounds_markdown(table, command="make toy", figures={"Gap": "gap.png"})
+    page = render_markdown(table, command="make toy", figures={"Gap": "gap.png"})
     assert "| Loose | bound | -2.4000 ± 0.0200 | -2.5000 ± 0.0100 | -2.9000 ± 0.0200 |" in page
     assert "| Loose | rings | -2.0000 | 0.500 ± 0.050 | 0.100 ± 0.010 | 0.0010 ± 0.0020 |" in page
     assert "| Exact | not run |" in page
     assert "![Gap](gap.png)" in page
-    (line,) = csv.DictReader(io.StringIO(render_bounds_csv(table)))
+    (line,) = csv.DictReader(io.StringIO(render_csv(table)))
     assert line["gap10"] == "0.100000"
     assert line["number"] == "bound"
     assert line["commit"] == "a" * 12
@@ -241,10 +242,10 @@ def test_a_record_without_truth_is_refused(tmp_path):
 def test_figure_draws_every_gap(tmp_path):
     records = [write_record(tmp_path, "loose", GOOD), write_record(tmp_path, "exact", [], 1e-9)]
     rows = bounds_rows(table_of(tmp_path, records))
-    first = figures.gap_figure(rows, tmp_path / "gap.png", profile="paper").read_bytes()
+    first = gap_figure(rows, tmp_path / "gap.png", profile="paper").read_bytes()
     assert first[:8] == b"\x89PNG\r\n\x1a\n"
     other = tmp_path / "other"
     other.mkdir()
     changed = [(1, 0.5, 0.05), (10, 0.2, 0.01), (100, 0.001, 0.002)]
     rows = bounds_rows(table_of(other, [write_record(other, "loose", changed)]))
-    assert figures.gap_figure(rows, other / "gap.png", profile="paper").read_bytes() != first
+    assert gap_figure(rows, other / "gap.png", profile="paper").read_bytes() != first

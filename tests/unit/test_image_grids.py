@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from surflow.reporting.images import image_grid, tile, write_image
+from surflow.reporting.figures.images import image_grid, tile, write_image
 
 
 def random_images(n, channels, height=4, width=5, levels=256, seed=0):

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from surflow.reporting import build_table, figures, load_record, load_records, load_spec
-from surflow.reporting.figures import curve_label
-from surflow.reporting.records import write_json_atomic
-from surflow.reporting.table import cell_text, render_csv, render_markdown
+from surflow.files import write_json
+from surflow.record import load_record, load_records
+from surflow.reporting import build_table, load_spec
+from surflow.reporting.figures.curves import curve_label, learning_curve_figure
+from surflow.reporting.figures.grids import image_caption, image_figure
+from surflow.reporting.figures.layout import run_files
+from surflow.reporting.figures.published import published_figure, published_legend, published_panel
+from surflow.reporting.grid import cell_text, render_csv, render_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 HASH = "0123456789abcdef"
@@ -83,7 +89,7 @@ def put(root, row="slice", data="cifar10", metrics=None, seed=0, profile="paper"
         **changes,
     }
     folder = root / profile / row / data / f"{seed}-{content['config_hash']}"
-    return write_json_atomic(folder / "record.json", content).parent
+    return write_json(folder / "record.json", content).parent
 
 
 def fill(root, artefact="table4", profile="paper", seeds=(0,), protocols=None):
@@ -155,20 +161,32 @@ def test_columns_are_those_of_the_profile():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("direction: higher", "direction: up", r"columns\[0\] 'direction' must be lower or higher"),
+        (
+            "direction: higher",
+            "direction: up",
+            r"'columns\[0\]\.direction' must be one of lower, higher, got str 'up'",
+        ),
         (
             "    metric: sample/fid\n",
             "",
             r"columns\[1\] needs 'metric', of its own or of the table",
         ),
-        ("profiles: [smoke]", "profiles: [smok]", r"columns\[2\] 'profiles' must hold some of"),
-        ("digits: 2", "digits: two", r"columns\[0\] needs 'digits', a whole number"),
-        ("label: DCGAN", "label: DCGAN, official: true", "needs 'experiment'"),
-        ("official: true", "official: 1", "'official' must be true or false"),
         (
-            "figure: images",
-            "figure: image",
-            "'figure' must be comparison, each, images, vae or sets",
+            "profiles: [smoke]",
+            "profiles: [smok]",
+            r"'columns\[2\]\.profiles' must be a list of some of",
+        ),
+        (
+            "digits: 2",
+            "digits: two",
+            r"'columns\[0\]\.digits' must be an integer, from 0 to 9, got str 'two'",
+        ),
+        ("label: DCGAN", "label: DCGAN, official: true", "needs 'experiment'"),
+        ("official: true", "official: 1", "official' must be true or false, got int 1"),
+        (
+            "profile: auto",
+            "profile: full",
+            "'profile' must be one of paper, short, smoke, auto, got str 'full'",
         ),
         ("worse: slice", "worse: dcgan", "unknown row 'dcgan'; known, with runs: slice, max_pool"),
     ],
@@ -382,8 +400,8 @@ def test_images_of_few_levels_are_drawn_in_the_full_range(tmp_path, monkeypatch)
     folder = put(tmp_path, config={"data": {"num_levels": 17}})
     np.savez_compressed(folder / "images.npz", samples=levels, data=levels)
     shown = []
-    monkeypatch.setattr(figures.Axes, "imshow", lambda self, pixels, **_: shown.append(pixels))
-    figures.image_figure(fill(tmp_path), tmp_path / "samples.png")
+    monkeypatch.setattr(Axes, "imshow", lambda self, pixels, **_: shown.append(pixels))
+    image_figure(fill(tmp_path), tmp_path / "samples.png")
     assert len(shown) == 2  # the data, and the one model that has run
     for pixels in shown:
         assert pixels.shape == (3, 37, 3)  # two of 1 x 17, a white line around each
@@ -392,24 +410,20 @@ def test_images_of_few_levels_are_drawn_in_the_full_range(tmp_path, monkeypatch)
             assert pixels[1, 1:18, channel].tolist() == expected
 
 
-def test_legend_of_learning_curves_is_inside_the_figure(tmp_path):
+def test_legend_of_learning_curves_is_inside_the_figure(tmp_path, monkeypatch):
     for row in ("slice", "max_pool", "glow", "realnvp"):
         images(put(tmp_path, row))
-    curves = figures.run_files(fill(tmp_path), "metrics.csv")
+    curves = run_files(fill(tmp_path), "metrics.csv")
     one_panel = {row: {"cifar10": files["cifar10"]} for row, files in curves.items()}
     found = []
-    original = figures._save
+    savefig = Figure.savefig
 
-    def look(figure, path):
-        saved = original(figure, path)
+    def look(figure, *arguments, **options):
+        savefig(figure, *arguments, **options)
         found.append((figure.legends[0].get_window_extent(), figure.bbox))
-        return saved
 
-    figures._save = look
-    try:
-        figures.learning_curve_figure(one_panel, tmp_path / "c.png", column="val/elbo_bpd")
-    finally:
-        figures._save = original
+    monkeypatch.setattr(Figure, "savefig", look)
+    learning_curve_figure(one_panel, tmp_path / "c.png", column="val/elbo_bpd")
     (legend, figure) = found[0]
     assert legend.x0 >= figure.x0 and legend.x1 <= figure.x1
     assert legend.y0 >= figure.y0 and legend.height < figure.height / 4
@@ -419,12 +433,12 @@ def test_files_of_columns_of_one_data_are_one(tmp_path):
     folder = put(tmp_path, "slice")
     images(folder)
     table = fill(tmp_path, "table5")
-    files = figures.run_files(table, "images.npz")
+    files = run_files(table, "images.npz")
     assert files == {
         "Baseline (slice)": {"cifar10": folder / "images.npz"},
         "MaxPoolFlow": {"cifar10": None},
     }
-    assert list(figures.run_files(fill(tmp_path), "images.npz")) == [
+    assert list(run_files(fill(tmp_path), "images.npz")) == [
         "RealNVP",
         "Glow",
         "Baseline (slice)",
@@ -438,14 +452,14 @@ def test_pictures_of_a_table(tmp_path, artefact):
     images(put(tmp_path, "max_pool"), seed=1)
     table = fill(tmp_path, artefact)
     for name, draw in (
-        ("samples", figures.image_figure),
-        ("published", figures.published_figure),
+        ("samples", image_figure),
+        ("published", published_figure),
     ):
         one = draw(table, tmp_path / f"{name}.png").read_bytes()
         assert one == draw(table, tmp_path / "again.png").read_bytes()
         assert one.startswith(b"\x89PNG")
-    curves = figures.run_files(table, "metrics.csv")
-    path = figures.learning_curve_figure(curves, tmp_path / "c.png", column="val/elbo_bpd")
+    curves = run_files(table, "metrics.csv")
+    path = learning_curve_figure(curves, tmp_path / "c.png", column="val/elbo_bpd")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -454,8 +468,8 @@ def test_published_figure_has_ours_beside_theirs(tmp_path):
     put(tmp_path, "slice", seed=0, metrics={"test/iwbo_bpd": bound(3.10)})
     put(tmp_path, "slice", seed=1, metrics={"test/iwbo_bpd": bound(3.14)})
     table = fill(tmp_path, seeds=(0, 1))
-    axes = figures.Figure().subplots()
-    figures._published_panel(axes, table, table.spec.columns[0])
+    axes = Figure().subplots()
+    published_panel(axes, table, table.spec.columns[0])
     marks = {}
     for line in axes.lines:
         x, y = line.get_data()
@@ -469,7 +483,7 @@ def test_published_figure_has_ours_beside_theirs(tmp_path):
     half = 0.02 * 2**0.5
     assert segment[:, 0] == pytest.approx([3.12 - half, 3.12 + half])
     assert axes.get_xlabel() == "test/iwbo_bpd (bpd), lower is better"
-    legend = [line.get_label() for line in figures._published_legend(table)]
+    legend = [line.get_label() for line in published_legend(table)]
     assert legend == [
         "ours (bar: standard deviation over seeds)",
         "published",
@@ -480,7 +494,7 @@ def test_published_figure_has_ours_beside_theirs(tmp_path):
 def test_captions_name_data_profile_and_what_is_no_reproduction(tmp_path):
     put(tmp_path, "slice")
     table = fill(tmp_path, "table5")
-    assert figures._image_caption(table, "slice", table.spec.columns) == (
+    assert image_caption(table, "slice", table.spec.columns) == (
         "cifar10, seed 0\nprofile paper\nsample/inception_score 5.10\nsample/fid 49.00"
     )
     put(
@@ -491,7 +505,7 @@ def test_captions_name_data_profile_and_what_is_no_reproduction(tmp_path):
         metrics={"test/elbo_bpd": bound(6.2)},
     )
     table = fill(tmp_path, profile="smoke")
-    assert figures._image_caption(table, "slice", table.spec.columns) == (
+    assert image_caption(table, "slice", table.spec.columns) == (
         "photo_patches, seed 0\nprofile smoke: not a reproduction\ntest/elbo_bpd ≤ 6.200 bpd"
     )
 
@@ -511,10 +525,10 @@ def test_torn_images_are_named(tmp_path):
     folder = put(tmp_path)
     (folder / "images.npz").write_bytes(b"PK torn")
     with pytest.raises(ValueError, match=r"images\.npz: not readable as npz"):
-        figures.image_figure(fill(tmp_path), tmp_path / "out.png")
+        image_figure(fill(tmp_path), tmp_path / "out.png")
     np.savez(folder / "images.npz", samples=np.zeros((1, 3, 2, 2), np.uint8))
     with pytest.raises(ValueError, match=r"images\.npz: lacks data"):
-        figures.image_figure(fill(tmp_path), tmp_path / "out.png")
+        image_figure(fill(tmp_path), tmp_path / "out.png")
 
 
 # Records
@@ -524,12 +538,12 @@ def test_torn_images_are_named(tmp_path):
     ("change", "message"),
     [
         ({"missing": {"sample/fid": 3}}, "field 'missing.sample/fid' must be a non-empty string"),
-        ({"missing": ["sample/fid"]}, "field 'missing' must be a JSON object"),
-        ({"provenance": "cifar10"}, "field 'provenance' must be a JSON object"),
-        ({"weights": "official"}, "field 'weights' must be a JSON object"),
+        ({"missing": ["sample/fid"]}, "field 'missing' must be a mapping"),
+        ({"provenance": "cifar10"}, "field 'provenance' must be a mapping"),
+        ({"weights": "official"}, "field 'weights' must be a mapping"),
         (
             {"metrics": {"sample/fid": {**score(1.0), "protocol": 50000}}},
-            "field 'metrics.sample/fid.protocol' must be a JSON object",
+            "field 'metrics.sample/fid.protocol' must be a mapping",
         ),
     ],
 )

@@ -11,24 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from surflow.reporting import records as records_module
-from surflow.reporting.records import (
-    RecordError,
-    find_records,
-    load_record,
-    load_records,
-    write_json_atomic,
-    write_text_atomic,
-)
+from surflow.files import write_json, write_text
+from surflow.record import RecordError, find_records, load_record, load_records
+from surflow.reporting.figures.curves import learning_curve_figure, read_curve
+from surflow.reporting.figures.densities import density_figure, sample_figure
+from surflow.reporting.figures.layout import run_files
+from surflow.reporting.filling import build_table
+from surflow.reporting.grid import ordering_lines, render_csv, render_markdown
 from surflow.reporting.spec import load_spec
-from surflow.reporting.table import (
-    build_table,
-    ordering_lines,
-    render_csv,
-    render_markdown,
-    write_csv,
-    write_markdown,
-)
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNTHETIC = ROOT / "experiments" / "synthetic" / "table.yaml"
@@ -99,7 +89,7 @@ def content(value=3.2, row="flow", data="corners", seed=0, **changes):
 def put(root, *args, **kwargs):
     found = content(*args, **kwargs)
     name = f"{found['profile']}/{found['row']}/{found['data']}/{found['seed']}"
-    return write_json_atomic(root / name / "record.json", found)
+    return write_json(root / name / "record.json", found)
 
 
 def fill(root, profile="paper", seeds=(0,), config_hash=HASH, spec=None):
@@ -134,10 +124,10 @@ def test_record_round_trip(tmp_path):
         ({"schema": 2}, "schema must be 1, got int 2"),
         ({"seed": "0"}, "field 'seed' must be an integer, 0 or more, got str '0'"),
         ({"config_hash": "xyz"}, "field 'config_hash' must be a string matching"),
-        ({"metrics": []}, "field 'metrics' must be a JSON object"),
+        ({"metrics": []}, "field 'metrics' must be a mapping, got list []"),
         ({"status": None}, "field 'status' must be a non-empty string, got nothing"),
         ({"wall_time_s": -1.0}, "field 'wall_time_s' must be a finite number, 0 or more"),
-        ({"kind": "guess"}, "must be one of ('likelihood', 'bound', 'score'), got 'guess'"),
+        ({"kind": "guess"}, "must be one of likelihood, bound, estimate, score, got str 'guess'"),
     ],
 )
 def test_record_faults_are_one_clear_line(tmp_path, change, message):
@@ -176,22 +166,22 @@ def test_record_missing_truncated_or_lacking_a_field(tmp_path):
     ("broken", "error"), [({"x": float("nan")}, ValueError), ({"x": {1, 2}}, TypeError)]
 )
 def test_atomic_json_leaves_the_old_file_when_serialisation_fails(tmp_path, broken, error):
-    path = write_json_atomic(tmp_path / "deep" / "record.json", {"a": 1})
+    path = write_json(tmp_path / "deep" / "record.json", {"a": 1})
     with pytest.raises(error):
-        write_json_atomic(path, broken)
+        write_json(path, broken)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
 def test_atomic_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypatch):
-    path = write_text_atomic(tmp_path / "table.md", "old")
+    path = write_text(tmp_path / "table.md", "old")
 
     def full(_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(records_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        write_text_atomic(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
 
@@ -225,11 +215,27 @@ def test_committed_table_holds_the_published_values():
     [
         ("tolerance: 0.03", "tolerence: 0.03\ntolerance: 0.03", "unknown key 'tolerence'"),
         ("label: Flow,", "label: Flow, colour: red,", r"rows\[0\] unknown key 'colour'"),
-        ("direction: lower", "direction: down", "must be lower or higher, got 'down'"),
-        ("tolerance: 0.03", "tolerance: -1", "needs 'tolerance', a finite number, 0 or more"),
-        ("value: 3.19, source: paper", "value: 3.19", r"published\[1\] needs 'source'"),
+        (
+            "direction: lower",
+            "direction: down",
+            "field 'direction' must be one of lower, higher, got str 'down'",
+        ),
+        (
+            "tolerance: 0.03",
+            "tolerance: -1",
+            "field 'tolerance' must be a finite number, 0 or more, got int -1",
+        ),
+        (
+            "value: 3.19, source: paper",
+            "value: 3.19",
+            r"'published\[1\]\.source' is missing; it must be a non-empty string",
+        ),
         ("value: 3.19, source: paper", "value: 3.19, source: me", "unknown source 'me'"),
-        ("value: 3.19,", "value: high,", r"published\[1\] needs 'value', a finite number"),
+        (
+            "value: 3.19,",
+            "value: high,",
+            r"'published\[1\]\.value' must be a finite number, got str 'high'",
+        ),
         (
             "- {row: flow, column: corners, value: 3.19",
             "- {row: flow, column: checkerboard, value: 3.19",
@@ -438,8 +444,7 @@ def test_orderings(tmp_path):
 def test_csv(tmp_path):
     put(tmp_path, 3.2, seed=0)
     put(tmp_path, 3.21, seed=1, dirty=True)
-    path = write_csv(fill(tmp_path, seeds=(0, 1)), tmp_path / "out" / "table.csv")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = render_csv(fill(tmp_path, seeds=(0, 1))).split("\n")
     assert lines[0] == (
         "row,column,metric,unit,estimator,published,ours,std,delta,floor,verdict,seeds,profile,commit"
     )
@@ -469,13 +474,9 @@ def test_markdown(tmp_path):
     put(tmp_path, 3.2, seed=0)
     put(tmp_path, 3.21, seed=1)
     table = fill(tmp_path, seeds=(0, 1))
-    path = write_markdown(
-        table,
-        tmp_path / "table.md",
-        command="make reproduce-synthetic",
-        figures={"Densities": Path("density.png")},
+    text = render_markdown(
+        table, command="make reproduce-synthetic", figures={"Densities": Path("density.png")}
     )
-    text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# {table.spec.title}\n\n**Profile `paper`**")
     for part in (
         "| Flow | not run (3.650) | 3.205 ± 0.007 (3.190) | not run (3.010) |",
@@ -530,19 +531,18 @@ def picture(folder, points=300):
 
 @pytest.mark.parametrize("points", [300, 25_000])
 def test_figures_are_deterministic_and_draw_missing_cells(tmp_path, points):
-    figures = pytest.importorskip("surflow.reporting.figures")
     picture(put(tmp_path, 3.2).parent, points)
     table = fill(tmp_path)
-    pictures = figures.run_files(table, "picture.npz")
+    pictures = run_files(table, "picture.npz")
     assert list(pictures) == ["Flow", "AbsFlow", "AbsSplineFlow (ours)"]
     assert pictures["Flow"]["Corners"].name == "picture.npz"
     assert pictures["Flow"]["Circles"] is None
     cells = {row: {c: pictures[row][c] for c in ("Corners", "Circles")} for row in pictures}
-    curves = figures.run_files(table, "metrics.csv")
+    curves = run_files(table, "metrics.csv")
     for draw, files in (
-        (figures.density_figure, cells),
-        (figures.sample_figure, cells),
-        (figures.learning_curve_figure, curves),
+        (density_figure, cells),
+        (sample_figure, cells),
+        (learning_curve_figure, curves),
     ):
         one = draw(files, tmp_path / "one.png").read_bytes()
         two = draw(files, tmp_path / "two.png").read_bytes()
@@ -552,31 +552,29 @@ def test_figures_are_deterministic_and_draw_missing_cells(tmp_path, points):
 
 
 def test_curve_is_read_where_both_columns_are_given(tmp_path):
-    figures = pytest.importorskip("surflow.reporting.figures")
     picture(tmp_path)
-    epochs, values = figures._read_curve(tmp_path / "metrics.csv", "val/nll_nats")
+    epochs, values = read_curve(tmp_path / "metrics.csv", "val/nll_nats")
     assert (epochs.tolist(), values.tolist()) == ([0.0, 1.0], [3.9, 3.5])
     with pytest.raises(ValueError, match="lacks column val/other"):
-        figures._read_curve(tmp_path / "metrics.csv", "val/other")
+        read_curve(tmp_path / "metrics.csv", "val/other")
 
 
 def test_torn_picture_is_named(tmp_path):
-    figures = pytest.importorskip("surflow.reporting.figures")
     file = tmp_path / "picture.npz"
     file.write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match=r"picture\.npz: not readable as npz"):
-        figures.density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
+        density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
     np.savez(file, grid_low=-4.0, grid_high=4.0, density=np.ones((2, 2)))
     with pytest.raises(ValueError, match=r"picture\.npz: lacks true_density"):
-        figures.density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
+        density_figure({"Flow": {"Corners": file}}, tmp_path / "out.png")
     with pytest.raises(ValueError, match="cells is empty"):
-        figures.sample_figure({}, tmp_path / "out.png")
+        sample_figure({}, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
 def test_reporting_imports_nothing_heavy():
     code = (
-        "import sys, surflow.reporting, surflow.reporting.figures\n"
+        "import sys, surflow.reporting, surflow.reporting.figures.registry\n"
         "heavy = {'torch', 'torchvision', 'lightning', 'pytorch_lightning', 'hydra', 'omegaconf',"
         " 'wandb', 'matplotlib.pyplot'}\n"
         "print(sorted(heavy & set(sys.modules)))"

@@ -5,19 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from surflow.reporting import build_table, figures, load_records, load_spec
-from surflow.reporting.point_sets import (
-    _curve_words,
-    cloud_panel,
-    clouds_figure,
-    set_curve_figure,
-    set_figure,
-)
-from surflow.reporting.records import write_json_atomic
-from surflow.reporting.table import cell_text, render_csv, render_markdown
+from surflow.files import write_json
+from surflow.record import load_records
+from surflow.reporting import build_table, load_spec
+from surflow.reporting.figures.curves import set_curve_figure, set_curve_label
+from surflow.reporting.figures.published import published_figure
+from surflow.reporting.figures.sets import cloud_panel, clouds_figure, set_figure
+from surflow.reporting.grid import cell_text, render_csv, render_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "experiments" / "pointcloud" / "table.yaml"
@@ -57,7 +55,7 @@ def put(root, row, metrics, profile="paper", curve=("val/nll_nats", (300.0, 290.
         "dirty": False,
     }
     folder = root / profile / "pointcloud" / row / "spatial_mnist" / "seed0"
-    write_json_atomic(folder / "record.json", content)
+    write_json(folder / "record.json", content)
     random = np.random.default_rng(0)
     np.savez(
         folder / "points.npz",
@@ -143,7 +141,9 @@ def test_a_column_about_rows_that_are_not_there(tmp_path):
     content["columns"][0]["rows"] = ["sort", "sorted"]
     path = tmp_path / "table.yaml"
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"columns\[0\] 'rows' must hold some of .*got 'sorted'"):
+    with pytest.raises(
+        ValueError, match=r"'columns\[0\]\.rows' must be a list of some of .*got str 'sorted'"
+    ):
         load_spec(path)
 
 
@@ -167,7 +167,7 @@ def test_pictures(table, tmp_path):
     shown = {"a": np.zeros((5, 3, 2)), "b": np.ones((5, 3, 2))}
     size = Image.open(clouds_figure(shown, 2.0, tmp_path / "c.png", "title")).size
     assert size[0] > 1.5 * size[1]
-    figures.published_figure(table, tmp_path / "published.png")
+    published_figure(table, tmp_path / "published.png")
 
 
 def test_pictures_without_runs(tmp_path):
@@ -178,14 +178,14 @@ def test_pictures_without_runs(tmp_path):
 
 def test_learning_curves_are_a_point_and_upwards(table, tmp_path, monkeypatch):
     drawn = {}
-    plot = figures.Axes.plot
+    plot = Axes.plot
 
     def remembered(self, x, y, *others, **keys):
         lines = plot(self, x, y, *others, **keys)
         drawn[tuple(np.atleast_1d(y))] = self
         return lines
 
-    monkeypatch.setattr(figures.Axes, "plot", remembered)
+    monkeypatch.setattr(Axes, "plot", remembered)
     assert set_curve_figure(table, tmp_path / "curves.png").is_file()
     sort, permute = (-6.0, -5.8, -5.6), (-5.6, -5.4)
     assert {tuple(np.round(y, 9)) for y in drawn} == {sort, permute}
@@ -205,4 +205,4 @@ def test_learning_curves_are_a_point_and_upwards(table, tmp_path, monkeypatch):
     ],
 )
 def test_what_a_line_shows(column, words):
-    assert _curve_words(column) == words
+    assert set_curve_label(column) == words

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
@@ -20,12 +21,19 @@ from surflow.cli.decoded import (
 )
 from surflow.cli.pixels import image_shape, pixels_of
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal
+from surflow.files import write_json
 from surflow.flow import Flow
 from surflow.metrics.samples import BrokenSamples, draw_unit
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
-from surflow.reporting import build_table, figures, load_records, load_spec
-from surflow.reporting.images import image_sheet, tile
-from surflow.reporting.records import write_json_atomic
+from surflow.record import load_records
+from surflow.reporting import build_table, load_spec
+from surflow.reporting.figures import grids as grid_figures
+from surflow.reporting.figures.curves import learning_curve_figure
+from surflow.reporting.figures.grids import image_figure, reconstruction_figure
+from surflow.reporting.figures.images import image_sheet, tile
+from surflow.reporting.figures.latents import latent_figure, latent_run_figure
+from surflow.reporting.figures.layout import columns_of
+from surflow.reporting.figures.published import depth_figure, depth_points
 from surflow.transforms import VAE, Affine
 
 HASH = "0123456789abcdef"
@@ -264,7 +272,6 @@ title: Depths
 unit: nats
 direction: lower
 tolerance: 0.5
-figure: vae
 rows:
   - {name: vae, label: VAE, experiment: deep/vae, depth: 0}
   - {name: p8, label: "Planar, 8", experiment: deep/p8, family: Planar, depth: 8}
@@ -325,7 +332,7 @@ def fill(tmp_path, profile="paper", values=VALUES, text=TABLE):
             "commit": "ab" * 20,
             "dirty": False,
         }
-        write_json_atomic(root / row / "record.json", content)
+        write_json(root / row / "record.json", content)
     keys = [(row.name, column.name, 0) for row in spec.rows for column in spec.columns]
     return build_table(spec, load_records(root), dict.fromkeys(keys, HASH), profile, (0,), None)
 
@@ -334,29 +341,40 @@ def fill(tmp_path, profile="paper", values=VALUES, text=TABLE):
 def drawn(monkeypatch):
     """The figures that are saved."""
     found = []
-    save = figures._save
+    savefig = Figure.savefig
 
-    def look(figure, path):
+    def look(figure, *arguments, **options):
         found.append(figure)
-        return save(figure, path)
+        savefig(figure, *arguments, **options)
 
-    monkeypatch.setattr(figures, "_save", look)
+    monkeypatch.setattr(Figure, "savefig", look)
     return found
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("depth: 3}", "depth: three}", r"rows\[2\] needs 'depth', a whole number 0 or more; got"),
-        ("depth: 8}", "depth: -1}", r"rows\[1\] needs 'depth', a whole number 0 or more; got -1"),
-        ("depth: 8}", "depth: true}", r"needs 'depth', a whole number"),
+        (
+            "depth: 3}",
+            "depth: three}",
+            r"'rows\[2\]\.depth' must be an integer, 0 or more, got str 'three'",
+        ),
+        (
+            "depth: 8}",
+            "depth: -1}",
+            r"'rows\[1\]\.depth' must be an integer, 0 or more, got int -1",
+        ),
+        ("depth: 8}", "depth: true}", r"depth' must be an integer, 0 or more, got bool True"),
         (", depth: 8}", "}", r"rows\[1\] 'family' needs 'depth'"),
         ("family: IAF, ", "", r"rows\[3\] depth 3 needs 'family'"),
-        ("family: IAF", "family: ''", r"rows\[3\] needs 'family', a non-empty string"),
+        (
+            "family: IAF",
+            "family: ''",
+            r"'rows\[3\]\.family' must be a non-empty string, got str ''",
+        ),
         ("depth: 0}", "depth: 0, family: Planar}", r"rows\[0\] 'family' is not for depth 0"),
         ("depth: 8}", "depth: 3}", r"rows\[2\] repeats family 'Planar', depth 3 of row 'p8'"),
         ("deep/other}", "deep/other, depth: 0}", r"rows\[4\] repeats depth 0 of row 'vae'"),
-        ("figure: vae", "figure: vaes", "'figure' must be .*, images, vae or sets"),
     ],
 )
 def test_places_are_read_strictly(tmp_path, old, new, message):
@@ -374,7 +392,7 @@ def test_places_of_rows(tmp_path):
 
 def test_depth_points_begin_without_layers(tmp_path):
     table = fill(tmp_path)
-    points = figures.depth_points(table, table.spec.columns[0])
+    points = depth_points(table, table.spec.columns[0])
     assert {f: [(d, cell.ours) for d, cell in of] for f, of in points.items()} == {
         "Planar": [(0, 108.0), (3, 106.0), (8, 105.0)],
         "IAF": [(0, 108.0), (3, 104.0)],
@@ -384,7 +402,7 @@ def test_depth_points_begin_without_layers(tmp_path):
     )
     alone = alone.replace(", family: IAF, depth: 3", "")
     table = fill(tmp_path, text=alone)
-    points = figures.depth_points(table, table.spec.columns[0])
+    points = depth_points(table, table.spec.columns[0])
     assert {f: [(d, cell.ours) for d, cell in of] for f, of in points.items()} == {
         "VAE": [(0, 108.0)]
     }
@@ -392,7 +410,7 @@ def test_depth_points_begin_without_layers(tmp_path):
 
 def test_depth_figure_draws_its_cells(tmp_path, drawn):
     """Lines through ours, bars of the standard error, hollow marks where theirs are."""
-    figures.depth_figure(fill(tmp_path), tmp_path / "depth.png")
+    depth_figure(fill(tmp_path), tmp_path / "depth.png")
     (figure,) = drawn
     (axes,) = figure.axes  # the count of units is no bound: it has no panel
     lines = [line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
@@ -423,12 +441,12 @@ def test_depth_figure_draws_its_cells(tmp_path, drawn):
 
 
 def test_depth_figure_says_what_is_no_reproduction(tmp_path, drawn):
-    figures.depth_figure(fill(tmp_path, "smoke"), tmp_path / "depth.png")
+    depth_figure(fill(tmp_path, "smoke"), tmp_path / "depth.png")
     assert drawn[0]._suptitle.get_text() == "not a reproduction (profile smoke)"
 
 
 def test_depth_figure_of_published_values_alone(tmp_path, drawn):
-    figures.depth_figure(fill(tmp_path, values={}), tmp_path / "depth.png")
+    depth_figure(fill(tmp_path, values={}), tmp_path / "depth.png")
     (axes,) = drawn[0].axes
     assert axes.get_xticks().tolist() == [0, 3, 8]
     placeless = TABLE.replace(", depth: 0", "")
@@ -439,12 +457,12 @@ def test_depth_figure_of_published_values_alone(tmp_path, drawn):
     ):
         placeless = placeless.replace(place, "")
     with pytest.raises(ValueError, match="no row has a 'depth'"):
-        figures.depth_figure(fill(tmp_path, values={}, text=placeless), tmp_path / "depth.png")
+        depth_figure(fill(tmp_path, values={}, text=placeless), tmp_path / "depth.png")
 
 
 def test_columns_of_own_data_are_one_picture(tmp_path):
     table = fill(tmp_path)
-    assert {label: [c.name for c in of] for label, of in figures._columns_of(table).items()} == {
+    assert {label: [c.name for c in of] for label, of in columns_of(table).items()} == {
         "bits": ["elbo", "units"]
     }
 
@@ -459,7 +477,7 @@ def grids(root, name, array, **others):
 def test_reconstructions_beside_the_data(tmp_path, drawn):
     table = fill(tmp_path)
     arrays = grids(tmp_path / "runs" / "p3", "reconstructions.npz", "reconstructions")
-    figures.reconstruction_figure(table, tmp_path / "reconstructions.png")
+    reconstruction_figure(table, tmp_path / "reconstructions.png")
     shown = {axes.get_title(): axes for axes in drawn[0].axes}
     assert list(shown) == ["Data", "VAE", "Planar, 8", "Planar, 3", "IAF, 3", "Other"]
     for title, name in (("Data", "data"), ("Planar, 3", "reconstructions")):
@@ -476,10 +494,10 @@ def test_reconstructions_beside_the_data(tmp_path, drawn):
 
 def test_many_models_go_on_below(tmp_path, drawn, monkeypatch):
     """Six panels in rows of at most three: nothing overlaps, each has its name."""
-    monkeypatch.setattr(figures, "MOST_ACROSS", 3)
+    monkeypatch.setattr(grid_figures, "MOST_ACROSS", 3)
     table = fill(tmp_path)
     grids(tmp_path / "runs" / "vae", "images.npz", "samples")
-    figures.image_figure(table, tmp_path / "samples.png")
+    image_figure(table, tmp_path / "samples.png")
     boxes = [axes.get_position(original=True) for axes in drawn[0].axes]
     assert len(boxes) == 6 and len({round(box.x0, 6) for box in boxes}) == 3
     rows = sorted({round(box.y0, 6) for box in boxes}, reverse=True)
@@ -512,7 +530,7 @@ def test_latents_share_a_scale(tmp_path, drawn):
     table = fill(tmp_path, "smoke")
     latent(tmp_path / "runs" / "vae", 2.0, kl=1.2345)
     latent(tmp_path / "runs" / "p3", 0.5, kl=math.nan)
-    figures.latent_figure(table, tmp_path / "latent.png")
+    latent_figure(table, tmp_path / "latent.png")
     panels = [axes for axes in drawn[0].axes if axes.images]
     limits = [axes.images[0].get_clim() for axes in panels]
     np.testing.assert_allclose(limits, [(0, 0.02), (0, 0.02), (0, 0.01), (0, 0.01)])
@@ -532,13 +550,13 @@ def test_latents_of_one_run(tmp_path, drawn):
     fill(tmp_path)
     latent(tmp_path / "runs" / "vae", 1.0, labels=np.array([3, 7]))
     file = tmp_path / "runs" / "vae" / "latent.npz"
-    figures.latent_run_figure(file, tmp_path / "latent.png")
+    latent_run_figure(file, tmp_path / "latent.png")
     panel = drawn[0].axes[2]
     shown = [(c.get_label(), c.get_offsets().tolist()) for c in panel.collections]
     assert shown == [("3", [[0.0, 1.0]]), ("7", [[1.0, 2.0]])]
     with pytest.raises(ValueError, match=r"expected a run with latent\.npz"):
         file.unlink()
-        figures.latent_figure(fill(tmp_path), tmp_path / "latent.png")
+        latent_figure(fill(tmp_path), tmp_path / "latent.png")
 
 
 def test_learning_curves_of_many_models_differ(tmp_path, drawn):
@@ -546,7 +564,7 @@ def test_learning_curves_of_many_models_differ(tmp_path, drawn):
     file.write_text("epoch,val/elbo_nats\n0,3\n1,2\n2,1\n")
     cells = {f"model {i}": {"bits": file} for i in range(13)}
     path = tmp_path / "curves.png"
-    figures.learning_curve_figure(cells, path, column="val/elbo_nats", metric="test/elbo_nats")
+    learning_curve_figure(cells, path, column="val/elbo_nats", metric="test/elbo_nats")
     styles = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}
     assert len(styles) == 13
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from surflow.cli.common import guarded, one_line_errors, origin_line, relative
 from surflow.config import conf_dir
 from surflow.errors import UserError
+from surflow.files import write_bytes, write_json, write_text
 from surflow.models import coupling_flow, coupling_net
-from surflow.reporting.records import write_bytes_atomic, write_json_atomic, write_text_atomic
 from surflow.transforms import AffineMap, check_values
 
 HIDDEN = (200, 100)
@@ -157,9 +157,9 @@ def bench_spline(cfg: DictConfig) -> dict[str, object]:
     result = bench_splines.run(cfg.spline, compiles(cfg)) | origin()
     folder = Path(cfg.results_root) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / "spline.json", result)
-    write_text_atomic(folder / "spline.md", bench_splines.page(result))
-    write_bytes_atomic(folder / "spline.png", bench_splines.picture(result))
+    write_json(folder / "spline.json", result)
+    write_text(folder / "spline.md", bench_splines.page(result))
+    write_bytes(folder / "spline.png", bench_splines.picture(result))
     print(bench_splines.page(result))
     print(f"{relative(folder)}/: spline.json, spline.md, spline.png")
     return result
@@ -173,8 +173,8 @@ def bench_images(cfg: DictConfig) -> dict[str, object]:
     result = bench_images.run(cfg.images, compiles(cfg)) | origin()
     folder = Path(cfg.results_root) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / f"{cfg.images.name}.json", result)
-    write_text_atomic(folder / f"{cfg.images.name}.md", bench_images.page(result))
+    write_json(folder / f"{cfg.images.name}.json", result)
+    write_text(folder / f"{cfg.images.name}.md", bench_images.page(result))
     print(bench_images.page(result))
     print(f"{relative(folder)}/: {cfg.images.name}.json, {cfg.images.name}.md")
     return result
@@ -188,8 +188,8 @@ def bench_vae(cfg: DictConfig) -> dict[str, object]:
     result = bench_vae.run(cfg.vae, compiles(cfg)) | origin()
     folder = Path(cfg.results_root) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / f"{cfg.vae.name}.json", result)
-    write_text_atomic(folder / f"{cfg.vae.name}.md", bench_vae.page(result))
+    write_json(folder / f"{cfg.vae.name}.json", result)
+    write_text(folder / f"{cfg.vae.name}.md", bench_vae.page(result))
     print(bench_vae.page(result))
     print(f"{relative(folder)}/: {cfg.vae.name}.json, {cfg.vae.name}.md")
     return result
@@ -271,8 +271,8 @@ def bench_step(cfg: DictConfig) -> dict[str, object]:
     }
     folder = Path(cfg.results_root) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / "step.json", result)
-    write_text_atomic(folder / "step.md", page(result))
+    write_json(folder / "step.json", result)
+    write_text(folder / "step.md", page(result))
     print(page(result))
     print(f"{relative(folder)}/: step.json, step.md")
     return result

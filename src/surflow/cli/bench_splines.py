@@ -481,7 +481,7 @@ def picture(result: dict) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from surflow.reporting.figures import DPI, GREY, INK, LINES
+    from surflow.reporting.figures.layout import DPI, GREY, INK, LINES
 
     rows = result["contenders"][::-1]
     labels = [f"{c['library']}, {'compiled' if c['compiled'] else 'eager'}" for c in rows]

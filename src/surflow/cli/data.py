@@ -59,7 +59,7 @@ def prepare(name: str, overrides: Sequence[str] = (), picture: str | None = None
 
 def draw(data: Any, path: Path) -> Path:
     """The first sets of the training split as clouds of points."""
-    from surflow.reporting.point_sets import clouds_figure
+    from surflow.reporting.figures.sets import clouds_figure
 
     shown = data.splits["train"][:SHOWN].numpy()
     title = f"{data.name}, sets of {data.num_points} points"

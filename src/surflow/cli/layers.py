@@ -20,7 +20,7 @@ from typing import Any
 from surflow.cli.common import one_line_errors, relative
 from surflow.config import project_root
 from surflow.errors import UserError
-from surflow.reporting.records import write_text_atomic
+from surflow.files import write_text
 
 PAGE = "docs/layers.md"
 FAMILIES = {
@@ -254,7 +254,7 @@ def main() -> None:
             fresh = path.is_file() and path.read_text(encoding="utf-8") == text
             print(f"{relative(path)}: {'as the docstrings say' if fresh else 'stale: make docs'}")
             raise SystemExit(not fresh)
-        write_text_atomic(path, text)
+        write_text(path, text)
     print(f"{relative(path)}: {text.count('| **')} layers")
 
 

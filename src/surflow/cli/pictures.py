@@ -18,8 +18,9 @@ from surflow.cli.common import one_line, relative
 from surflow.cli.decoded import GRID, decoded_of, drawing, latent_arrays
 from surflow.cli.pixels import image_shape, pixels_of
 from surflow.errors import UserError
-from surflow.reporting import figures
-from surflow.reporting.records import write_bytes_atomic
+from surflow.files import write_bytes
+from surflow.reporting.figures.densities import density_figure, sample_figure
+from surflow.reporting.figures.latents import latent_run_figure
 
 POINTS = 50_000
 IMAGES = 64
@@ -48,7 +49,7 @@ def draw_pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[s
 def _write_arrays(file: Path, **arrays: Any) -> Path:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    return write_bytes_atomic(file, buffer.getvalue())
+    return write_bytes(file, buffer.getvalue())
 
 
 def _draw_images(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
@@ -60,7 +61,7 @@ def _draw_images(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
     from surflow.cli.interpolate import interpolation_figure
     from surflow.metrics import BrokenSamples, draw_unit
     from surflow.metrics.samples import full_range
-    from surflow.reporting.images import image_sheet
+    from surflow.reporting.figures.images import image_sheet
 
     test = data.splits["test"]
     shown = test[torch.arange(min(IMAGES, len(test))) * len(test) // min(IMAGES, len(test))]
@@ -93,7 +94,7 @@ def _draw_images(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
 def _draw_sets(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
     """Sets of points from the model and from the test split: points.npz, samples.png."""
     from surflow.metrics import draw_unit
-    from surflow.reporting.point_sets import clouds_figure
+    from surflow.reporting.figures.sets import clouds_figure
 
     samples = draw_unit(flow, 0, SETS, cfg.seed).cpu().numpy()
     if not np.isfinite(samples).all():
@@ -112,7 +113,7 @@ def _draw_reconstructions(cfg: DictConfig, folder: Path, flow: Any, data: Any) -
     reconstructions.npz, reconstructions.png (10 by 10, the images on the left)."""
     from surflow.metrics import BrokenSamples
     from surflow.metrics.samples import full_range
-    from surflow.reporting.images import image_sheet
+    from surflow.reporting.figures.images import image_sheet
 
     parts = decoded_of(flow)
     if parts is None:
@@ -154,7 +155,7 @@ def _draw_latent(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
             f"{relative(file)}: KL(aggregated posterior || prior) {arrays['kl']:.3f} nats, by the "
             f"sum over {GRID} x {GRID} cells"
         )
-    return {"figures/latent": figures.latent_run_figure(file, folder / "latent.png")}
+    return {"figures/latent": latent_run_figure(file, folder / "latent.png")}
 
 
 def _draw_pyramid(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
@@ -163,7 +164,7 @@ def _draw_pyramid(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[s
     each a row as there are levels, all brought to the finest size; super_resolution.png and
     levels.png have the test images on the left."""
     from surflow.models import PyramidFlow
-    from surflow.reporting.images import image_sheet
+    from surflow.reporting.figures.images import image_sheet
 
     if not isinstance(flow, PyramidFlow):
         return {}
@@ -244,9 +245,9 @@ def _draw_plane(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str
         samples=samples.numpy().astype(np.float32),
         data_samples=shown.numpy().astype(np.float32),
     )
-    path = write_bytes_atomic(folder / "picture.npz", buffer.getvalue())
+    path = write_bytes(folder / "picture.npz", buffer.getvalue())
     cells = {cfg.row: {cfg.data.name: path}}
     return {
-        "figures/density": figures.density_figure(cells, folder / "density.png"),
-        "figures/samples": figures.sample_figure(cells, folder / "samples.png"),
+        "figures/density": density_figure(cells, folder / "density.png"),
+        "figures/samples": sample_figure(cells, folder / "samples.png"),
     }

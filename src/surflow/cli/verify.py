@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from surflow.cli.common import guarded, one_line, one_line_errors, origin_line, relative
 from surflow.config import conf_dir
 from surflow.errors import UserError, close_match
-from surflow.reporting.records import write_json_atomic, write_text_atomic
+from surflow.files import write_json, write_text
 
 BACKENDS = ("aot_eager", "inductor")
 COLUMNS = (
@@ -525,9 +525,9 @@ def _write(output: Path, result: dict[str, Any], rows: Sequence[Row]) -> None:
         targets = [output / "table.md", output / "table.json"]
     for target in targets:
         if target.suffix == ".md":
-            write_text_atomic(target, page(result, rows))
+            write_text(target, page(result, rows))
         else:
-            write_json_atomic(target, result)
+            write_json(target, result)
     print(", ".join(relative(t) for t in targets))
 
 

@@ -1,8 +1,7 @@
-"""A table of bounds beside the likelihood they bound: a row a model.
+"""The layout `bounds`: a row a model, its bounds and the likelihood they bound.
 
-It is the layout `bounds` of a `table.yaml`: each record's `truth` and `ledger` hold what a row
-shows. Numbers here are log-likelihoods, so higher is better, and a gap is never negative but for
-its Monte-Carlo error.
+Each record's `truth` and `ledger` hold what a row shows. Numbers here are log-likelihoods, higher
+is better; a gap is negative by its Monte-Carlo error alone.
 """
 
 from __future__ import annotations
@@ -16,8 +15,17 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from surflow.reporting.records import Record, write_text_atomic
-from surflow.reporting.table import Table, bullets, describe, distinct, duration, markdown_grid
+from surflow.record import Record
+from surflow.reporting.table import Cell, Table, distinct
+from surflow.reporting.text import (
+    bullets,
+    closing,
+    duration,
+    figure_links,
+    machine_facts,
+    markdown_grid,
+    titled,
+)
 
 EXACT_TOLERANCE = 1e-4
 """Nats by which an exact model may differ from its likelihood computed otherwise."""
@@ -49,6 +57,11 @@ class BoundsRow:
     entropy: float | None
     parameters: int | None
     records: tuple[Record, ...]
+
+    @property
+    def number(self) -> str:
+        """What the model's own number is: exact, or a bound."""
+        return "exact" if self.exact else "bound"
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -104,50 +117,47 @@ def bounds_rows(table: Table) -> list[BoundsRow]:
     Raises:
         ValueError: for a record without `truth`, or seeds that do not agree on what they computed.
     """
-    rows = []
-    for cell in table.cells.values():
-        records = cell.records
-        if not records:
-            continue
-        truths = [r.truth for r in records]
-        for record in records:
-            if not record.truth:
-                raise ValueError(f"{record.path}: no truth in this record; run it again")
-        if len({t["exact"] for t in truths}) > 1:
-            raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
-        gaps = {}
-        for parts in zip(*(t["gaps"] for t in truths), strict=True):
-            gaps[parts[0]["num_samples"]] = (
-                _mean([p["bound"] for p in parts]),
-                _error([p["bound_error"] for p in parts]),
-                _mean([p["mean"] for p in parts]),
-                _error([p["standard_error"] for p in parts]),
-            )
-        exact = bool(truths[0]["exact"])
-        metric = "test/nll_nats" if exact else "test/elbo_nats"
-        scores = [r.metrics[metric] for r in records]
-        floors = [r.floor[metric].value for r in records if metric in r.floor]
-        rows.append(
-            BoundsRow(
-                name=cell.row.name,
-                label=cell.row.label,
-                data=records[0].data,
-                layers=layers_of(records[0]),
-                exact=exact,
-                log_prob=_mean([t["log_prob"] for t in truths]),
-                log_prob_error=_error([t["standard_error"] for t in truths]),
-                method=truths[0]["method"],
-                numerical_error=max(t["mean_error"] for t in truths),
-                elbo=-_mean([s.value for s in scores]),
-                elbo_error=_error([s.standard_error or 0.0 for s in scores]),
-                gaps=gaps,
-                worst=max(t["worst"] for t in truths) if exact else None,
-                entropy=_mean(floors) if floors else None,
-                parameters=records[0].parameters,
-                records=records,
-            )
+    return [_row(cell) for cell in table.cells.values() if cell.records]
+
+
+def _row(cell: Cell) -> BoundsRow:
+    records = cell.records
+    truths = [record.truth for record in records]
+    for record in records:
+        if not record.truth:
+            raise ValueError(f"{record.path}: no truth in this record; run it again")
+    if len({truth["exact"] for truth in truths}) > 1:
+        raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
+    gaps = {}
+    for parts in zip(*(truth["gaps"] for truth in truths), strict=True):
+        gaps[parts[0]["num_samples"]] = (
+            _mean([part["bound"] for part in parts]),
+            _error([part["bound_error"] for part in parts]),
+            _mean([part["mean"] for part in parts]),
+            _error([part["standard_error"] for part in parts]),
         )
-    return rows
+    exact = bool(truths[0]["exact"])
+    metric = "test/nll_nats" if exact else "test/elbo_nats"
+    scores = [record.metrics[metric] for record in records]
+    floors = [record.floor[metric].value for record in records if metric in record.floor]
+    return BoundsRow(
+        name=cell.row.name,
+        label=cell.row.label,
+        data=records[0].data,
+        layers=layers_of(records[0]),
+        exact=exact,
+        log_prob=_mean([truth["log_prob"] for truth in truths]),
+        log_prob_error=_error([truth["standard_error"] for truth in truths]),
+        method=truths[0]["method"],
+        numerical_error=max(truth["mean_error"] for truth in truths),
+        elbo=-_mean([score.value for score in scores]),
+        elbo_error=_error([score.standard_error or 0.0 for score in scores]),
+        gaps=gaps,
+        worst=max(truth["worst"] for truth in truths) if exact else None,
+        entropy=_mean(floors) if floors else None,
+        parameters=records[0].parameters,
+        records=records,
+    )
 
 
 def _signed(value: float, error: float) -> str:
@@ -160,101 +170,119 @@ def _exponent(value: float) -> int:
     return math.floor(math.log10(value))
 
 
-def render_bounds_markdown(
+def _counts(rows: Sequence[BoundsRow]) -> list[int]:
+    """Every K of the rows' bounds."""
+    return sorted({k for row in rows for k in row.gaps})
+
+
+def render_markdown(
     table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
 ) -> str:
-    """The page of a table of bounds. `command` regenerates it."""
-    spec = table.spec
+    """The table as Markdown. `command` regenerates it; `figures` are files by caption."""
     rows = bounds_rows(table)
-    seeds = " ".join(str(seed) for seed in table.seeds)
-    if table.profile == "paper":
-        first = f"**Profile `paper`**: the full budget. Seeds: {seeds}."
-    else:
-        first = (
-            f"**Profile `{table.profile}`**: a smaller budget than `paper`, so the models fit less "
-            f"well; what is said of the bounds holds all the same. Seeds: {seeds}."
-        )
-    counts = sorted({k for row in rows for k in row.gaps})
-    header = ["model", "number", "log p(x)", "ELBO", *(f"IWBO, K = {k}" for k in counts)]
-    lines, gap_lines, layer_lines = [], [], []
-    for row in rows:
-        number = "exact" if row.exact else "bound"
-        bounds = [_pair(row.gaps.get(k), 0) for k in counts]
-        elbo = "= log p(x)" if row.exact else f"{row.elbo:.4f} ± {row.elbo_error:.4f}"
-        truth = f"{row.log_prob:.4f} ± {row.log_prob_error:.4f}"
-        lines.append([row.label, number, truth, elbo, *bounds])
-        gaps = [_pair(row.gaps.get(k), 2) for k in counts]
-        if row.exact:
-            gaps = [f"{row.worst:.0e} at most", *[""] * (len(counts) - 1)]
-        entropy = "" if row.entropy is None else f"{-row.entropy:.4f}"
-        gap_lines.append([row.label, row.data, entropy, *gaps, row.verdict])
-        layer_lines.append(
-            [
-                row.label,
-                row.layers,
-                "" if row.parameters is None else str(row.parameters),
-                row.method,
-                f"{row.numerical_error:.0e}" if row.numerical_error else "none",
-            ]
-        )
-    for cell in table.cells.values():
-        if not cell.records:
-            lines.append([cell.row.label, cell.verdict, *[""] * (len(header) - 2)])
+    refused = [f"{c.row.name}, {text}" for c in table.cells.values() for text in c.refusals]
     blocks = [
-        f"# {spec.title}",
-        first,
+        f"# {table.spec.title}",
+        _first_line(table),
         "Nats a test point, higher is better, mean ± standard error over the points. `log p(x)` is "
         "the likelihood of the trained model itself. ELBO: mean of many draws; IWBO, K = 1: a "
         "single draw.",
-        markdown_grid(header, lines, range(2, len(header))),
+        _bounds_grid(table, rows),
         "## Gaps",
         "`log p(x)` less the bound, on the same points, ± its own standard error; for an exact "
         "model the greatest difference between its log_prob and the likelihood computed otherwise. "
         "`−entropy` is what a perfect model of the data would have as `log p(x)`.",
-        markdown_grid(
-            ["model", "data", "−entropy", *(f"gap, K = {k}" for k in counts), "verdict"],
-            gap_lines,
-            range(2, 3 + len(counts)),
-        ),
+        _gaps_grid(rows),
         "## Layers",
-        markdown_grid(
-            [
-                "model",
-                "layers, data side first",
-                "parameters",
-                "log p(x) by",
-                "its numerical error",
-            ],
-            layer_lines,
-            (2,),
-        ),
+        _layers_grid(rows),
+        *titled("Warnings:", table.warnings),
+        *figure_links(figures),
+        *titled("Refused records:", refused),
+        "## Runs",
+        *_run_facts(table, rows),
+        *closing(table, command),
     ]
-    if table.warnings:
-        blocks += ["Warnings:", bullets(table.warnings)]
-    if figures:
-        links = (f"![{caption}]({Path(file).as_posix()})" for caption, file in figures.items())
-        blocks += ["## Figures", *links]
-    refused = [f"{c.row.name}, {text}" for c in table.cells.values() for text in c.refusals]
-    if refused:
-        blocks += ["Refused records:", bullets(refused)]
-    blocks.append("## Runs")
-    if rows:
-        times = [
-            f"{row.label}: "
-            + ", ".join(duration(r.wall_time_s) for r in row.records if r.wall_time_s is not None)
-            for row in rows
-        ]
-        facts = [f"Commit: {', '.join(f'`{c}`' for c in table.commits)}"]
-        facts += [
-            f"Machine: {text}" for text in distinct(describe(r.machine) for r in table.records)
-        ]
-        blocks += ["Wall time of each run, seed by seed:", bullets(times), bullets(facts)]
-    else:
-        blocks.append("No run entered this table.")
-    if spec.notes:
-        blocks += ["## Notes", bullets(spec.notes)]
-    blocks += ["## Regenerate", f"```sh\n{command}\n```"]
     return "\n\n".join(blocks) + "\n"
+
+
+def _first_line(table: Table) -> str:
+    seeds = " ".join(str(seed) for seed in table.seeds)
+    if table.profile == "paper":
+        return f"**Profile `paper`**: the full budget. Seeds: {seeds}."
+    return (
+        f"**Profile `{table.profile}`**: a smaller budget than `paper`, so the models fit less "
+        f"well; what is said of the bounds holds all the same. Seeds: {seeds}."
+    )
+
+
+def _bounds_grid(table: Table, rows: Sequence[BoundsRow]) -> str:
+    counts = _counts(rows)
+    header = ["model", "number", "log p(x)", "ELBO", *(f"IWBO, K = {k}" for k in counts)]
+    lines = []
+    for row in rows:
+        elbo = "= log p(x)" if row.exact else f"{row.elbo:.4f} ± {row.elbo_error:.4f}"
+        truth = f"{row.log_prob:.4f} ± {row.log_prob_error:.4f}"
+        bounds = [_pair(row.gaps.get(k), 0) for k in counts]
+        lines.append([row.label, row.number, truth, elbo, *bounds])
+    for cell in table.cells.values():
+        if not cell.records:
+            lines.append([cell.row.label, cell.verdict, *[""] * (len(header) - 2)])
+    return markdown_grid(header, lines, range(2, len(header)))
+
+
+def _gaps_grid(rows: Sequence[BoundsRow]) -> str:
+    counts = _counts(rows)
+    lines = []
+    for row in rows:
+        gaps = [_pair(row.gaps.get(k), 2) for k in counts]
+        if row.exact:
+            gaps = [f"{row.worst:.0e} at most", *[""] * (len(counts) - 1)]
+        entropy = "" if row.entropy is None else f"{-row.entropy:.4f}"
+        lines.append([row.label, row.data, entropy, *gaps, row.verdict])
+    header = ["model", "data", "−entropy", *(f"gap, K = {k}" for k in counts), "verdict"]
+    return markdown_grid(header, lines, range(2, 3 + len(counts)))
+
+
+def _layers_grid(rows: Sequence[BoundsRow]) -> str:
+    header = ["model", "layers, data side first", "parameters", "log p(x) by"]
+    lines = [
+        [
+            row.label,
+            row.layers,
+            "" if row.parameters is None else str(row.parameters),
+            row.method,
+            f"{row.numerical_error:.0e}" if row.numerical_error else "none",
+        ]
+        for row in rows
+    ]
+    return markdown_grid([*header, "its numerical error"], lines, (2,))
+
+
+def _run_facts(table: Table, rows: Sequence[BoundsRow]) -> list[str]:
+    if not rows:
+        return ["No run entered this table."]
+    times = [
+        f"{row.label}: "
+        + ", ".join(duration(r.wall_time_s) for r in row.records if r.wall_time_s is not None)
+        for row in rows
+    ]
+    return [
+        "Wall time of each run, seed by seed:",
+        bullets(times),
+        bullets(machine_facts(table)),
+    ]
+
+
+def summary(table: Table) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and lines of the table as text."""
+    rows = bounds_rows(table)
+    counts = _counts(rows)
+    header = ["", "number", "log p(x)", *(f"gap, K = {k}" for k in counts), "verdict"]
+    lines = []
+    for row in rows:
+        gaps = [f"{row.gaps[k][2]:.4f} ± {row.gaps[k][3]:.4f}" if row.gaps else "" for k in counts]
+        lines.append([row.label, row.number, f"{row.log_prob:.4f}", *gaps, row.verdict])
+    return f"{table.spec.title} (nats), profile {table.profile}", header, lines
 
 
 def _pair(entry: tuple[float, float, float, float] | None, start: int) -> str:
@@ -268,10 +296,10 @@ CSV_START = ("row", "data", "layers", "number", "log_prob", "log_prob_se", "meth
 CSV_END = ("max_difference", "entropy", "parameters", "verdict", "seeds", "profile", "commit")
 
 
-def render_bounds_csv(table: Table) -> str:
+def render_csv(table: Table) -> str:
     """The table as CSV, a line a model: log-likelihoods in nats, higher is better."""
     rows = bounds_rows(table)
-    counts = sorted({k for row in rows for k in row.gaps})
+    counts = _counts(rows)
     middle = ["numerical_error", "elbo", "elbo_se"]
     for k in counts:
         middle += [f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se"]
@@ -283,7 +311,7 @@ def render_bounds_csv(table: Table) -> str:
             "row": row.name,
             "data": row.data,
             "layers": row.layers,
-            "number": "exact" if row.exact else "bound",
+            "number": row.number,
             "log_prob": f"{row.log_prob:.6f}",
             "log_prob_se": f"{row.log_prob_error:.6f}",
             "method": row.method,
@@ -303,12 +331,3 @@ def render_bounds_csv(table: Table) -> str:
             line |= {n: f"{v:.6f}" for n, v in zip(names, entry, strict=True)}
         writer.writerow(line)
     return stream.getvalue()
-
-
-def write_bounds(
-    table: Table, folder: Path, *, command: str, figures: Mapping[str, str | Path]
-) -> None:
-    """Write table.md and table.csv into ``folder``, atomically."""
-    write_text_atomic(folder / "table.csv", render_bounds_csv(table))
-    page = render_bounds_markdown(table, command=command, figures=figures)
-    write_text_atomic(folder / "table.md", page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from surflow.reading import Fields
+
 DIRECTIONS = ("lower", "higher")
-FIGURES = ("comparison", "each", "images", "vae", "sets")
 LAYOUTS = ("grid", "bounds")
 PROFILES = ("paper", "short", "smoke")
 
@@ -101,16 +102,14 @@ class Ordering:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """The content of one `table.yaml`. Each column has its metric, unit, direction and tolerance;
-    those of the table, where given, are what columns without their own take.
+    """The content of one `table.yaml`.
 
-    `runs` is the artefact whose runs fill the cells: its own, or that of another table that reads
-    other metrics of the same runs. `figure` is "comparison" (models side by side, a row of panels a
-    column of the table), "each" (a picture of its own for every cell, where the cells have data of
-    their own), "images" (grids of samples, and published values beside ours), "vae" (the same,
-    with reconstructions, latents and the bound against the depth) or "sets" (clouds of points, and
-    published values beside ours). `layout` is "grid" (a
-    cell a number) or "bounds" (a row a model: bounds beside the likelihood).
+    Attributes:
+        metric, unit, direction, tolerance: what columns without their own take.
+        runs: the artefact whose runs fill the cells: its own, or that of another table that reads
+            other metrics of the same runs.
+        layout: "grid" (a cell a number) or "bounds" (a row a model: bounds and the likelihood).
+        profile: the profile that it is made under by default; "auto": paper on a GPU, else smoke.
     """
 
     path: Path
@@ -127,14 +126,19 @@ class TableSpec:
     quoted: tuple[Quote, ...] = ()
     orderings: tuple[Ordering, ...] = ()
     notes: tuple[str, ...] = ()
-    figure: str = "comparison"
     layout: str = "grid"
     runs: str = ""
+    profile: str = "paper"
 
     @property
     def one_metric(self) -> bool:
         """Whether every column shows the table's own metric."""
         return all(column.metric == self.metric for column in self.columns)
+
+    @property
+    def own_data(self) -> bool:
+        """Whether no column chooses data: the rows have data of their own."""
+        return not any(column.names_data for column in self.columns)
 
     def of_profile(self, profile: str) -> TableSpec:
         """The table as it is under a profile: its columns, their values, and the rows that have
@@ -171,83 +175,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Fields:
-    """Strict access to one mapping of the YAML file; an unknown key is an error."""
-
-    def __init__(self, path: Path, where: str, value: Any, known: Sequence[str]) -> None:
-        self.path, self.where = path, where
-        if not isinstance(value, dict):
-            raise self.error(f"must be a mapping, got {value!r}")
-        self.value = value
-        for key in value:
-            if key not in known:
-                raise self.error(f"unknown key {key!r}; known keys: {', '.join(known)}")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.value
-
-    def error(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.where}{' ' if self.where else ''}{reason}")
-
-    def text(self, key: str) -> str:
-        value = self.value.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(f"needs {key!r}, a non-empty string; got {value!r}")
-        return value.strip()
-
-    def word(self, key: str, known: Sequence[str]) -> str:
-        value = self.text(key)
-        if value not in known:
-            choice = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise self.error(f"{key!r} must be {choice}, got {value!r}")
-        return value
-
-    def number(self, key: str, least: float | None = None) -> float:
-        value = self.value.get(key)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or (least is not None and value < least):
-            want = "a finite number" + ("" if least is None else f", {least:g} or more")
-            raise self.error(f"needs {key!r}, {want}; got {value!r}")
-        return float(value)
-
-    def whole(self, key: str, most: int | None = None) -> int:
-        value = self.value.get(key)
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if not good or (most is not None and value > most):
-            want = "0 or more" if most is None else f"from 0 to {most}"
-            raise self.error(f"needs {key!r}, a whole number {want}; got {value!r}")
-        return value
-
-    def flag(self, key: str) -> bool:
-        value = self.value.get(key, False)
-        if not isinstance(value, bool):
-            raise self.error(f"{key!r} must be true or false, got {value!r}")
-        return value
-
-    def items(self, key: str, required: bool = False) -> list:
-        value = self.value.get(key)
-        value = [] if value is None else value
-        if not isinstance(value, list) or (required and not value):
-            raise self.error(f"needs {key!r}, a{' non-empty' * required} list; got {value!r}")
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.items(key)
-        for item in value:
-            if not isinstance(item, str):
-                raise self.error(f"{key!r} must hold strings, got {item!r}")
-        return tuple(value)
-
-    def words(self, key: str, known: Sequence[str]) -> tuple[str, ...]:
-        found = self.texts(key)
-        for item in found:
-            if item not in known:
-                raise self.error(f"{key!r} must hold some of {', '.join(known)}, got {item!r}")
-        if not found:
-            raise self.error(f"needs {key!r}, some of {', '.join(known)}")
-        return found
-
-
 _MEASURE = {
     "metric": lambda fields: fields.text("metric"),
     "unit": lambda fields: fields.text("unit"),
@@ -256,42 +183,11 @@ _MEASURE = {
 }
 """What a column has of its own, or takes from the table."""
 
-_TABLE_KEYS = (
-    "artefact",
-    "title",
-    *_MEASURE,
-    "rows",
-    "columns",
-    "sources",
-    "published",
-    "quoted",
-    "orderings",
-    "notes",
-    "figure",
-    "layout",
-    "runs",
-)
-_ROW_KEYS = (
-    "name",
-    "label",
-    "experiment",
-    "overrides",
-    "target_above_floor",
-    "official",
-    "family",
-    "depth",
-)
-_COLUMN_KEYS = (
-    "name",
-    "label",
-    "overrides",
-    *_MEASURE,
-    "digits",
-    "published_digits",
-    "profiles",
-    "rows",
-)
-_QUOTE_KEYS = ("row", "column", "value", "source")
+_TABLE_KEYS = tuple(f.name for f in dataclasses.fields(TableSpec) if f.name != "path")
+_ROW_KEYS = tuple(f.name for f in dataclasses.fields(RowSpec))
+_COLUMN_KEYS = tuple(f.name for f in dataclasses.fields(ColumnSpec))
+_QUOTE_KEYS = tuple(f.name for f in dataclasses.fields(Quote))
+_ORDERING_KEYS = tuple(f.name for f in dataclasses.fields(Ordering))
 
 
 def load_spec(path: str | Path) -> TableSpec:
@@ -302,17 +198,15 @@ def load_spec(path: str | Path) -> TableSpec:
     a value without a source.
     """
     path = Path(path)
-    top = _Fields(path, "", _read_yaml(path), _TABLE_KEYS)
+    top = Fields(_read_yaml(path), lambda reason: ValueError(f"{path}: {reason}"), "", _TABLE_KEYS)
     measure = {key: read(top) if key in top else None for key, read in _MEASURE.items()}
-    rows = [
-        _row(_Fields(path, f"rows[{index}]", item, _ROW_KEYS))
-        for index, item in enumerate(top.items("rows", required=True))
-    ]
-    named = [row.name for row in rows]
-    columns = [
-        _column(_Fields(path, f"columns[{index}]", item, _COLUMN_KEYS), measure, named)
-        for index, item in enumerate(top.items("columns", required=True))
-    ]
+    rows = tuple(_row(item) for item in top.items("rows", _ROW_KEYS, required=True))
+    names = {"row": [row.name for row in rows]}
+    columns = tuple(
+        _column(item, measure, names["row"])
+        for item in top.items("columns", _COLUMN_KEYS, required=True)
+    )
+    names["column"] = [column.name for column in columns]
     for what, entries in (("row", rows), ("column", columns)):
         _check_distinct(top, what, entries)
     _check_places(top, rows)
@@ -320,23 +214,22 @@ def load_spec(path: str | Path) -> TableSpec:
         if row.target_above_floor is not None and any(c.direction == "higher" for c in columns):
             raise top.error(f"rows[{index}] 'target_above_floor' needs direction: lower")
     sources = _sources(top)
-    names = {"row": [row.name for row in rows], "column": [column.name for column in columns]}
     artefact = top.text("artefact")
     return TableSpec(
         path=path,
         artefact=artefact,
         title=top.text("title"),
         **measure,
-        rows=tuple(rows),
-        columns=tuple(columns),
+        rows=rows,
+        columns=columns,
         sources=sources,
         published=_quotes(top, "published", names, sources),
         quoted=_quotes(top, "quoted", names, sources),
         orderings=_orderings(top, [row.name for row in rows if row.experiment]),
         notes=tuple(note.strip() for note in top.texts("notes")),
-        figure=top.word("figure", FIGURES) if "figure" in top else "comparison",
-        layout=top.word("layout", LAYOUTS) if "layout" in top else "grid",
-        runs=top.text("runs") if "runs" in top else artefact,
+        layout=top.word("layout", LAYOUTS, TableSpec.layout),
+        runs=top.text("runs", artefact),
+        profile=top.word("profile", (*PROFILES, "auto"), TableSpec.profile),
     )
 
 
@@ -349,27 +242,24 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
-def _row(fields: _Fields) -> RowSpec:
+def _row(fields: Fields) -> RowSpec:
     experiment = fields.text("experiment") if "experiment" in fields else None
     if experiment is None:
         for key in ("overrides", "target_above_floor", "official"):
             if key in fields:
                 raise fields.error(f"{key!r} needs 'experiment': a row without one is quoted only")
-    target = None
-    if "target_above_floor" in fields:
-        target = fields.number("target_above_floor", least=0)
     return RowSpec(
         name=fields.text("name"),
         label=fields.text("label"),
         experiment=experiment,
         overrides=fields.texts("overrides"),
-        target_above_floor=target,
-        official=fields.flag("official"),
+        target_above_floor=fields.number("target_above_floor", None, least=0),
+        official=fields.flag("official", False),
         **_place(fields),
     )
 
 
-def _place(fields: _Fields) -> dict[str, Any]:
+def _place(fields: Fields) -> dict[str, Any]:
     """Where a row stands in the figure of depths, if it does."""
     if "depth" not in fields:
         if "family" in fields:
@@ -383,7 +273,7 @@ def _place(fields: _Fields) -> dict[str, Any]:
     return {"depth": depth, "family": fields.text("family") if depth else None}
 
 
-def _check_places(top: _Fields, rows: Sequence[RowSpec]) -> None:
+def _check_places(top: Fields, rows: Sequence[RowSpec]) -> None:
     """One row for a place in the figure of depths."""
     found: dict[tuple[str | None, int], str] = {}
     for index, row in enumerate(rows):
@@ -395,28 +285,27 @@ def _check_places(top: _Fields, rows: Sequence[RowSpec]) -> None:
             raise top.error(f"rows[{index}] repeats {family}depth {row.depth} of row {other!r}")
 
 
-def _column(fields: _Fields, table: dict[str, Any], rows: Sequence[str]) -> ColumnSpec:
+def _column(fields: Fields, table: dict[str, Any], rows: Sequence[str]) -> ColumnSpec:
     own = {key: read(fields) if key in fields else table[key] for key, read in _MEASURE.items()}
     if "metric" in fields and "unit" not in fields:
         own["unit"] = None  # another metric than the table's: of its own unit
     for key, value in own.items():
         if value is None and key != "unit":
             raise fields.error(f"needs {key!r}, of its own or of the table")
-    digits = fields.whole("digits", 9) if "digits" in fields else ColumnSpec.digits
-    published = fields.whole("published_digits", 9) if "published_digits" in fields else digits
+    digits = fields.whole("digits", ColumnSpec.digits, most=9)
     return ColumnSpec(
         name=fields.text("name"),
         label=fields.text("label"),
         overrides=fields.texts("overrides"),
         **own,
         digits=digits,
-        published_digits=published,
+        published_digits=fields.whole("published_digits", digits, most=9),
         profiles=fields.words("profiles", PROFILES) if "profiles" in fields else PROFILES,
         rows=fields.words("rows", rows) if "rows" in fields else (),
     )
 
 
-def _check_distinct(top: _Fields, what: str, entries: Sequence[Any]) -> None:
+def _check_distinct(top: Fields, what: str, entries: Sequence[Any]) -> None:
     for attribute in ("name", "label"):
         values = [getattr(entry, attribute) for entry in entries]
         for value in values:
@@ -424,19 +313,17 @@ def _check_distinct(top: _Fields, what: str, entries: Sequence[Any]) -> None:
                 raise top.error(f"{what} {attribute} {value!r} appears twice")
 
 
-def _sources(top: _Fields) -> dict[str, str]:
-    value = top.value.get("sources")
-    value = {} if value is None else value
-    fields = _Fields(top.path, "sources", value, list(value) if isinstance(value, dict) else ())
-    return {str(key): fields.text(key) for key in fields.value}
+def _sources(top: Fields) -> dict[str, str]:
+    content = top.mapping("sources", {})
+    fields = Fields(content, top.error, "sources")
+    return {str(key): fields.text(key) for key in content}
 
 
 def _quotes(
-    top: _Fields, key: str, names: dict[str, list[str]], sources: dict[str, str]
+    top: Fields, key: str, names: dict[str, list[str]], sources: dict[str, str]
 ) -> tuple[Quote, ...]:
     found: dict[tuple, Quote] = {}
-    for index, item in enumerate(top.items(key)):
-        fields = _Fields(top.path, f"{key}[{index}]", item, _QUOTE_KEYS)
+    for fields in top.items(key, _QUOTE_KEYS):
         quote = Quote(
             fields.text("row"), fields.text("column"), fields.number("value"), fields.text("source")
         )
@@ -456,10 +343,9 @@ def _quotes(
     return tuple(found.values())
 
 
-def _orderings(top: _Fields, rows: Sequence[str]) -> tuple[Ordering, ...]:
+def _orderings(top: Fields, rows: Sequence[str]) -> tuple[Ordering, ...]:
     orderings = []
-    for index, item in enumerate(top.items("orderings")):
-        fields = _Fields(top.path, f"orderings[{index}]", item, ("better", "worse"))
+    for fields in top.items("orderings", _ORDERING_KEYS):
         ordering = Ordering(fields.text("better"), fields.text("worse"))
         for name in (ordering.better, ordering.worse):
             if name not in rows:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surflow.files import write_bytes
 from surflow.flow import Flow, Ledger, bytes_of, flow_sha256, in_double
 from surflow.objectives import check_iwbo, iwbo
-from surflow.reporting.records import write_bytes_atomic
 
 BLOCK_NUMBERS = 2**20
 """Numbers of the data in a block of rows and samples: 341 draws of 32x32 images."""
@@ -349,7 +349,7 @@ class _Work:
             arrays["moments"] = torch.stack(self.moments).numpy()
         buffer = io.BytesIO()
         np.savez(buffer, mark=np.array(mark), done=np.array(self.done), rows=self.rows, **arrays)
-        write_bytes_atomic(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue())
 
     def load(self, path: Path, mark: str) -> None:
         """Take up a file of this very work; leave any other to be replaced."""

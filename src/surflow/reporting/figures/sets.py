@@ -1,4 +1,4 @@
-"""Pictures of sets of points: clouds of data and of models side by side."""
+"""Sets of points: clouds of data and of models side by side, from `points.npz`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from surflow.reporting import figures
-from surflow.reporting.figures import GREY, INK, LINES
-from surflow.reporting.records import Record
+from surflow.record import Record
+from surflow.reporting.figures.layout import (
+    GREY,
+    INK,
+    LINES,
+    any_file,
+    caution_of,
+    load_arrays,
+    not_run,
+    record_of,
+    run_files,
+    save,
+    warn,
+)
 from surflow.reporting.table import Table
 
 CLOUDS = 25
@@ -22,10 +33,10 @@ PANEL = 3.1  # inches
 
 
 def cloud_panel(axes: Axes, clouds: np.ndarray, width: float, color: str) -> int:
-    """Draw sets of points as a square of little frames, row by row.
+    """Plot sets of points as a square of little frames, row by row.
 
     Args:
-        axes: to draw on.
+        axes: to plot on.
         clouds: (M, N, 2), x to the right and y upwards; a frame shows [0, width]².
         width: of a frame.
         color: of the points.
@@ -57,7 +68,7 @@ def cloud_panel(axes: Axes, clouds: np.ndarray, width: float, color: str) -> int
 def clouds_figure(
     clouds: dict[str, np.ndarray], width: float, path: str | Path, title: str = ""
 ) -> Path:
-    """Draw a panel of clouds for every entry, by its name. Returns the path."""
+    """Plot a panel of clouds for every entry, by its name. Returns the path."""
     figure = Figure(figsize=(PANEL * len(clouds), PANEL + 0.45), layout="constrained")
     panels = figure.subplots(1, len(clouds), squeeze=False)[0]
     for index, (axes, (name, sets)) in enumerate(zip(panels, clouds.items(), strict=True)):
@@ -67,11 +78,19 @@ def clouds_figure(
             _below(axes, f"{left_out} of {sets.shape[0] * sets.shape[1]} points outside")
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
-    return figures._save(figure, path)
+    return save(figure, path)
+
+
+def samples(table: Table, folder: Path) -> dict[str, str]:
+    """Samples of models of sets."""
+    if not any_file(run_files(table, "points.npz")):
+        return {}
+    set_figure(table, folder / "samples.png")
+    return {"Samples: data and models": "samples.png"}
 
 
 def set_figure(table: Table, path: str | Path) -> Path:
-    """Draw clouds of points: a row a dataset, the data and then the models that were run.
+    """Plot clouds of points: a row a dataset, the data and then the models that were run.
 
     From `points.npz` of the cells' first runs; under a panel stand its run and its scores a point.
     Returns the path.
@@ -79,7 +98,7 @@ def set_figure(table: Table, path: str | Path) -> Path:
     Raises:
         ValueError: where no run has a `points.npz`, or one is damaged.
     """
-    files = figures.run_files(table, "points.npz")
+    files = run_files(table, "points.npz")
     datasets = [d for d in next(iter(files.values())) if any(row[d] for row in files.values())]
     if not datasets:
         raise ValueError("set_figure: expected a run with points.npz, got none")
@@ -90,26 +109,24 @@ def set_figure(table: Table, path: str | Path) -> Path:
     panels = figure.subplots(len(datasets), across, squeeze=False)
     for line, dataset in zip(panels, datasets, strict=True):
         found = {row: files[row][dataset] for row in rows}
-        first = figures._load_arrays(next(filter(None, found.values())), ARRAYS)
+        first = load_arrays(next(filter(None, found.values())), ARRAYS)
         cloud_panel(line[0], first["data"][:CLOUDS], float(first["width"]), INK)
         line[0].set_title(f"data: {dataset}", fontsize=10, color=INK)
         for index, (axes, row) in enumerate(zip(line[1:], rows, strict=True)):
             axes.set_title("\n".join(textwrap.wrap(row, 34)), fontsize=10, color=INK)
             if found[row] is None:
-                figures._not_run(axes)
+                not_run(axes)
                 continue
-            arrays = figures._load_arrays(found[row], ARRAYS)
+            arrays = load_arrays(found[row], ARRAYS)
             shown = arrays["samples"][:CLOUDS]
             color = LINES[index % len(LINES)]
             left_out = cloud_panel(axes, shown, float(arrays["width"]), color)
-            said = _said(figures._record(found[row]))
+            said = _said(record_of(found[row]))
             if left_out:
                 said.append(f"{left_out} of {shown.shape[0] * shown.shape[1]} points outside")
             _below(axes, "\n".join(said))
-    caution = figures._caution(list(table.records))
-    if caution:
-        figure.suptitle(caution, fontsize=9, color="#b00020")
-    return figures._save(figure, path)
+    warn(figure, caution_of(table.records))
+    return save(figure, path)
 
 
 ARRAYS = ("samples", "data", "width")
@@ -133,49 +150,3 @@ def _below(axes: Axes, text: str) -> None:
     axes.text(
         0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", color=GREY, size=7.5
     )
-
-
-def points_of(record: Record) -> int:
-    """N of a run on sets: the points of a set."""
-    return int(record.config["data"]["event_shape"][0])
-
-
-CURVE_WORDS = {"nll": "log-likelihood", "elbo": "ELBO", "iwbo": "IWBO"}
-
-
-def set_curve_figure(table: Table, path: str | Path) -> Path | None:
-    """Draw the validation scores of sets against the epoch, a point: a panel a dataset, a line a
-    model. What each line shows, a likelihood or which bound, stands beside its name.
-
-    Returns the path, None where no run has logged any.
-    """
-    columns: dict[str, str] = {}
-    cells: dict[str, dict[str, Path | None]] = {}
-    points = set()
-    for row, found in figures.run_files(table, "metrics.csv").items():
-        file = next(filter(None, found.values()), None)
-        column = next(iter(figures.validation_columns(file)), None) if file else None
-        record = figures._record(file)
-        if column is None or record is None:
-            continue
-        label = f"{row}: {_curve_words(column)}"
-        columns[label] = column
-        cells[label] = found
-        points.add(points_of(record))
-    if len(points) != 1:
-        return None
-    return figures.learning_curve_figure(
-        cells,
-        path,
-        column=columns,
-        label=f"validation, log p / N (nats), N = {min(points)}",
-        scale=-1 / points.pop(),
-    )
-
-
-def _curve_words(column: str) -> str:
-    """Such as "IWBO, K = 2" for ``val/iwbo2_nats``."""
-    name = column.rpartition("/")[2].partition("_")[0]
-    word = name.rstrip("0123456789")
-    count = name[len(word) :]
-    return CURVE_WORDS.get(word, word) + (f", K = {count}" if count else "")

@@ -1,4 +1,4 @@
-"""Grids of images as PNG files, pixel for pixel; and single images."""
+"""Images and grids of them as PNG files, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from surflow.reporting.records import write_bytes_atomic
+from surflow.files import write_bytes
 
 PAPER = 255  # grey level between and behind the images
 SHOWN_SIDE = 64  # pixels of the picture that a small image's side is brought up to
@@ -62,7 +62,7 @@ def image_grid(
     num_levels: int = 256,
     gap: int = 2,
 ) -> Path:
-    """Draw images as :func:`tile` lays them out.
+    """Write images as :func:`tile` lays them out.
 
     Args:
         images, columns, num_levels, gap: see :func:`tile`.
@@ -77,7 +77,7 @@ def image_grid(
     """
     if scale is None:
         scale = max(2, SHOWN_SIDE // max(np.shape(images)[-2:], default=SHOWN_SIDE))
-    return write_bytes_atomic(path, _png(tile(images, columns, gap, num_levels, scale)))
+    return write_bytes(path, _png(tile(images, columns, gap, num_levels, scale)))
 
 
 def image_sheet(
@@ -88,7 +88,7 @@ def image_sheet(
     num_levels: int = 256,
     gap: int = 2,
 ) -> Path:
-    """Draw grids of images side by side, each as :func:`tile` lays it out.
+    """Write grids of images side by side, each as :func:`tile` lays it out.
 
     Args:
         grids: images as :func:`tile` takes them, as many in each, of one shape.
@@ -107,12 +107,12 @@ def image_sheet(
     height, width, channels = sheets[0].shape
     white = np.full((height, width // 8, channels), PAPER, np.uint8)
     parts = [part for sheet in sheets for part in (white, sheet)]
-    return write_bytes_atomic(path, _png(np.concatenate(parts[1:], axis=1)))
+    return write_bytes(path, _png(np.concatenate(parts[1:], axis=1)))
 
 
 def write_image(image: np.ndarray, path: str | Path, num_levels: int = 256) -> Path:
     """Write one image (C, H, W) of levels 0 ... K - 1 as a PNG file; see :func:`image_grid`."""
-    return write_bytes_atomic(path, _png(_pixels(np.asarray(image)[None], num_levels)[0]))
+    return write_bytes(path, _png(_pixels(np.asarray(image)[None], num_levels)[0]))
 
 
 def _pixels(images: np.ndarray, num_levels: int) -> np.ndarray:

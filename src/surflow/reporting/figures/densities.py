@@ -1,0 +1,259 @@
+"""Densities and samples of 2-D data, from `picture.npz`."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from surflow.record import Record, load_record
+from surflow.reporting.figures.layout import (
+    CAUTION,
+    COLORMAP,
+    DOTS,
+    INK,
+    UNDEFINED,
+    Cells,
+    Sheet,
+    any_file,
+    caution_of,
+    existing,
+    extent_of,
+    load_picture,
+    not_run,
+    record_of,
+    run_files,
+    save,
+)
+from surflow.reporting.table import Table
+
+FEW = 20_000
+"""Fewer samples than these are shown as points, more as a histogram."""
+
+Panel = tuple[Axes, Mapping[str, np.ndarray], np.ndarray]
+"""Axes, the arrays of a file, and the one of them that is shown."""
+
+
+def compared(table: Table, folder: Path) -> dict[str, str]:
+    """Data and models side by side, where the columns choose the data."""
+    files = run_files(table, "picture.npz")
+    if table.spec.own_data or not any_file(files):
+        return {}
+    density_figure(files, folder / "density.png", metric=table.spec.metric)
+    sample_figure(files, folder / "samples.png", metric=table.spec.metric)
+    return {
+        "Densities: data and models": "density.png",
+        "Samples: data and models": "samples.png",
+    }
+
+
+def one_by_one(table: Table, folder: Path) -> dict[str, str]:
+    """A figure for every model, where the rows have data of their own."""
+    pictures = {}
+    files = run_files(table, "picture.npz") if table.spec.own_data else {}
+    for row, found in files.items():
+        for file in filter(None, found.values()):
+            name = f"{load_record(file.parent).row}.png"
+            model_figure(file, folder / name, title=row, metric=table.spec.metric)
+            pictures[row] = name
+    return pictures
+
+
+def density_figure(cells: Cells, path: str | Path, *, metric: str = "test/nll_nats") -> Path:
+    """Plot the densities p(x) on their window, one colour scale a dataset. Returns the path.
+
+    A row of panels is a dataset: the density of the data, then each model's. The scale ends at the
+    highest true density; what a model has above it is clipped.
+
+    Args:
+        cells: cells[row label][column label] is a run's `picture.npz` or None.
+        path: the PNG file.
+        metric: the metric of the captions, read from the records.
+    """
+    return _compare(cells, path, metric, ("density", "true_density"), _show_densities)
+
+
+def sample_figure(cells: Cells, path: str | Path, *, metric: str = "test/nll_nats") -> Path:
+    """Plot samples as densities (2-D histograms), or as points where there are few.
+
+    Arguments and panels are those of `density_figure`, the samples of the data first. The share of
+    samples outside the window is written into a panel where it is 0.1 % or more.
+    """
+    return _compare(cells, path, metric, ("samples", "data_samples"), _show_samples)
+
+
+def _compare(
+    cells: Cells,
+    path: str | Path,
+    metric: str,
+    arrays: tuple[str, str],
+    show: Callable[[Sheet, int, Sequence[Panel]], None],
+) -> Path:
+    """A row of panels a dataset; `arrays` are those of a model and of the data."""
+    files = existing(cells)
+    records = {m: {d: record_of(f) for d, f in row.items()} for m, row in files.items()}
+    sheet = Sheet(files, caution_of([r for row in records.values() for r in row.values()]))
+    for i, dataset in enumerate(sheet.datasets):
+        found = [files[model][dataset] for model in sheet.models]
+        pictures = [None if file is None else load_picture(file, *arrays) for file in found]
+        first = next((picture for picture in pictures if picture is not None), None)
+        shown = [(first, arrays[1]), *((picture, arrays[0]) for picture in pictures)]
+        panels = []
+        for axes, (picture, name) in zip(sheet.panels[i], shown, strict=True):
+            if picture is None:
+                not_run(axes)
+            else:
+                panels.append((axes, picture, picture[name]))
+        if panels:
+            show(sheet, i, panels)
+        _captions(sheet, i, [records[model][dataset] for model in sheet.models], metric)
+    return save(sheet.figure, path)
+
+
+def _captions(sheet: Sheet, i: int, records: Sequence[Record | None], metric: str) -> None:
+    floors = [r.floor[metric].value for r in records if r and metric in r.floor]
+    if floors:
+        sheet.caption(i, 0, f"entropy {floors[0]:.4f}")
+    for j, record in enumerate(records, 1):
+        if record and metric in record.metrics:
+            found = record.metrics[metric]
+            bound = "≤ " if found.kind == "bound" else ""
+            sheet.caption(i, j, f"NLL {bound}{found.value:.3f} {found.unit}")
+
+
+def _show_densities(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
+    top = float(np.nanmax(panels[0][2]))
+    top = top if math.isfinite(top) and top > 0 else 1.0
+    clipped = False
+    for axes, picture, density in panels:
+        shown = np.ma.masked_invalid(density.T)  # density[i, j] is at (x1_i, x2_j)
+        clipped |= bool(shown.max() > 1.02 * top)
+        image = _show_image(axes, shown, extent_of(picture), top)
+    sheet.scale(i, image, clipped)
+
+
+def _show_image(axes: Axes, values: np.ndarray, extent: tuple[float, ...], top: float):
+    return axes.imshow(
+        values,
+        origin="lower",
+        extent=extent,
+        cmap=colormaps[COLORMAP].with_extremes(bad=UNDEFINED),
+        vmin=0.0,
+        vmax=top,
+        aspect="auto",
+        interpolation="nearest",
+    )
+
+
+def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
+    smallest = min(len(points) for _, _, points in panels)
+    bins = int(np.clip(math.sqrt(smallest / 12), 32, 112)) // 16 * 16  # edges on grid lines
+    top, image, clipped = 0.0, None, False
+    for axes, picture, points in panels:
+        left, right, low, high = extent = extent_of(picture)
+        inside = (points >= (left, low)).all(1) & (points <= (right, high)).all(1)
+        if smallest < FEW:
+            axes.scatter(*points[inside][:5000].T, s=1.6, alpha=0.45, color=DOTS, linewidths=0)
+            axes.set_xlim(left, right)
+            axes.set_ylim(low, high)
+        else:
+            window = ((left, right), (low, high))
+            counts, _, _ = np.histogram2d(*points[inside].T, bins=bins, range=window)
+            area = (right - left) * (high - low) / bins**2
+            density = counts / (max(len(points), 1) * area)  # (bins, bins), per unit of area
+            top = top or float(np.quantile(density, 0.999)) or 1.0
+            clipped |= bool(density.max() > top)
+            image = _show_image(axes, density.T, extent, top)
+        outside = 1 - inside.mean() if len(points) else 0.0
+        if outside >= 0.001:
+            _note(axes, f"{100 * outside:.1f} % outside")
+    if image is not None:
+        sheet.scale(i, image, clipped)
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(
+        0.97,
+        0.03,
+        text,
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom",
+        fontsize=7.5,
+        color=INK,
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def scatter_figure(samples: np.ndarray, path: str | Path, low: float, high: float) -> Path:
+    """Plot 2-D samples, (N, 2), in the square [low, high]^2: points, or a histogram of many."""
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    window = [[low, high], [low, high]]
+    if len(samples) >= FEW:
+        axes.hist2d(samples[:, 0], samples[:, 1], bins=200, range=window, cmap="viridis")
+    else:
+        axes.scatter(samples[:, 0], samples[:, 1], s=2, alpha=0.5, linewidths=0)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="x₁", ylabel="x₂")
+    axes.set_title(f"{len(samples)} samples")
+    return save(figure, path)
+
+
+def model_figure(
+    file: str | Path, path: str | Path, title: str, *, metric: str = "test/nll_nats"
+) -> Path:
+    """Plot one 2-D model from its `picture.npz`: data and model, densities above samples.
+
+    The metric of its record, with kind and unit, stands under the title.
+    """
+    picture = load_picture(Path(file), "density", "true_density", "samples", "data_samples")
+    record = record_of(file)
+    figure = Figure(figsize=(6.4, 6.9), dpi=120, layout="constrained")
+    figure.suptitle("\n".join([title, *_score_lines(record, metric)]), fontsize=10)
+    caution = caution_of([record])
+    if caution:
+        figure.supxlabel(caution, fontsize=8, color=CAUTION)
+    panels = figure.subplots(2, 2)
+    left, right, low, high = extent = extent_of(picture)
+    top = float(np.nanmax(picture["true_density"])) or 1.0
+    for axes, name, label in zip(
+        panels[0], ("true_density", "density"), ("Data, density", "Model, density"), strict=True
+    ):
+        axes.imshow(
+            np.ma.masked_invalid(picture[name].T),
+            origin="lower",
+            extent=extent,
+            cmap=COLORMAP,
+            vmin=0.0,
+            vmax=top,
+            interpolation="nearest",
+        )
+        axes.set_title(label, fontsize=9)
+    for axes, name, label in zip(
+        panels[1], ("data_samples", "samples"), ("Data, samples", "Model, samples"), strict=True
+    ):
+        axes.scatter(*picture[name][:5000].T, s=1.6, alpha=0.45, color=DOTS, linewidths=0)
+        axes.set_title(label, fontsize=9)
+        axes.set_aspect("equal")
+    for axes in panels.flat:
+        axes.set(xlim=(left, right), ylim=(low, high))
+        axes.tick_params(labelsize=7)
+    return save(figure, path)
+
+
+def _score_lines(record: Record | None, metric: str) -> list[str]:
+    """The metric of a record with its kind, its floor and its estimator."""
+    found = record.metrics.get(metric) if record is not None else None
+    if found is None:
+        return []
+    kind = "NLL" if found.kind == "likelihood" else "bound on NLL"
+    floor = record.floor.get(metric)
+    entropy = f", entropy {floor.value:.3f}" if floor is not None else ""
+    line = f"{kind} {found.value:.3f} {found.unit}{entropy}"
+    return [line, *textwrap.wrap(found.estimator, 80)]

@@ -1,0 +1,156 @@
+"""Grids of images: samples, reconstructions, levels, from the runs' npz files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from surflow.reporting.figures.images import tile
+from surflow.reporting.figures.layout import (
+    Sheet,
+    any_file,
+    caution_of,
+    columns_of,
+    load_arrays,
+    not_run,
+    record_of,
+    run_files,
+    save,
+)
+from surflow.reporting.spec import ColumnSpec
+from surflow.reporting.table import Table
+
+IMAGE_PANEL = 3.2  # inches: 384 pixels, for 8 x 8 images of 32 to 64
+MOST_ACROSS = 6
+"""Panels of images in one row; further ones are in rows below."""
+
+
+def samples(table: Table, folder: Path) -> dict[str, str]:
+    """Samples of models of images."""
+    if not any_file(run_files(table, "images.npz")):
+        return {}
+    image_figure(table, folder / "samples.png")
+    return {"Samples: data and models": "samples.png"}
+
+
+def reconstructions(table: Table, folder: Path) -> dict[str, str]:
+    """Reconstructions of VAEs."""
+    if not any_file(run_files(table, "reconstructions.npz")):
+        return {}
+    reconstruction_figure(table, folder / "reconstructions.png")
+    return {"Reconstructions of training images": "reconstructions.png"}
+
+
+def pyramids(table: Table, folder: Path) -> dict[str, str]:
+    """Samples of models of several resolutions."""
+    if not any_file(run_files(table, "pyramid.npz")):
+        return {}
+    paths = pyramid_figures(table, folder)
+    return {
+        "Test images, and draws of the finest given the coarsest": paths["super_resolution"].name,
+        "Unconditional draws, level by level": paths["levels"].name,
+    }
+
+
+def image_figure(table: Table, path: str | Path) -> Path:
+    """Plot the samples of the models side by side: a row of panels a dataset, the data first.
+
+    Each panel is the grid of `images.npz` of the cell's first run, and names its data, its profile
+    and the table's own numbers of that run. Returns the path.
+    """
+    return _plot_grids(table, path, "images.npz", "samples", "test images")
+
+
+def reconstruction_figure(table: Table, path: str | Path) -> Path:
+    """Plot the first training images, and what each model makes of them: a grid of 10 by 10 each.
+
+    The panels are those of `image_figure`, from `reconstructions.npz`. Returns the path.
+    """
+    return _plot_grids(
+        table, path, "reconstructions.npz", "reconstructions", "the first training images", 10
+    )
+
+
+def pyramid_figures(table: Table, folder: str | Path) -> dict[str, Path]:
+    """Plot what models of several resolutions make of `pyramid.npz`: super_resolution.png and
+    levels.png, a row of each panel a test image or a draw.
+
+    Returns the paths by name: "super_resolution" (test images of every resolution, and several
+    finest images given the coarsest one) and "levels" (the same, and unconditional draws coarse to
+    fine).
+    """
+    data = "test images, coarse to fine"
+    with np.load(_first_file(table, "pyramid.npz")) as arrays:
+        columns = int(arrays["columns"])
+    return {
+        name: _plot_grids(table, Path(folder) / f"{name}.png", "pyramid.npz", name, data, columns)
+        for name in ("super_resolution", "levels")
+    }
+
+
+def _first_file(table: Table, name: str) -> Path:
+    """The file `name` of the first run that has it."""
+    return next(f for row in run_files(table, name).values() for f in row.values() if f)
+
+
+def _plot_grids(
+    table: Table, path: str | Path, name: str, array: str, data: str, columns: int = 8
+) -> Path:
+    """A row of panels a dataset: `data` of the runs' file `name`, then `array` of each model."""
+    files = run_files(table, name)
+    found = {
+        file: load_arrays(file, (array, "data"))
+        for row in files.values()
+        for file in filter(None, row.values())
+    }
+    lines = 2 + max(len(shown) for shown in columns_of(table).values())
+    lines += any("shown" in grid for grid in found.values())
+    sheet = Sheet(
+        files, caution_of(table.records), IMAGE_PANEL, lines, right=0.12, most=MOST_ACROSS
+    )
+    rows = [row for row in table.spec.rows if row.experiment is not None]
+    for i, (label, shown) in enumerate(columns_of(table).items()):
+        of_models = [files[model][label] for model in sheet.models]
+        first = next(filter(None, of_models), None)
+        panels = [(first, "data"), *((file, array) for file in of_models)]
+        for axes, (file, which) in zip(sheet.panels[i], panels, strict=True):
+            if file is None:
+                not_run(axes)
+                continue
+            grid = found[file]
+            pixels = tile(grid[which], columns, gap=1, num_levels=_levels(grid, file))
+            pixels = np.repeat(pixels, 3 // pixels.shape[2], axis=2)  # grey is shown as colours
+            axes.imshow(pixels, interpolation="antialiased")
+        sheet.caption(i, 0, data)
+        for j, (row, file) in enumerate(zip(rows, of_models, strict=True), 1):
+            if file is not None:
+                said = [str(found[file]["shown"])] if "shown" in found[file] else []
+                sheet.caption(i, j, "\n".join([image_caption(table, row.name, shown), *said]))
+    return save(sheet.figure, path)
+
+
+def _levels(grid: Mapping[str, np.ndarray], file: Path) -> int:
+    """The levels of a run's images: as their file says, else as the run's config does."""
+    if "num_levels" in grid:
+        return int(grid["num_levels"])
+    record = record_of(file)
+    return record.config["data"]["num_levels"] if record and "data" in record.config else 256
+
+
+def image_caption(table: Table, row: str, columns: Sequence[ColumnSpec]) -> str:
+    record = next(record for column in columns for record in table.cells[row, column.name].records)
+    said = "" if record.profile == "paper" else ": not a reproduction"
+    released = ", released weights" if record.weights else ""
+    lines = [
+        f"{record.data}, seed {record.seed}{released}",
+        f"profile {record.profile}{said}",
+    ]
+    for column in columns:
+        metric = record.metrics.get(column.metric)
+        if metric is not None:
+            bound = "≤ " if metric.kind == "bound" else ""
+            unit = f" {metric.unit}" if metric.kind != "score" else ""
+            lines.append(f"{column.metric} {bound}{metric.value:.{column.digits}f}{unit}")
+    return "\n".join(lines)

@@ -1,0 +1,316 @@
+"""The layout `grid`: a cell a number, as Markdown, CSV and text."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surflow.record import Record
+from surflow.reporting.spec import ColumnSpec, TableSpec
+from surflow.reporting.table import NO_SUCH_NUMBER, Cell, Table, column_floor, distinct, protocol_of
+from surflow.reporting.text import (
+    bullets,
+    closing,
+    describe,
+    duration,
+    figure_links,
+    machine_facts,
+    markdown_grid,
+    number,
+    short_digests,
+    titled,
+)
+
+CSV_FIELDS = (
+    "row",
+    "column",
+    "metric",
+    "unit",
+    "estimator",
+    "published",
+    "ours",
+    "std",
+    "delta",
+    "floor",
+    "verdict",
+    "seeds",
+    "profile",
+    "commit",
+)
+
+
+def ordering_lines(table: Table) -> list[str]:
+    """One line for each claimed ordering: does it hold, column by column?"""
+    labels = {row.name: row.label for row in table.spec.rows}
+    lines = []
+    for ordering in table.spec.orderings:
+        parts, held, checked = [], 0, 0
+        for column in table.spec.columns:
+            better = table.cells[ordering.better, column.name].ours
+            worse = table.cells[ordering.worse, column.name].ours
+            if better is None or worse is None:
+                parts.append(f"{column.label} not checked")
+                continue
+            holds = column.worse_by(better, worse) < 0
+            checked, held = checked + 1, held + holds
+            sign = "<" if better < worse else ">" if better > worse else "="
+            word = "holds" if holds else "FAILS"
+            shown = f"{better:.{column.digits}f} {sign} {worse:.{column.digits}f}"
+            parts.append(f"{column.label} {word} ({shown})")
+        claim = f"{labels[ordering.better]} better than {labels[ordering.worse]}"
+        count = f"holds in {held} of {checked} checked columns" if checked else "not checked"
+        lines.append(f"{claim}: {count}. {'; '.join(parts)}.")
+    return lines
+
+
+def _fields(table: Table, cell: Cell) -> dict[str, str]:
+    """The fields of `CSV_FIELDS` for one cell, as text."""
+    digits = cell.column.digits
+    return {
+        "row": cell.row.name,
+        "column": cell.column.name,
+        "metric": cell.column.metric,
+        "unit": cell.unit,
+        "estimator": cell.estimator,
+        "published": number(cell.published, cell.column.published_digits),
+        "ours": number(cell.ours, digits),
+        "std": number(cell.std, digits),
+        "delta": number(cell.delta, digits, sign=True),
+        "floor": number(cell.floor, 4),
+        "verdict": cell.verdict,
+        "seeds": " ".join(str(seed) for seed in cell.seeds),
+        "profile": table.profile,
+        "commit": " ".join(cell.commits),
+    }
+
+
+def render_csv(table: Table) -> str:
+    """The table as CSV: a header of `CSV_FIELDS`, then one line a cell, row by row."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, CSV_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_fields(table, cell) for cell in table.cells.values())
+    return stream.getvalue()
+
+
+def cell_text(cell: Cell, wanted: int) -> str:
+    """A cell as a person reads it: ours ± std (published)."""
+    digits = cell.column.digits
+    published = ""
+    if cell.published is not None:
+        published = f"({number(cell.published, cell.column.published_digits)})"
+    if cell.row.experiment is None or cell.verdict == NO_SUCH_NUMBER:
+        return published or "–"
+    if cell.ours is None:
+        text = cell.verdict.partition(":")[0]  # the reason stands in the long table
+    else:
+        text = number(cell.ours, digits)
+        text += "" if cell.std is None else f" ± {number(cell.std, digits)}"
+        text += " bound" if cell.kind == "bound" else ""
+        text += f" [{len(cell.seeds)} of {wanted} seeds]" if len(cell.seeds) < wanted else ""
+    return f"{text} {published}".rstrip()
+
+
+def _first_lines(table: Table) -> list[str]:
+    """What a reader must know of the profile before the first number."""
+    seeds = " ".join(str(seed) for seed in table.seeds)
+    told = bool(table.spec.published)
+    full = "budgets and data as published" if told else "the full budget; nothing is published"
+    first = f"**Profile `{table.profile}`**" + (
+        f": {full}. Seeds: {seeds}."
+        if table.profile == "paper"
+        else f": **not a reproduction.** Budgets or data differ from the publication, so no number"
+        f" below reproduces a published one. Seeds: {seeds}."
+    )
+    lines = [first]
+    if table.released:
+        lines.append(
+            "**Released weights**: ours are the models that the authors trained and released, "
+            "evaluated by this code; nothing was trained here."
+        )
+    return lines
+
+
+def _legend(table: Table) -> list[str]:
+    """What the cells show: one line, or a line a column where columns have metrics of their own."""
+    spec = table.spec
+    spread = " ± sample standard deviation over the seeds" if len(table.seeds) > 1 else ""
+    cell = f"Each cell: ours{spread} (published)."
+    if spec.one_metric:
+        return [f"`{spec.metric}` in {spec.unit}, {spec.direction} is better. {cell}"]
+    quoted = ""
+    if any(row.experiment is None for row in spec.rows):
+        quoted = " A row with numbers in brackets alone is quoted only."
+    return [
+        f"{cell}{quoted} The columns:",
+        bullets(_column_line(table, column) for column in spec.columns),
+    ]
+
+
+def _column_line(table: Table, column: ColumnSpec) -> str:
+    cells = table.of_column(column)
+    unit = next((cell.unit for cell in cells if cell.unit and cell.kind != "score"), "")
+    line = f"{column.label}: `{column.metric}`{f' in {unit}' if unit else ''}"
+    line += f", {column.direction} is better"
+    estimators = distinct(cell.estimator for cell in cells if cell.estimator)
+    if any(cell.kind == "score" for cell in cells) and len(estimators) > 1:
+        return line  # each says what belongs to its run alone; the protocol stands below
+    return f"{line}; ours: {' | '.join(estimators)}" if estimators else line
+
+
+def _lines(table: Table) -> list[list[str]]:
+    """The label of each row and the text of its cells."""
+    columns, wanted = table.spec.columns, len(table.seeds)
+    return [
+        [row.label, *(cell_text(table.cells[row.name, c.name], wanted) for c in columns)]
+        for row in table.spec.rows
+    ]
+
+
+def _grid(table: Table) -> str:
+    spec, lines = table.spec, _lines(table)
+    floors = [column_floor(table, column.name) for column in spec.columns]
+    if any(floors):
+        texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
+        lines.append(["entropy (floor)", *(" to ".join(text) for text in texts)])
+    return markdown_grid(_header(spec), lines, _numeric(spec))
+
+
+def _header(spec: TableSpec) -> list[str]:
+    return ["", *(column.label for column in spec.columns)]
+
+
+def _numeric(spec: TableSpec) -> range:
+    return range(1, len(spec.columns) + 1)
+
+
+def _conditions(table: Table) -> list[str]:
+    """What the numbers depend on beside the models: protocols of scores, data, weights."""
+    protocols = distinct(
+        f"{column.label}: {describe(protocol_of(metric))}"
+        for column in table.spec.columns
+        for cell in table.of_column(column)
+        for metric in cell.metrics
+        if metric.protocol
+    )
+    data = distinct(
+        f"{record.data}: {describe({k: v for k, v in record.provenance.items() if k != 'name'})}"
+        for record in table.records
+        if record.provenance
+    )
+    weights = distinct(
+        f"{cell.row.label}, {record.data}: {describe(_weights(record))}"
+        for cell in table.cells.values()
+        for record in cell.records
+        if record.weights
+    )
+    return [
+        *titled("Protocol of the scores:", [short_digests(line) for line in protocols]),
+        *titled("Data:", [short_digests(line) for line in data]),
+        *titled("Released weights:", [short_digests(line) for line in weights]),
+    ]
+
+
+def _weights(record: Record) -> dict[str, Any]:
+    """What is said of released weights: their file by its name, wherever it lies."""
+    named = record.weights.get("path")
+    return {**record.weights, **({"path": Path(str(named)).name} if named else {})}
+
+
+def _every_cell(table: Table) -> list[str]:
+    spec = table.spec
+    tolerances = distinct(column.tolerance for column in spec.columns)
+    most = f"{tolerances[0]:.3f} {spec.unit} at most"
+    if not spec.one_metric or len(tolerances) > 1:
+        each = (f"{c.label} {c.tolerance:g}" for c in spec.columns)
+        most = f"its column's tolerance at most ({', '.join(each)})"
+    long = []
+    for cell in table.cells.values():
+        digits = cell.column.published_digits
+        quoted = "; ".join(
+            f"{number(quote.value, digits)} ({quote.source})" for quote in cell.quoted
+        )
+        long.append([*_fields(table, cell).values(), quoted])
+    flush = [CSV_FIELDS.index(f) for f in ("published", "ours", "std", "delta", "floor")]
+    return [
+        "## Every cell",
+        f"`delta` is ours − published. `reproduced` allows ours to be worse by {most}; a quoted "
+        "value is never the basis of a verdict.",
+        markdown_grid([*CSV_FIELDS, "quoted"], long, flush),
+        *_left_out(table),
+    ]
+
+
+def _left_out(table: Table) -> list[str]:
+    """What could not enter a cell, and why."""
+
+    def told(attribute: str) -> list[str]:
+        return [
+            f"{cell.row.name} / {cell.column.name}, {text}"
+            for cell in table.cells.values()
+            for text in getattr(cell, attribute)
+        ]
+
+    return [
+        *titled("Missing metrics:", told("missing")),
+        *titled("Refused records:", told("refusals")),
+        *titled("Unreadable records of no known cell:", table.problems),
+    ]
+
+
+def _run_facts(table: Table) -> list[str]:
+    spec, cells = table.spec, table.cells
+    blocks = ["## Runs"]
+    if table.records:
+        times = [
+            [row.label, *(duration(cells[row.name, c.name].wall_time_s) for c in spec.columns)]
+            for row in spec.rows
+            if row.experiment is not None
+        ]
+        blocks += [
+            "Wall time of a run, mean over the seeds:",
+            markdown_grid(_header(spec), times, _numeric(spec)),
+        ]
+    else:
+        blocks.append("No run entered this table.")
+    facts = machine_facts(table)
+    versions = distinct(
+        ", ".join(f"{k} {r.versions[k]}" for k in ("python", "torch") if k in r.versions)
+        for r in table.records
+    )
+    facts += [f"Versions: {text}" for text in versions if text]
+    return [*blocks, bullets(facts)] if facts else blocks
+
+
+def render_markdown(
+    table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
+) -> str:
+    """The table as Markdown.
+
+    Args:
+        command: regenerates it.
+        figures: files by caption, relative to the table's folder.
+    """
+    spec = table.spec
+    blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(table)]
+    blocks += _conditions(table)
+    if spec.orderings:
+        caution = (
+            ""
+            if table.profile == "paper"
+            else f" (profile {table.profile}: says nothing about the publication)"
+        )
+        blocks += [f"Orderings{caution}:", bullets(ordering_lines(table))]
+    blocks += titled("Warnings:", table.warnings)
+    blocks += [*figure_links(figures), *_every_cell(table), *_run_facts(table)]
+    return "\n\n".join([*blocks, *closing(table, command)]) + "\n"
+
+
+def summary(table: Table) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and lines of the table as text."""
+    spec = table.spec
+    unit = f" ({spec.unit})" if spec.one_metric else ""
+    return f"{spec.title}{unit}, profile {table.profile}", _header(spec), _lines(table)
