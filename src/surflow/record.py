@@ -209,3 +209,20 @@ def load_records(root: str | Path) -> list[Record | RecordError]:
         except RecordError as error:
             loaded.append(error)
     return loaded
+
+
+def lacking(record: Record, wanted: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a record lacks a metric, or has it under another protocol.
+
+    Args:
+        record: of a run.
+        wanted: the protocol of each metric, by name; keys such as ``reference.splits``.
+    """
+    return any(
+        name not in record.metrics
+        or any(
+            protocol_value(record.metrics[name].protocol, key) != value
+            for key, value in protocol.items()
+        )
+        for name, protocol in wanted.items()
+    )

@@ -25,7 +25,7 @@ from surflow.flow import Flow, Ledger
 from surflow.metric import Metric
 from surflow.models.contract import Takes
 from surflow.models.official import find_checkpoint, load_official, read_tensors
-from surflow.record import RECORD_NAME, Record, RecordError, load_record, protocol_value
+from surflow.record import RECORD_NAME, Record, RecordError, lacking, load_record
 from surflow.training.callbacks import Elapsed
 from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
 from surflow.training.fit import FILES, fit
@@ -239,17 +239,10 @@ class Run:
 
         A measure tells by ``wanted``: the protocol of each metric that it gives, by name.
         """
-
-        def due(name: str, protocol: Mapping[str, Any]) -> bool:
-            metric = record.metrics.get(name)
-            return metric is None or any(
-                protocol_value(metric.protocol, key) != value for key, value in protocol.items()
-            )
-
         return {
             key: measure
             for key, measure in self.measures.items()
-            if any(due(*entry) for entry in getattr(measure, "wanted", {}).items())
+            if lacking(record, getattr(measure, "wanted", {}))
         }
 
     # Doing it ---------------------------------------------------------------------------------
