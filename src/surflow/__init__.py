@@ -1,14 +1,21 @@
-"""surflow: SurVAE flows as a PyTorch library (Nielsen et al. 2020, arXiv 2007.02731).
+"""SurVAE flows in PyTorch: bijections, surjections and stochastic layers under one contract.
 
-``surflow.transforms``, ``surflow.distributions`` and ``surflow.flow`` are the library and import
-nothing but torch; ``surflow.cli`` is the Hydra pipeline that reproduces the papers' tables.
+>>> import surflow
+>>> from surflow.distributions import StandardNormal
+>>> from surflow.transforms import AbsInference, Softplus, Inverse
+>>> flow = surflow.Flow(StandardNormal(2), [AbsInference(2), Inverse(Softplus())])
+>>> flow.lower_bound
+False
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+from surflow.flow import Flow, FlowDistribution
+from surflow.objectives import bits_per_dim, elbo, iwbo
+
 try:
     __version__ = version("surflow")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
 
-__all__ = ["__version__"]
+__all__ = ["Flow", "FlowDistribution", "bits_per_dim", "elbo", "iwbo"]

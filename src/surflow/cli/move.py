@@ -1,0 +1,134 @@
+"""Move runs and records of the earlier config layout (until November 2026) to the present one.
+
+Their numbers stay. A run gets the hash of its config in the present layout, and the folder that
+follows from it; the earlier hash stays in its record as ``former_hash``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surflow.cli.command import guarded
+from surflow.config import compose, config_hash, options_of, resolved, target_of
+from surflow.errors import UserError
+from surflow.files import relative, replacing, write_json
+
+MOVED = {
+    "trainer.compile": "compute.compile",
+    "trainer.threads": "compute.threads",
+    "trainer.memory": "compute.memory",
+    "trainer.channels_last": "compute.channels_last",
+    "trainer.finite_check_every": "compute.finite_check_every",
+    "trainer.log_every": "trainer.log_every_n_steps",
+    "trainer.scored": "objective.scored",
+    "trainer.ema_decay": "callbacks.ema.decay",
+    "trainer.ema_every": "callbacks.ema.every",
+    "model.scale": "model.map.scale",
+    "model.num_bins": "model.map.num_bins",
+    "model.bound": "model.map.bound",
+    "model.min_bin": "model.map.min_bin",
+    "model.min_slope": "model.map.min_slope",
+    "surjection.transform.element": "surjection.element",
+    "surjection.transform.probability": "surjection.probability",
+}
+"""Keys with another place; all others keep theirs."""
+
+GROUPS = ("data", "model", "surjection", "optimizer", "schedule", "objective", "trainer")
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a plain config with its value; lists are values."""
+    if not isinstance(node, dict):
+        yield key, node
+        return
+    for name, value in node.items():
+        yield from leaves(value, f"{key}.{name}" if key else name)
+
+
+def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run in the present layout.
+
+    Args:
+        earlier: its config in the earlier one, resolved.
+    """
+    names = {group: earlier[group]["name"] for group in ("data", "model", "surjection")}
+    chosen = [f"{group}={name}" for group, name in names.items()]
+    chosen += [f"{group}={earlier[group]['name']}" for group in ("optimizer", "schedule")]
+    if earlier["artefact"] != "adhoc":
+        chosen = [f"experiment={earlier['artefact'].replace('table5', 'table4')}/{earlier['row']}"]
+        chosen += [f"data={names['data']}"]
+    if earlier["trainer"].get("ema_decay") is not None:
+        chosen.append("callbacks=ema")
+    chosen += [f"profile={earlier['profile']['name']}", f"seed={earlier['seed']}"]
+    config = resolved(compose(chosen))
+    found = {MOVED.get(key, key): value for key, value in leaves(dict(earlier))}
+    for key, value in found.items():
+        _put(config, key, value)
+    return config
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key where its node has it, or its target takes it."""
+    *parents, name = key.split(".")
+    if not parents or parents[0] not in GROUPS or name in ("name", "_target_", "_partial_"):
+        return
+    node: Any = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        return
+    if name in node or ("_target_" in node and name in options_of(target_of(node))[0]):
+        node[name] = value
+
+
+def move_record(path: Path) -> bool:
+    """Move one record, and the run that it is of; whether it was of the earlier layout."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "former_hash" in record or "measures" in record:
+        return False
+    earlier = record["config_hash"]
+    now = config_hash(present_config(record["config"]))
+    found = {}
+    for key, value in record.items():
+        found[key] = value
+        if key == "config_hash":
+            found |= {"config_hash": now, "former_hash": earlier}
+    write_json(path, found)
+    if path.name == "record.json":
+        _move_run(path.parent, earlier, now)
+    return True
+
+
+def _move_run(folder: Path, earlier: str, now: str) -> None:
+    for file in folder.glob("*.ckpt"):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["surflow"]["config_hash"] = now
+        with replacing(file) as temporary:
+            torch.save(checkpoint, temporary)
+    target = folder.with_name(folder.name.replace(earlier[:8], now[:8]))
+    if target.exists() and target != folder:
+        raise UserError(f"{relative(target)}: is there already; move or delete it first")
+    folder.rename(target)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="surflow-move", description=__doc__)
+    parser.add_argument("root", type=Path, help="a folder of runs or of records, such as runs")
+    root = parser.parse_args().root
+    if not root.is_dir():
+        raise UserError(f"root: expected a folder, got {root}")
+    files = sorted({*root.rglob("record.json"), *root.rglob("records/*.json")})
+    moved = [file for file in files if move_record(file)]
+    print(f"{relative(root)}: {len(moved)} of {len(files)} records moved")
+
+
+main = guarded(_main)
+
+if __name__ == "__main__":
+    main()
