@@ -5,7 +5,7 @@
 
 :mod:`~benchmarks.step`: a training step against a plain implementation of the same flow.
 :mod:`~benchmarks.spline`: a spline coupling flow against three other libraries.
-:mod:`~benchmarks.images`: an image flow against its plain training; ``make bench-gpu`` at full size.
+:mod:`~benchmarks.images`: an image flow against plain training; at full size: ``make bench-gpu``.
 :mod:`~benchmarks.vae`: the nets of VAEs against their training step and the training loop.
 
 Options are those of conf/bench.yaml. Results: ``<results_root>/bench/``, as JSON and Markdown.

@@ -29,7 +29,7 @@ K = TypeVar("K")
 
 
 def command(bench: Callable[[DictConfig], None]) -> Callable[[], None]:
-    """The command with the options of conf/bench.yaml; a user's mistake is one line, exit code 2."""
+    """The command with the options of conf/bench.yaml; a mistake is one line and exit code 2."""
 
     @hydra.main(config_path=str(CONF), config_name="bench", version_base="1.3")
     def main(cfg: DictConfig) -> None:

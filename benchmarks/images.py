@@ -1,21 +1,17 @@
-"""Time image flows: training, sampling, bounds, memory, and where an FID run's time goes.
+"""An image flow: training, sampling, bounds, memory, and where an FID run's time goes.
 
-The part ``images`` of ``make bench``, and ``make bench-gpu``. Ours is a PoolFlow as it trains here:
-channels last, compiled, batched optimizer kernels, no value read back. It is set against the same
-model with the same weights as its authors' code runs it: eager, float32, layout as stored, one
-optimizer kernel a parameter and the loss read back each step. Both take the same batches, in turns,
-block by block.
+Ours is a PoolFlow as it trains here: channels last, compiled, batched optimizer kernels, no value
+read back. It is set against the same model with the same weights as its authors' code runs it:
+eager, float32, layout as stored, one optimizer kernel a parameter, the loss read each step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from surflow.cli.common import origin_line
+from benchmarks.harness import Step, in_turns, milliseconds, page_of, ratios, seconds, table
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import MODES, LiveBytes, set_memory, use_channels_last
@@ -32,44 +28,36 @@ from surflow.models import pool_flow
 from surflow.objectives import bits_per_dim, iwbo
 from surflow.transforms import Conv1x1, Coupling, check_values
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")
+WAYS = ("whole", "layers", "nets", "none")
 POOL = 512  # images that batches are cut from
 
 
-def compile_whole(flow: Flow, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return torch.compile(loss, dynamic=False)
-
-
-def compile_layers(flow: Flow, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    for part in flow.modules():
-        if isinstance(part, Coupling | Conv1x1):
-            part.compile(dynamic=False)
+def compile_loss(
+    way: str, flow: Flow, loss: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The loss compiled as a whole, or with layers or nets of the flow compiled, or as it is."""
+    if way == "whole":
+        return torch.compile(loss, dynamic=False)
+    if way == "layers":
+        for part in flow.modules():
+            if isinstance(part, Coupling | Conv1x1):
+                part.compile(dynamic=False)
+    if way == "nets":
+        set_memory(flow, "stored", compile_nets=True)
     return loss
-
-
-def compile_nets(flow: Flow, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    set_memory(flow, "stored", compile_nets=True)
-    return loss
-
-
-COMPILE = {
-    "whole": compile_whole,
-    "layers": compile_layers,
-    "nets": compile_nets,
-    "none": lambda flow, loss: loss,
-}
 
 
 class Training:
-    """A model, its optimizer and what a step of it does.
+    """A flow with its optimizer, in one implementation.
 
     Args:
         flow: the model, on its device.
         images: (N, C, H, W), integers, on the same device.
         lr: learning rate of Adamax.
         batched: whether the optimizer's kernels take many parameters at a time.
-        compile: how the loss is compiled, a key of ``COMPILE``.
-        precision: of autocast, a key of ``PRECISIONS``.
+        compile: how the loss is compiled, one of ``WAYS``.
+        precision: of autocast, one of ``PRECISIONS``.
         channels_last: layout of images and weights.
         read_back: whether each step reads the loss.
     """
@@ -85,98 +73,52 @@ class Training:
         channels_last: bool = False,
         read_back: bool = False,
     ) -> None:
-        self.flow = flow
-        self.device = images.device.type
-        self.precision = PRECISIONS[precision]
-        self.read_back = read_back
-        self.position = 0
         if channels_last:
             use_channels_last(flow)
             images = images.contiguous(memory_format=torch.channels_last)
-        self.images = images
+        self.flow, self.images, self.read_back = flow, images, read_back
+        self.device, self.half = images.device.type, precision == "bfloat16"
         self.optimizer = torch.optim.Adamax(flow.parameters(), lr=lr, foreach=batched)
-        self.loss = COMPILE[compile](flow, lambda x: -flow.log_prob(x).mean())
+        self.mean = compile_loss(compile, flow, lambda x: -flow.log_prob(x).mean())
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
 
-    def batch(self, size: int) -> Tensor:
-        if self.position + size > len(self.images):
-            self.position = 0
-        x = self.images[self.position : self.position + size]
-        self.position += size
-        return x
-
-    def step(self, size: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def loss(self, x: Tensor) -> Tensor:
+        """Mean nats a dimension."""
         with self.autocast():
-            loss = self.loss(self.batch(size))
-        (loss / self.images[0].numel()).backward()
-        self.optimizer.step()
-        if self.read_back:
-            loss.item()
+            loss = self.mean(x)
+        return loss / x[0].numel()
 
-    def seconds(self, steps: int, size: int) -> float:
-        """For so many steps."""
-        synchronise(self.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step(size)
-        synchronise(self.device)
-        return time.perf_counter() - start
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def in_turns(
-    contenders: dict[str, Training], blocks: int, steps: int, size: int
-) -> dict[str, list[float]]:
-    """Seconds a step of each, block by block, the order turned round each time."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for block in range(blocks):
-        for name in list(contenders) if block % 2 == 0 else list(reversed(contenders)):
-            times[name].append(contenders[name].seconds(steps, size) / steps)
-    return times
-
-
-def spread(values: list[float], digits: int = 2) -> dict[str, float]:
-    ordered = {
-        "min": min(values),
-        "median": statistics.median(values),
-        "max": max(values),
-    }
-    return {k: round(v, digits) for k, v in ordered.items()}
+    def clock(self, steps: int, size: int) -> Callable[[], float]:
+        """Seconds a step, over so many steps on batches of this size."""
+        step = Step(self.loss, self.optimizer, self.images, size, self.read_back)
+        return partial(seconds, step, steps, self.device)
 
 
 def count_flops(training: Training, size: int) -> dict[str, float]:
     """Floating-point operations of convolutions and products, an image: forward, and a step."""
-    x = training.batch(size)
     with FlopCounterMode(display=False) as forward:
-        loss = training.flow.log_prob(x).mean()
+        loss = training.flow.log_prob(training.images[:size]).mean()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    training.flow.zero_grad(set_to_none=True)
+    training.flow.zero_grad()
     one, other = forward.get_total_flops(), backward.get_total_flops()
     return {"forward": one / size, "step": (one + other) / size}
 
 
-@contextlib.contextmanager
-def peak_bytes(device: str, found: dict[str, float]) -> Iterator[None]:
-    """The most memory that tensors made inside take up: of the allocator, or counted."""
+def peak_mib(call: Callable[[], Any], device: str) -> float:
+    """The most memory that tensors made by a call take up: of the allocator, or counted."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield
-        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return
-    with LiveBytes() as live:
-        yield
-    found["peak_mib"] = live.peak / 2**20
+    if device != "cuda":
+        with LiveBytes() as live:
+            call()
+        return live.peak / 2**20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def measure_memory(training: Training, size: int, steps: int) -> list[dict[str, Any]]:
@@ -184,35 +126,23 @@ def measure_memory(training: Training, size: int, steps: int) -> list[dict[str, 
     rows = []
     for mode in MODES:
         set_memory(training.flow, mode)
-        training.flow.zero_grad(set_to_none=True)
-        row: dict[str, Any] = {"mode": mode}
-        x = training.batch(size)
-        with peak_bytes(training.device, row):
-            with training.autocast():
-                loss = -training.flow.log_prob(x).mean()
-            loss.backward()
-        del loss
-        row["peak_mib"] = round(row["peak_mib"], 3)
-        training.seconds(1, size)
-        row["images_per_s"] = round(size * steps / training.seconds(steps, size), 2)
-        rows.append(row)
+        training.flow.zero_grad()
+        x = training.images[:size]
+        peak = peak_mib(lambda x=x: training.loss(x).backward(), training.device)
+        training.clock(1, size)()
+        rate = size / training.clock(steps, size)()
+        rows.append({"mode": mode, "peak_mib": round(peak, 3), "images_per_s": round(rate, 2)})
     set_memory(training.flow, "stored")
-    training.flow.zero_grad(set_to_none=True)
+    training.flow.zero_grad()
     return rows
 
 
-def throughput(training: Training, run: Callable[[], Any], count: int, repeats: int) -> float:
-    """``count`` things a second, the median over repeats."""
-    seconds = []
+def throughput(training: Training, call: Callable[[], Any], count: int) -> float:
+    """``count`` things a second, the median of three calls without gradients."""
     with torch.no_grad(), training.autocast():
-        run()
-        for _ in range(repeats):
-            synchronise(training.device)
-            start = time.perf_counter()
-            run()
-            synchronise(training.device)
-            seconds.append(time.perf_counter() - start)
-    return round(count / statistics.median(seconds), 2)
+        call()
+        times = [seconds(call, 1, training.device) for _ in range(3)]
+    return round(count / statistics.median(times), 2)
 
 
 def fid_seconds(flow: Flow, cfg: DictConfig, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -222,22 +152,21 @@ def fid_seconds(flow: Flow, cfg: DictConfig, shape: tuple[int, ...]) -> dict[str
     reference = torch.randint(256, (cfg.reference, *shape), dtype=torch.uint8)
     protocol = GenerationProtocol(n=cfg.n, extractor=cfg.extractor)
     try:
-        seconds = generation_seconds(
+        found = generation_seconds(
             flow, reference, protocol, inception_weights=cfg.inception_weights
         )
     except ValueError as reason:
         return {"missing": str(reason)}
-    return {
-        "n": cfg.n,
-        "reference": cfg.reference,
-        "extractor": cfg.extractor,
-        "seconds": {name: round(s, 2) for name, s in seconds.items()},
-    }
+    what = {key: cfg[key] for key in ("n", "reference", "extractor")}
+    return what | {"seconds": {name: round(s, 2) for name, s in found.items()}}
 
 
-def check(cfg: DictConfig, can_compile: bool) -> list[str]:
+# The whole ----------------------------------------------------------------------------------------
+
+
+def check(cfg: DictConfig, compiled: bool) -> list[str]:
     """The ways to compile that will be timed; UserError for what cannot be."""
-    for key, known in (("precision", PRECISIONS), ("compile", COMPILE)):
+    for key, known in (("precision", PRECISIONS), ("compile", WAYS)):
         given = [cfg[key]] if isinstance(cfg[key], str) else list(cfg[key])
         wrong = [value for value in given if value not in known]
         if wrong or not given:
@@ -253,99 +182,111 @@ def check(cfg: DictConfig, can_compile: bool) -> list[str]:
             "images: expected blocks >= 3, steps >= 1 and batches of at most "
             f"{POOL}, got {cfg.blocks}, {cfg.steps} and {largest}"
         )
-    ways = [way for way in cfg.compile if can_compile or way == "none"]
-    return ways or ["none"]
+    return [way for way in cfg.compile if compiled or way == "none"] or ["none"]
 
 
-def run(cfg: DictConfig, can_compile: bool) -> dict[str, Any]:
+def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
     """Measure; ``cfg`` is the part ``images`` of the config."""
-    ways = check(cfg, can_compile)
+    ways = check(cfg, compiled)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch.manual_seed(0)
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    flow = pool_flow(**model).to(cfg.device)
-    shape = tuple(model["shape"])
-    images = torch.randint(256, (POOL, *shape), device=cfg.device)
-    lr = cfg.optimizer.lr
-
-    ours = dict(precision=cfg.precision, channels_last=cfg.channels_last)
-    plain = Training(flow, images, lr, batched=False, read_back=True)
-    contenders = {"plain": plain} | {
-        way: Training(copy.deepcopy(flow), images, lr, compile=way, **ours) for way in ways
-    }
-    flops = count_flops(plain, cfg.batch_size)
-    bpd = {}
-    with torch.no_grad(), check_values(False):
-        for name in ("plain", ways[0]):
-            training = contenders[name]
-            torch.manual_seed(1)
-            with training.autocast():
-                log_p = training.flow.log_prob(training.images[: cfg.batch_size])
-            bpd[name] = bits_per_dim(log_p, math.prod(shape)).mean().item()
     with check_values(False):
-        warm_up = {name: t.seconds(3, cfg.batch_size) for name, t in contenders.items()}
-        times = in_turns(contenders, cfg.blocks, cfg.steps, cfg.batch_size)
-        best = min(ways, key=lambda way: statistics.median(times[way]))
-        for name in [n for n in contenders if n not in (best, "plain")]:
-            del contenders[name]
-        fast = contenders[best]
-        del contenders["plain"], plain, flow
-        batches = []
-        for size in (cfg.batch_size, *cfg.larger_batches):
-            fast.seconds(2, size)
-            seconds = statistics.median(fast.seconds(cfg.steps, size) / cfg.steps for _ in range(3))
-            batches.append(rate(size, seconds, flops["step"], cfg))
-        eager = Training(copy.deepcopy(fast.flow), images, lr, **ours)
-        memory = measure_memory(eager, cfg.memory_batch, cfg.steps)
-        flow = eager.flow.eval()
-        sampling = throughput(eager, lambda: flow.sample(cfg.samples), cfg.samples, 3)
-        rows = eager.batch(cfg.iwbo.rows)
-        bound = throughput(
-            eager,
-            lambda: iwbo(flow, rows, num_samples=cfg.iwbo.samples),
-            cfg.iwbo.rows * cfg.iwbo.samples,
-            3,
-        )
-    with check_values(False):
-        fid = fid_seconds(flow, cfg.fid, shape)
-    against = {
-        way: spread([a / b for a, b in zip(times["plain"], times[way], strict=True)])
-        for way in ways
-    }
-    return {
-        "what": "one training step of a PoolFlow: forward, backward, Adamax",
-        "setting": {
-            "device": device_name(cfg.device),
-            "model": model,
-            "parameters": sum(p.numel() for p in flow.parameters()),
-            "batch_size": cfg.batch_size,
-            "precision": cfg.precision,
-            "channels_last": cfg.channels_last,
-            "threads": torch.get_num_threads(),
-            "tf32": {
-                "convolutions": torch.backends.cudnn.allow_tf32,
-                "products": torch.backends.cuda.matmul.allow_tf32,
+        contenders = entrants(cfg, ways)
+        flops = count_flops(contenders["plain"], cfg.batch_size)
+        result = {
+            "what": "one training step of a PoolFlow: forward, backward, Adamax",
+            "setting": setting(cfg, contenders["plain"].flow),
+            "bpd_of_the_same_weights": {
+                "plain": bpd(contenders["plain"], cfg.batch_size),
+                "ours": bpd(contenders[ways[0]], cfg.batch_size),
             },
-            "blocks": cfg.blocks,
-            "steps_per_block": cfg.steps,
-        },
-        "bpd_of_the_same_weights": {"plain": bpd["plain"], "ours": bpd[ways[0]]},
+            **compare(cfg, contenders),
+            "gflop_per_image": {k: round(v / 1e9, 3) for k, v in flops.items()},
+            "peak_tflops": peak_of(cfg),
+        }
+        fast = contenders.pop(result["best"])
+        contenders.clear()  # their memory is free for larger batches
+        sizes = (cfg.batch_size, *cfg.larger_batches)
+        result["batches"] = [rate(fast, size, flops["step"], cfg) for size in sizes]
+        return result | without_compilation(cfg, fast)
+
+
+def entrants(cfg: DictConfig, ways: list[str]) -> dict[str, Training]:
+    """The plain implementation, and ours compiled in each way, of the same weights."""
+    torch.manual_seed(0)
+    flow = pool_flow(**OmegaConf.to_container(cfg.model, resolve=True)).to(cfg.device)
+    images = torch.randint(256, (POOL, *cfg.model.shape), device=cfg.device)
+    plain = Training(flow, images, cfg.optimizer.lr, batched=False, read_back=True)
+    return {"plain": plain} | {way: ours(cfg, copy.deepcopy(flow), images, way) for way in ways}
+
+
+def bpd(training: Training, size: int) -> float:
+    """Bits a dimension of the first images."""
+    torch.manual_seed(1)
+    x = training.images[:size]
+    with torch.no_grad(), training.autocast():
+        log_p = training.flow.log_prob(x)
+    return bits_per_dim(log_p, x[0].numel()).mean().item()
+
+
+def compare(cfg: DictConfig, contenders: dict[str, Training]) -> dict[str, Any]:
+    """Training steps in turns."""
+    warm_up = {name: 3 * t.clock(3, cfg.batch_size)() for name, t in contenders.items()}
+    clocks = {name: t.clock(cfg.steps, cfg.batch_size) for name, t in contenders.items()}
+    times = in_turns(clocks, cfg.blocks)
+    medians = {name: statistics.median(v) for name, v in times.items()}
+    speedup = {way: ratios(times["plain"], v) for way, v in times.items() if way != "plain"}
+    return {
         "warm_up_s": {name: round(s, 1) for name, s in warm_up.items()},
-        "ms_per_step": {name: spread([1e3 * s for s in v]) for name, v in times.items()},
-        "images_per_s": {
-            name: round(cfg.batch_size / statistics.median(v), 2) for name, v in times.items()
+        "ms_per_step": milliseconds(times),
+        "images_per_s": {name: round(cfg.batch_size / s, 2) for name, s in medians.items()},
+        "speedup": speedup,
+        "best": min(speedup, key=medians.__getitem__),
+    }
+
+
+def ours(cfg: DictConfig, flow: Flow, images: Tensor, way: str = "none") -> Training:
+    return Training(
+        flow,
+        images,
+        cfg.optimizer.lr,
+        compile=way,
+        precision=cfg.precision,
+        channels_last=cfg.channels_last,
+    )
+
+
+def setting(cfg: DictConfig, flow: Flow) -> dict[str, Any]:
+    return {
+        "device": device_name(cfg.device),
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "parameters": sum(p.numel() for p in flow.parameters()),
+        "batch_size": cfg.batch_size,
+        "precision": cfg.precision,
+        "channels_last": cfg.channels_last,
+        "threads": torch.get_num_threads(),
+        "tf32": {
+            "convolutions": torch.backends.cudnn.allow_tf32,
+            "products": torch.backends.cuda.matmul.allow_tf32,
         },
-        "speedup": against,
-        "best": best,
-        "gflop_per_image": {k: round(v / 1e9, 3) for k, v in flops.items()},
-        "peak_tflops": peak_of(cfg),
-        "batches": batches,
+        "blocks": cfg.blocks,
+        "steps_per_block": cfg.steps,
+    }
+
+
+def without_compilation(cfg: DictConfig, fast: Training) -> dict[str, Any]:
+    """Memory, sampling, bounds and scores of ours, eager."""
+    eager = ours(cfg, copy.deepcopy(fast.flow), fast.images)
+    memory = measure_memory(eager, cfg.memory_batch, cfg.steps)
+    flow, rows, draws = eager.flow.eval(), eager.images[: cfg.iwbo.rows], cfg.iwbo.samples
+    sampled = throughput(eager, lambda: flow.sample(cfg.samples), cfg.samples)
+    bound = throughput(eager, lambda: iwbo(flow, rows, num_samples=draws), len(rows) * draws)
+    return {
         "memory": {"batch_size": cfg.memory_batch, "rows": memory},
-        "samples_per_s": sampling,
+        "samples_per_s": sampled,
         "samples_at_a_time": cfg.samples,
         "iwbo_draws_per_s": bound,
         "iwbo": OmegaConf.to_container(cfg.iwbo),
-        "fid": fid,
+        "fid": fid_seconds(flow, cfg.fid, tuple(cfg.model.shape)),
     }
 
 
@@ -359,95 +300,95 @@ def peak_of(cfg: DictConfig) -> float | None:
     return next((peak for part, peak in cfg.peak_tflops.items() if part in name), None)
 
 
-def rate(size: int, seconds: float, flops: float, cfg: DictConfig) -> dict[str, Any]:
+def rate(training: Training, size: int, flops: float, cfg: DictConfig) -> dict[str, Any]:
     """Images a second of one batch size, and what that is in arithmetic."""
-    achieved = size * flops / seconds / 1e12
-    peak = peak_of(cfg)
+    training.clock(2, size)()
+    clock = training.clock(cfg.steps, size)
+    images_per_s = size / statistics.median(clock() for _ in range(3))
+    achieved, peak = images_per_s * flops / 1e12, peak_of(cfg)
     return {
         "batch_size": size,
-        "images_per_s": round(size / seconds, 2),
+        "images_per_s": round(images_per_s, 2),
         "tflops": round(achieved, 4),
         "share_of_peak": None if peak is None else round(achieved / peak, 4),
     }
 
 
+# What is written ----------------------------------------------------------------------------------
+
+
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    s = result["setting"]
-    command = "make bench" if s["device"] == "cpu" else "make bench-gpu"
-    lines = [
-        "# Image flows",
-        "",
+    s, r, k = result["setting"], result["speedup"][result["best"]], result["iwbo"]
+    cpu = s["device"] == "cpu"
+    g, bpd = result["gflop_per_image"], result["bpd_of_the_same_weights"]
+    begun = ", ".join(f"{name} {t:.0f} s" for name, t in result["warm_up_s"].items())
+    blocks = [
         f"PoolFlow, {s['parameters'] / 1e6:.2f} M parameters, images "
         f"{' x '.join(map(str, s['model']['shape']))}, on {s['device']}"
-        + (f", {s['threads']} thread(s)" if s["device"] == "cpu" else "")
+        + (f", {s['threads']} thread(s)" if cpu else "")
         + f". {result['what']}, batch {s['batch_size']}; {s['blocks']} blocks of "
         f"{s['steps_per_block']} step(s) each, in turns.",
-        "",
-        "| implementation | images/s | min, ms | median, ms | max, ms | against plain |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    layout = ", channels last" if s["channels_last"] else ""
-    compiled = {"none": "not compiled"}
-    for name, ms in result["ms_per_step"].items():
-        label = f"surflow: {s['precision']}{layout}, " + compiled.get(name, f"compiled ({name})")
-        if name == "plain":
-            label = "plain: float32, eager, layout as stored, the loss read each step"
-        ratio = result["speedup"].get(name)
-        lines.append(
-            f"| {label} | {result['images_per_s'][name]:.1f} | {ms['min']:.1f} | "
-            f"{ms['median']:.1f} | {ms['max']:.1f} | "
-            + ("" if ratio is None else f"{ratio['median']:.2f} x")
-            + " |"
-        )
-    k = result["iwbo"]
-    r, g, b = result["speedup"][result["best"]], result["gflop_per_image"], result["warm_up_s"]
-    bpd = result["bpd_of_the_same_weights"]
-    lines += [
-        "",
+        times_table(result),
         f"Best, block by block: median {r['median']:.2f} x (min {r['min']:.2f}, max "
         f"{r['max']:.2f}). The same weights give {bpd['plain']:.4f} and {bpd['ours']:.4f} bits a "
-        "dimension. First steps, with compilation: "
-        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in b.items())
-        + ".",
-        "",
+        f"dimension. First steps, with compilation: {begun}.",
         f"Arithmetic, counted: {g['forward']:.2f} GFLOP forward and {g['step']:.2f} a step, an "
         "image (convolutions and products).",
-        "",
-        "| batch | images/s | TFLOP/s | share of the bfloat16 peak |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["batches"]:
-        share = row["share_of_peak"]
-        shown = "not known" if share is None else f"{share:.1%} of {result['peak_tflops']} TFLOP/s"
-        lines.append(
-            f"| {row['batch_size']} | {row['images_per_s']:.1f} | {row['tflops']:.3f} | {shown} |"
-        )
-    lines += [
-        "",
+        batches_table(result),
         f"Memory of a forward and backward pass, gradients included, weights and optimizer not; "
         f"batch {result['memory']['batch_size']}, eager:",
-        "",
-        "| memory | peak, MiB | images/s |",
-        "| --- | ---: | ---: |",
-        *(
-            f"| {row['mode']} | {row['peak_mib']:.1f} | {row['images_per_s']:.1f} |"
-            for row in result["memory"]["rows"]
+        table(
+            ("memory", "peak, MiB", "images/s"),
+            (
+                (row["mode"], f"{row['peak_mib']:.1f}", f"{row['images_per_s']:.1f}")
+                for row in result["memory"]["rows"]
+            ),
         ),
-        "",
         f"Sampling, {result['samples_at_a_time']} at a time: {result['samples_per_s']:.1f} "
         f"images/s. IWBO, {k['rows']} images with {k['samples']} draws each: "
         f"{result['iwbo_draws_per_s']:.1f} draws/s. Both eager, {s['precision']}.",
+        *scoring(result["fid"]),
     ]
-    fid = result["fid"]
-    if "seconds" in fid:
-        lines += [
-            "",
-            f"Scoring {fid['n']} samples against {fid['reference']} images, {fid['extractor']}: "
-            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in fid["seconds"].items())
-            + ". Samples are drawn in float32.",
-        ]
-    elif fid:
-        lines += ["", f"Scoring samples was not timed: {fid['missing']}"]
-    lines += ["", origin_line(result, command), ""]
-    return "\n".join(lines)
+    return page_of("Image flows", blocks, result, "make bench" if cpu else "make bench-gpu")
+
+
+def times_table(result: dict[str, Any]) -> str:
+    """Each implementation's rate and times, and ours against the plain one."""
+    s = result["setting"]
+    layout = ", channels last" if s["channels_last"] else ""
+    rows = []
+    for name, ms in result["ms_per_step"].items():
+        way = "not compiled" if name == "none" else f"compiled ({name})"
+        label = f"surflow: {s['precision']}{layout}, {way}"
+        if name == "plain":
+            label = "plain: float32, eager, layout as stored, the loss read each step"
+        ratio = result["speedup"].get(name)
+        cells = [f"{t:.1f}" for t in (result["images_per_s"][name], *ms.values())]
+        rows.append([label, *cells, "" if ratio is None else f"{ratio['median']:.2f} x"])
+    columns = ("implementation", "images/s", "min, ms", "median, ms", "max, ms", "against plain")
+    return table(columns, rows)
+
+
+def batches_table(result: dict[str, Any]) -> str:
+    """Rates and arithmetic by size of the batch."""
+    rows = []
+    for row in result["batches"]:
+        share = row["share_of_peak"]
+        shown = "not known" if share is None else f"{share:.1%} of {result['peak_tflops']} TFLOP/s"
+        cells = [str(row["batch_size"]), f"{row['images_per_s']:.1f}", f"{row['tflops']:.3f}"]
+        rows.append([*cells, shown])
+    return table(("batch", "images/s", "TFLOP/s", "share of the bfloat16 peak"), rows, text=0)
+
+
+def scoring(fid: dict[str, Any]) -> list[str]:
+    """Where the time of an FID run went, if one was timed."""
+    if "missing" in fid:
+        return [f"Scoring samples was not timed: {fid['missing']}"]
+    if not fid:
+        return []
+    stages = ", ".join(f"{name} {t:.1f} s" for name, t in fid["seconds"].items())
+    return [
+        f"Scoring {fid['n']} samples against {fid['reference']} images, {fid['extractor']}: "
+        f"{stages}. Samples are drawn in float32."
+    ]

@@ -1,12 +1,12 @@
-"""Time VAEs: how much of a training step is the arithmetic of their nets.
+"""VAEs: how much of a training step is the arithmetic of their nets.
 
-The part ``vae`` of ``make bench``. For each model three things are timed, in turns, block by block:
+For each model three things are timed, in turns, block by block:
 
 * the nets alone, by hand: encoder, heads, reparametrised draw, decoder, the bound, backward, Adam.
   Of a flow posterior only its nets (planar and radial: the linear map to their parameters);
-* our step: the loss of :class:`~surflow.training.module.FlowModule`, backward, Adam;
-* the loop: the same step in the run of ``python -m surflow.cli.train``, with its data module,
-  checks, callbacks and log. The run itself hands over the turns, between two of its steps.
+* our step: the loss of the training module, backward, Adam;
+* the loop: the same step in a real training run, with its data module, checks, callbacks and log.
+  The run itself hands over the turns, between two of its steps.
 
 The nets alone run eager, and compiled where ours is: like is set against like. The images are
 noise, so no data are needed; they are as many as those of the real run.
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,18 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from benchmarks.harness import (
+    Step,
+    Training,
+    build,
+    milliseconds,
+    page_of,
+    ratios,
+    seconds,
+    table,
+    turn,
+)
 from surflow.checks import check_values
-from surflow.cli.bench_images import spread
-from surflow.cli.common import build_flow, origin_line, use_threads
 from surflow.config import compose
 from surflow.data.digits import MNIST, DigitBatches
 from surflow.errors import UserError
@@ -44,39 +54,15 @@ HELD_OUT = 1000  # rows of validation and test
 WANTED = 0.8
 
 
-# The nets alone
-
-
-class MaskedNet(nn.Linear):
-    """A linear map with some of its weights at zero."""
-
-    def __init__(self, like: nn.Linear) -> None:
-        super().__init__(like.in_features, like.out_features)
-        self.register_buffer("mask", like.mask.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
-
-
-def linear_maps(part: nn.Module) -> list[nn.Linear]:
-    """The linear maps of a net, copied with their weights."""
-    found = []
-    for like in part.modules():
-        if isinstance(like, nn.Linear):
-            masked = hasattr(like, "mask")
-            one = MaskedNet(like) if masked else nn.Linear(like.in_features, like.out_features)
-            with torch.no_grad():
-                one.weight.copy_(like.weight)
-                one.bias.copy_(like.bias)
-            found.append(one)
-    return found
+# The nets alone -----------------------------------------------------------------------------------
 
 
 def chain(part: nn.Module, last: bool = False) -> nn.Sequential:
-    """The linear maps of a net with a ReLU between them, and behind the last where asked for."""
+    """Copies of the linear maps of a net with a ReLU between them, and at the end if ``last``."""
     layers: list[nn.Module] = []
-    for one in linear_maps(part):
-        layers += [one, nn.ReLU()]
+    for one in part.modules():
+        if isinstance(one, nn.Linear):
+            layers += [copy.deepcopy(one), nn.ReLU()]
     return nn.Sequential(*(layers if last else layers[:-1]))
 
 
@@ -186,49 +172,13 @@ def check_same(flow: Flow, nets: Nets, x: Tensor) -> float:
     return difference
 
 
-class Step:
-    """Forward, backward and optimizer, called directly on batches in memory.
-
-    Args:
-        parameters: to be trained.
-        loss: (B, D) -> its mean loss.
-        pool: (N, D), cut into batches.
-        batch: B, which divides N.
-        optimizer: parameters -> optimizer.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterator[nn.Parameter],
-        loss: Callable[[Tensor], Tensor],
-        pool: Tensor,
-        batch: int,
-        optimizer: Callable[..., torch.optim.Optimizer],
-    ) -> None:
-        self.loss = loss
-        self.pool = pool.split(batch)
-        self.optimizer = optimizer(parameters)
-        self.position = 0
-
-    def seconds(self, steps: int) -> float:
-        """A step, over so many of them."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.position = (self.position + 1) % len(self.pool)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.loss(self.pool[self.position]).backward()
-            self.optimizer.step()
-        return (time.perf_counter() - start) / steps
-
-
-# The loop
+# The loop -----------------------------------------------------------------------------------------
 
 
 class Turns:
     """The clock of a training loop, and what runs in its pauses.
 
     Args:
-        others: name -> what else is timed.
         blocks, steps, warm_up: steps of each block, and of the loop before the first.
 
     Attributes:
@@ -236,12 +186,16 @@ class Turns:
         end: seconds from the last step to the end of training.
     """
 
-    def __init__(self, others: dict[str, Step], blocks: int, steps: int, warm_up: int) -> None:
-        self.others = others
+    def __init__(self, blocks: int, steps: int, warm_up: int) -> None:
         self.blocks, self.steps, self.warm_up = blocks, steps, warm_up
-        self.times: dict[str, list[float]] = {name: [] for name in ("loop", *others)}
+        self.others: dict[str, Callable[[], float]] = {}
+        self.times: dict[str, list[float]] = {"loop": []}
         self.asked = 0
         self.start = self.end = 0.0
+
+    def enter(self, name: str, clock: Callable[[], float]) -> None:
+        """Time something in the pauses; its clock gives the seconds of a step."""
+        self.others[name], self.times[name] = clock, []
 
     @property
     def total(self) -> int:
@@ -256,10 +210,9 @@ class Turns:
             return
         if block > 0:
             self.times["loop"].append((time.perf_counter() - self.start) / self.steps)
-            names = list(self.others) if block % 2 else list(reversed(self.others))
             with check_values(False):
-                for name in names:
-                    self.times[name].append(self.others[name].seconds(self.steps))
+                for name in turn(self.others, block - 1):
+                    self.times[name].append(self.others[name]())
         self.start = time.perf_counter()
 
     def after_training(self) -> None:
@@ -290,6 +243,11 @@ class TimedBatches:
             yield next(batches)
 
 
+def inked(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Values with as many zeros as MNIST has."""
+    return values * (torch.rand(values.shape, generator=generator) < INK)
+
+
 class Noise(MNIST):
     """Grey noise in the place of MNIST, as dark as it, batched likewise; its training is timed."""
 
@@ -299,12 +257,10 @@ class Noise(MNIST):
         def images(count: int) -> Tensor:
             shape = (count, *self.image_shape)
             grey = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-            return grey * (torch.rand(shape, generator=generator) < INK)
+            return inked(grey, generator)
 
-        return {
-            "train": images(self.sizes["train"] + self.sizes["valid"]),
-            "test": images(self.sizes["test"]),
-        }
+        held_in = self.sizes["train"] + self.sizes["valid"]
+        return {"train": images(held_in), "test": images(self.sizes["test"])}
 
     def batches(self, split: str, batch_size: int, **keys: Any) -> Any:
         batches = super().batches(split, batch_size, **keys)
@@ -315,7 +271,9 @@ class Noise(MNIST):
             TURNS.get().after_training()
 
 
-def run_of(cfg: DictConfig, overrides: list[str], steps: int, folder: str, compiled: bool) -> Any:
+def run_of(
+    cfg: DictConfig, overrides: list[str], steps: int, folder: str, compiled: bool
+) -> DictConfig:
     """The config of a training run of one epoch of so many steps over noise."""
     train = compose(
         [
@@ -338,7 +296,7 @@ def run_of(cfg: DictConfig, overrides: list[str], steps: int, folder: str, compi
     return train
 
 
-# Where an eager step's time goes
+# Where an eager step's time goes ------------------------------------------------------------------
 
 KINDS = {
     "products": ("mm", "addmm", "addmv", "bmm"),
@@ -353,7 +311,7 @@ KINDS = {
 def profiled(step: Step, steps: int) -> dict[str, float]:
     """Shares of the profiler's own time of an operator, by kind; the rest is "other"."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        step.seconds(steps)
+        seconds(step, steps)
     events = found.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
     shares = {
@@ -363,7 +321,7 @@ def profiled(step: Step, steps: int) -> dict[str, float]:
     return {k: round(v, 4) for k, v in (shares | {"other": 1 - sum(shares.values())}).items()}
 
 
-# The whole
+# The whole ----------------------------------------------------------------------------------------
 
 
 def check(cfg: DictConfig) -> None:
@@ -375,96 +333,91 @@ def check(cfg: DictConfig) -> None:
         )
 
 
+def check_model(name: str, model: DictConfig) -> None:
+    """UserError for a VAE whose nets are not written down here."""
+    plain = model.prior == "standard" and model.activation == "relu"
+    if model.posterior not in LAYERS or not plain:
+        raise UserError(
+            f"vae.models.{name}: expected model.posterior as one of {', '.join(LAYERS)}, "
+            "model.prior=standard and model.activation=relu, got "
+            f"{model.posterior}, {model.prior} and {model.activation}"
+        )
+
+
+def direct_steps(training: Training, nets: Nets, pool: Tensor, batch: int, compiled: bool) -> dict:
+    """name -> a step called directly: of the nets alone and ours, eager, and compiled if asked."""
+    steps = {}
+    for way, label in ((False, "eager"), (True, "compiled"))[: 1 + compiled]:
+        own, flow = copy.deepcopy(nets), copy.deepcopy(training.flow)
+        alone = torch.compile(own.loss, dynamic=False) if way else own.loss
+        for name, loss, module in (
+            (f"nets, {label}", alone, own),
+            (f"step, {label}", training.loss(flow, way), flow),
+        ):
+            steps[name] = Step(loss, training.optimizer(module.parameters()), pool, batch)
+    return steps
+
+
 def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) -> dict[str, Any]:
     """One model."""
-    from hydra.utils import instantiate
-
-    from surflow.cli.train import train
-    from surflow.training.module import FlowModule
-
-    ways = [False, True] if compiled else [False]
+    turns = Turns(cfg.blocks, cfg.steps, cfg.warm_up)
     with tempfile.TemporaryDirectory() as folder:
-        turns = Turns({}, cfg.blocks, cfg.steps, cfg.warm_up)
-        run = run_of(cfg, overrides, turns.total, folder, compiled)
-        posterior = run.model.posterior
-        plain = run.model.prior == "standard" and run.model.activation == "relu"
-        if posterior not in LAYERS or not plain:
-            raise UserError(
-                f"vae.models.{name}: expected model.posterior as one of {', '.join(LAYERS)}, "
-                "model.prior=standard and model.activation=relu, got "
-                f"{posterior}, {run.model.prior} and {run.model.activation}"
-            )
-        use_threads(run)
-        optimizer = instantiate({k: v for k, v in run.optimizer.items() if k != "name"})
+        config = run_of(cfg, overrides, turns.total, folder, compiled)
+        check_model(name, config.model)
+        training = build(config)
+        batch, (features,) = config.data.batch_size, config.data.event_shape
         generator = torch.Generator().manual_seed(0)
-        batch, (features,) = run.data.batch_size, run.data.event_shape
-        pool = torch.rand(POOL * batch, features, generator=generator)
-        pool = pool * (torch.rand(pool.shape, generator=generator) < INK)
-        flow = build_flow(run, instantiate(run.data.module))
-        difference = check_same(flow, Nets(flow, posterior), pool[:batch])
-        warm_up = {}
-        for way in ways:
-            label = "compiled" if way else "eager"
-            nets = Nets(flow, posterior)
-            loss = torch.compile(nets.loss, dynamic=False) if way else nets.loss
-            turns.others[f"nets, {label}"] = Step(nets.parameters(), loss, pool, batch, optimizer)
-            own = copy.deepcopy(flow)
-            module = FlowModule(own, optimizer, schedule=None, compile=way)
-            turns.others[f"step, {label}"] = Step(
-                own.parameters(), module._loss, pool, batch, optimizer
-            )
-        turns.times |= {key: [] for key in turns.others}
+        pool = inked(torch.rand(POOL * batch, features, generator=generator), generator)
+        nets = Nets(training.flow, config.model.posterior)
+        difference = check_same(training.flow, nets, pool[:batch])
+        steps = direct_steps(training, nets, pool, batch, compiled)
         with check_values(False):
-            for key, step in turns.others.items():
-                start = time.perf_counter()
-                step.seconds(3)
-                warm_up[key] = round(time.perf_counter() - start, 1)
+            warm_up = {key: round(3 * seconds(step, 3), 1) for key, step in steps.items()}
+        for key, step in steps.items():
+            turns.enter(key, partial(seconds, step, cfg.steps))
         token = TURNS.set(turns)
+        quiet = io.StringIO()  # what the run says is the loss of noise
         try:
-            # what it says is the loss of noise
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                train(run)
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                training.train()
         finally:
             TURNS.reset(token)
-        with check_values(False):
-            kinds = profiled(turns.others["step, eager"], cfg.profile_steps)
-    t = turns.times
-    label = "compiled" if compiled else "eager"
-    epoch = [s * turns.total + turns.end for s in t["loop"]]
-
-    def share(a: list[float], b: list[float]) -> dict[str, float]:
-        return spread([x / y for x, y in zip(a, b, strict=True)], 3)
-
-    shares = {f"step, {w}": share(t[f"nets, {w}"], t[f"step, {w}"]) for w in ("eager", label)}
-    shares["loop"] = share(t[f"nets, {label}"], t["loop"])
-    shares["loop, nets eager"] = share(t["nets, eager"], t["loop"])
-    shares["epoch"] = share([s * turns.total for s in t[f"nets, {label}"]], epoch)
+    with check_values(False):
+        kinds = profiled(steps["step, eager"], cfg.profile_steps)
     return {
-        "parameters": sum(p.numel() for p in flow.parameters()),
+        "parameters": sum(p.numel() for p in training.flow.parameters()),
         "relative_difference_of_losses": difference,
-        "ms_per_step": {key: spread([1e3 * s for s in v], 3) for key, v in t.items()},
+        "ms_per_step": milliseconds(turns.times, 3),
         "epoch_end_ms": round(1e3 * turns.end, 1),
-        "share": shares,
+        "share": shares(turns, "compiled" if compiled else "eager"),
         "profile": kinds,
         "warm_up_s": warm_up,
         "run": {
             "batch_size": batch,
             "images": turns.total * batch,
             "validation_images": HELD_OUT,
-            "hidden_features": list(run.model.hidden_features),
-            "flow_hidden_features": list(run.model.flow_hidden_features),
-            "latent_features": run.model.latent_features,
+            "hidden_features": list(config.model.hidden_features),
+            "flow_hidden_features": list(config.model.flow_hidden_features),
+            "latent_features": config.model.latent_features,
             "features": features,
-            "precision": str(run.trainer.precision),
+            "precision": str(config.trainer.precision),
             "threads": torch.get_num_threads(),
         },
     }
 
 
-def run(cfg: DictConfig, can_compile: bool) -> dict[str, Any]:
+def shares(turns: Turns, label: str) -> dict[str, dict[str, float]]:
+    """The nets alone over a step, the loop and an epoch; the loop runs as ``label`` says."""
+    t = turns.times
+    nets = t[f"nets, {label}"]
+    found = {f"step, {w}": ratios(t[f"nets, {w}"], t[f"step, {w}"], 3) for w in ("eager", label)}
+    found["loop"] = ratios(nets, t["loop"], 3)
+    found["loop, nets eager"] = ratios(t["nets, eager"], t["loop"], 3)
+    epoch = [s * turns.total + turns.end for s in t["loop"]]
+    return found | {"epoch": ratios([s * turns.total for s in nets], epoch, 3)}
+
+
+def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
     """Measure; ``cfg`` is the part ``vae`` of the config."""
     check(cfg)
     threads = torch.get_num_threads()
@@ -472,7 +425,7 @@ def run(cfg: DictConfig, can_compile: bool) -> dict[str, Any]:
     try:
         for name, overrides in cfg.models.items():
             torch.compiler.reset()  # the losses of all models are one function's compilations
-            models[name] = measure(cfg, name, list(overrides), can_compile)
+            models[name] = measure(cfg, name, list(overrides), compiled)
     finally:
         torch.set_num_threads(threads)
         torch.compiler.reset()
@@ -481,7 +434,7 @@ def run(cfg: DictConfig, can_compile: bool) -> dict[str, Any]:
         "setting": {
             "models": OmegaConf.to_container(cfg.models),
             "overrides": list(cfg.overrides),
-            "compiled": can_compile,
+            "compiled": compiled,
             "blocks": cfg.blocks,
             "steps_per_block": cfg.steps,
             "warm_up": cfg.warm_up,
@@ -491,74 +444,65 @@ def run(cfg: DictConfig, can_compile: bool) -> dict[str, Any]:
     }
 
 
+# What is written ----------------------------------------------------------------------------------
+
+
+def shown(v: dict[str, float] | None) -> str:
+    """A median with its range."""
+    return f"{v['median']:.2f} ({v['min']:.2f} to {v['max']:.2f})" if v else "not compiled"
+
+
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    s = result["setting"]
-    label = "compiled" if s["compiled"] else "eager"
-    r = next(iter(result["models"].values()))["run"]
-    lines = [
-        "# VAEs: the nets' share of a training step",
-        "",
+    s, models = result["setting"], result["models"]
+    first = next(iter(models.values()))
+    r, kinds = first["run"], list(first["profile"])
+    times = {
+        "nets, eager": "nets alone, eager, ms",
+        "nets, compiled": "nets alone, compiled, ms",
+        "step, eager": "step, eager, ms",
+        "step, compiled": "step, compiled, ms",
+        "loop": "loop, ms",
+    }
+    columns = {
+        "step, eager": "of the eager step",
+        "step, compiled": "of the compiled step",
+        "loop": "of the loop",
+        "loop, nets eager": "of the loop, nets eager",
+        "epoch": "of an epoch",
+    }
+    if not s["compiled"]:
+        del columns["step, compiled"], columns["loop, nets eager"]
+
+    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> Iterator[list[str]]:
+        return ([name, *cells(m)] for name, m in models.items())
+
+    low = [name for name, m in models.items() if m["share"]["loop"]["median"] < WANTED]
+    verdict = (
+        f"Below {WANTED:.0%} of the loop's step: {', '.join(low)}."
+        if low
+        else f"In every model's loop the nets are at least {WANTED:.0%} of a step."
+    )
+    worst = max(m["relative_difference_of_losses"] for m in models.values())
+    blocks = [
         f"{r['features']} pixels, hidden layers {r['hidden_features']}, {r['latent_features']} "
         f"latents, batch {r['batch_size']}, {r['precision']}, {r['threads']} thread(s); "
         f"{r['images']} grey images of noise in memory. {s['blocks']} blocks of "
         f"{s['steps_per_block']} steps each, in turns; medians, in brackets least and greatest.",
-        "",
-        "| model | nets alone, eager, ms | nets alone, compiled, ms | step, eager, ms | "
-        "step, compiled, ms | loop, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-
-    def shown(v: dict[str, float] | None, digits: int = 2) -> str:
-        if v is None:
-            return "not compiled"
-        return f"{v['median']:.{digits}f} ({v['min']:.{digits}f} to {v['max']:.{digits}f})"
-
-    keys = ("nets, eager", "nets, compiled", "step, eager", "step, compiled", "loop")
-    for name, m in result["models"].items():
-        cells = [shown(m["ms_per_step"].get(key)) for key in keys]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    columns = {"step, eager": "of the eager step", "step, compiled": "of the compiled step"}
-    columns |= {"loop": "of the loop", "loop, nets eager": "of the loop, nets eager"}
-    columns |= {"epoch": "of an epoch"}
-    if not s["compiled"]:
-        del columns["step, compiled"], columns["loop, nets eager"]
-    lines += [
-        "",
-        f"The nets' share, block by block: nets alone over step, like over like. The loop and its "
-        f"nets are {label}; of an epoch: with its end, where validation and checkpoints are.",
-        "",
-        "| model | " + " | ".join(columns.values()) + " | end of the epoch, ms |",
-        "| --- |" + " ---: |" * (len(columns) + 1),
-    ]
-    for name, m in result["models"].items():
-        cells = [shown(m["share"][key]) for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {m['epoch_end_ms']:.0f} |")
-    kinds = list(next(iter(result["models"].values()))["profile"])
-    lines += [
-        "",
-        "Shares of torch's profiler, the eager step:",
-        "",
-        "| model | " + " | ".join(kinds) + " |",
-        "| --- |" + " ---: |" * len(kinds),
-        *(
-            f"| {name} | " + " | ".join(f"{m['profile'][k]:.1%}" for k in kinds) + " |"
-            for name, m in result["models"].items()
+        table(
+            ("model", *times.values()),
+            rows(lambda m: [shown(m["ms_per_step"].get(key)) for key in times]),
         ),
-    ]
-    low = [n for n, m in result["models"].items() if m["share"]["loop"]["median"] < WANTED]
-    verdict = (
-        f"In every model's loop the nets are at least {WANTED:.0%} of a step."
-        if not low
-        else f"Below {WANTED:.0%} of the loop's step: {', '.join(low)}."
-    )
-    worst = max(m["relative_difference_of_losses"] for m in result["models"].values())
-    lines += [
-        "",
+        "The nets' share, block by block: nets alone over step, like over like. The loop and its "
+        f"nets are {'compiled' if s['compiled'] else 'eager'}; of an epoch: with its end, where "
+        "validation and checkpoints are.",
+        table(
+            ("model", *columns.values(), "end of the epoch, ms"),
+            rows(lambda m: [*(shown(m["share"][k]) for k in columns), f"{m['epoch_end_ms']:.0f}"]),
+        ),
+        "Shares of torch's profiler, the eager step:",
+        table(("model", *kinds), rows(lambda m: [f"{m['profile'][k]:.1%}" for k in kinds])),
         f"{verdict} Without the posterior's layers the losses of step and nets differ by "
         f"at most {worst:.1e} of themselves, in float64; with them, they have as many parameters.",
-        "",
-        origin_line(result, "make bench"),
-        "",
     ]
-    return "\n".join(lines)
+    return page_of("VAEs: the nets' share of a training step", blocks, result)
