@@ -110,6 +110,12 @@ def test_the_library_names_no_framework(room):
         assert {name.split(".")[0] for name in imported(path)} & set(HEAVY) == set(), path
 
 
+def test_the_package_imports_nothing_from_outside_it():
+    for path in SOURCE.rglob("*.py"):
+        found = {name.split(".")[0] for name in imported(path)}
+        assert found & {"benchmarks", "write_layers", "doubles"} == set(), path
+
+
 def test_reporting_imports_nothing_of_torch():
     for path in files("reporting"):
         found = {name.split(".")[0] for name in imported(path)}
