@@ -52,8 +52,9 @@ def bench(cfg: DictConfig) -> None:
         part = PARTS[name]
         options = cfg if name == "step" else cfg[name]
         result = part.run(options, compiled) | harness.origin()
-        file = options.get("name", name)
-        harness.write(Path(cfg.results_root) / "bench", file, result, part.page, part.picture)
+        folder, file = Path(cfg.results_root) / "bench", options.get("name", name)
+        png = part.picture(result) if part.picture else None
+        harness.write(folder, file, result, part.page(result), png)
 
 
 if __name__ == "__main__":

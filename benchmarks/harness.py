@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from surflow.cli.common import guarded, one_line_errors, origin_line, relative
@@ -169,6 +169,18 @@ def ratios(one: Sequence[float], other: Sequence[float], digits: int = 2) -> dic
 # What is written ----------------------------------------------------------------------------------
 
 
+def picked(cfg: DictConfig, *keys: str) -> dict[str, Any]:
+    """These options, as plain values."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return {key: plain[key] for key in keys}
+
+
+def shown(values: Mapping[str, float], digits: int = 2) -> str:
+    """A spread as a cell: the median, in brackets its range."""
+    low, median, high = (f"{values[key]:.{digits}f}" for key in ("min", "median", "max"))
+    return f"{median} ({low} to {high})"
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
     """A Markdown table; the first ``text`` columns hold words, the others numbers."""
     rule = ["---"] * text + ["---:"] * (len(columns) - text)
@@ -187,18 +199,11 @@ def origin() -> dict[str, Any]:
     return record.origin("benchmarks")
 
 
-def write(
-    folder: Path,
-    name: str,
-    result: dict[str, Any],
-    page: Callable[[dict[str, Any]], str],
-    picture: Callable[[dict[str, Any]], bytes] | None,
-) -> None:
+def write(folder: Path, name: str, result: dict[str, Any], text: str, png: bytes | None) -> None:
     """Write a result as JSON, Markdown and maybe a PNG; print the Markdown."""
-    text = page(result)
     files = [write_json_atomic(folder / f"{name}.json", result)]
     files.append(write_text_atomic(folder / f"{name}.md", text))
-    if picture is not None:
-        files.append(write_bytes_atomic(folder / f"{name}.png", picture(result)))
+    if png is not None:
+        files.append(write_bytes_atomic(folder / f"{name}.png", png))
     print(text)
     print(f"{relative(folder)}/: {', '.join(file.name for file in files)}")

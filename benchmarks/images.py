@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Step, in_turns, milliseconds, page_of, ratios, seconds, table
+from benchmarks.harness import Step, in_turns, milliseconds, page_of, picked, ratios, seconds, table
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import MODES, LiveBytes, set_memory, use_channels_last
@@ -157,8 +157,8 @@ def fid_seconds(flow: Flow, cfg: DictConfig, shape: tuple[int, ...]) -> dict[str
         )
     except ValueError as reason:
         return {"missing": str(reason)}
-    what = {key: cfg[key] for key in ("n", "reference", "extractor")}
-    return what | {"seconds": {name: round(s, 2) for name, s in found.items()}}
+    times = {name: round(s, 2) for name, s in found.items()}
+    return picked(cfg, "n", "reference", "extractor") | {"seconds": times}
 
 
 # The whole ----------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
 def entrants(cfg: DictConfig, ways: list[str]) -> dict[str, Training]:
     """The plain implementation, and ours compiled in each way, of the same weights."""
     torch.manual_seed(0)
-    flow = pool_flow(**OmegaConf.to_container(cfg.model, resolve=True)).to(cfg.device)
+    flow = pool_flow(**picked(cfg, "model")["model"]).to(cfg.device)
     images = torch.randint(256, (POOL, *cfg.model.shape), device=cfg.device)
     plain = Training(flow, images, cfg.optimizer.lr, batched=False, read_back=True)
     return {"plain": plain} | {way: ours(cfg, copy.deepcopy(flow), images, way) for way in ways}
@@ -245,24 +245,16 @@ def compare(cfg: DictConfig, contenders: dict[str, Training]) -> dict[str, Any]:
 
 
 def ours(cfg: DictConfig, flow: Flow, images: Tensor, way: str = "none") -> Training:
-    return Training(
-        flow,
-        images,
-        cfg.optimizer.lr,
-        compile=way,
-        precision=cfg.precision,
-        channels_last=cfg.channels_last,
-    )
+    layout = picked(cfg, "precision", "channels_last")
+    return Training(flow, images, cfg.optimizer.lr, compile=way, **layout)
 
 
 def setting(cfg: DictConfig, flow: Flow) -> dict[str, Any]:
     return {
         "device": device_name(cfg.device),
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        **picked(cfg, "model"),
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "batch_size": cfg.batch_size,
-        "precision": cfg.precision,
-        "channels_last": cfg.channels_last,
+        **picked(cfg, "batch_size", "precision", "channels_last"),
         "threads": torch.get_num_threads(),
         "tf32": {
             "convolutions": torch.backends.cudnn.allow_tf32,
@@ -285,7 +277,7 @@ def without_compilation(cfg: DictConfig, fast: Training) -> dict[str, Any]:
         "samples_per_s": sampled,
         "samples_at_a_time": cfg.samples,
         "iwbo_draws_per_s": bound,
-        "iwbo": OmegaConf.to_container(cfg.iwbo),
+        **picked(cfg, "iwbo"),
         "fid": fid_seconds(flow, cfg.fid, tuple(cfg.model.shape)),
     }
 

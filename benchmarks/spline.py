@@ -31,7 +31,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from benchmarks.harness import Step, in_turns, milliseconds, page_of, ratios, seconds, table
+from benchmarks import harness
 from surflow.errors import UserError, close_match
 from surflow.flow import Flow
 from surflow.models import coupling_flow, coupling_net
@@ -104,6 +104,17 @@ def surflow_model(cfg: DictConfig) -> Model:
     return Model(flow, flow.log_prob, flow.sample, linears_of(flow.transforms), True)
 
 
+def coupling_of(cfg: DictConfig, mask: Tensor) -> dict[str, Any]:
+    """The arguments of a spline coupling of nflows, and of normflows, which took it over."""
+    return {
+        "mask": mask.int(),
+        "transform_net_create_fn": partial(Net, hidden=cfg.hidden),
+        "num_bins": cfg.num_bins,
+        "tails": "linear",
+        "tail_bound": float(cfg.bound),
+    }
+
+
 def nflows_model(cfg: DictConfig) -> Model:
     """nflows: its coupling, composite transform, standard normal and flow."""
     from nflows.distributions import StandardNormal
@@ -111,14 +122,7 @@ def nflows_model(cfg: DictConfig) -> Model:
     from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
 
     couplings = [
-        PiecewiseRationalQuadraticCouplingTransform(
-            mask=mask.int(),
-            transform_net_create_fn=partial(Net, hidden=cfg.hidden),
-            num_bins=cfg.num_bins,
-            tails="linear",
-            tail_bound=float(cfg.bound),
-        )
-        for mask in masks(cfg)
+        PiecewiseRationalQuadraticCouplingTransform(**coupling_of(cfg, mask)) for mask in masks(cfg)
     ]
     flow = Flow(CompositeTransform(couplings), StandardNormal([cfg.features]))
     return Model(flow, flow.log_prob, flow.sample, linears_of(couplings), True)
@@ -136,12 +140,7 @@ def normflows_model(cfg: DictConfig) -> Model:
             cfg.features, 1, cfg.hidden[0], num_bins=cfg.num_bins, tail_bound=float(cfg.bound)
         )
         layer.prqct = PiecewiseRationalQuadraticCoupling(
-            mask=mask.int(),
-            transform_net_create_fn=partial(Net, hidden=cfg.hidden),
-            num_bins=cfg.num_bins,
-            tails="linear",
-            tail_bound=float(cfg.bound),
-            apply_unconditional_transform=False,
+            apply_unconditional_transform=False, **coupling_of(cfg, mask)
         )
         layers.append(layer)
     base = normflows.distributions.DiagGaussian(cfg.features, trainable=False)
@@ -169,12 +168,8 @@ def zuko_model(cfg: DictConfig) -> Model:
     normal = zuko.distributions.DiagNormal
     base = zuko.flows.UnconditionalDistribution(normal, loc, scale, buffer=True)
     flow = zuko.flows.Flow(couplings, base)
-    return Model(
-        flow,
-        lambda x: flow().log_prob(x),
-        lambda n: flow().sample((n,)),
-        linears_of(couplings),
-    )
+    log_prob, sample = lambda x: flow().log_prob(x), lambda n: flow().sample((n,))
+    return Model(flow, log_prob, sample, linears_of(couplings))
 
 
 LIBRARIES: dict[str, Callable[[DictConfig], Model]] = {
@@ -200,50 +195,28 @@ def copy_weights(ours: Model, theirs: Model, cfg: DictConfig) -> None:
 # Timing -------------------------------------------------------------------------------------------
 
 
+Entry = tuple[str, bool]
+"""A contender: its library, and whether it runs under ``torch.compile``."""
+
+
 def mode_of(compiled: bool) -> str:
     return "torch.compile" if compiled else "eager"
 
 
-@dataclass
-class Contender:
-    """One implementation in one mode.
-
-    Attributes:
-        library: its name.
-        compiled: whether it runs under ``torch.compile``.
-        step: a training step of it.
-        sample: draws as many samples as a batch has rows.
-        times: task -> seconds a call, by block.
-    """
-
-    library: str
-    compiled: bool
-    step: Step
-    sample: Callable[[], Any]
-    times: dict[str, list[float]]
-
-    @property
-    def label(self) -> str:
-        return f"{self.library}, {mode_of(self.compiled)}"
-
-    @property
-    def calls(self) -> dict[str, Callable[[], Any]]:
-        return {TRAIN: self.step, SAMPLE: self.sample}
-
-    def warm_up(self, times: int) -> None:
-        for _ in range(times):
-            for call in self.calls.values():
-                call()
-
-
-def contender(library: str, model: Model, compiled: bool, data: Tensor, n: int) -> Contender:
-    """A model with its own Adam."""
+def calls_of(model: Model, compiled: bool, data: Tensor, n: int) -> dict[str, Callable[[], Any]]:
+    """task -> what is timed: a step with an Adam of its own, and drawing n samples."""
     log_prob, sample = model.log_prob, lambda: model.sample(n)
     if compiled:
         log_prob, sample = torch.compile(log_prob), torch.compile(sample)
     optimizer = torch.optim.Adam(model.module.parameters(), lr=1e-3, fused=True)
-    step = Step(lambda x: -log_prob(x).mean(), optimizer, data, n, read_back=True)
-    return Contender(library, compiled, step, torch.no_grad()(sample), {})
+    step = harness.Step(lambda x: -log_prob(x).mean(), optimizer, data, n, read_back=True)
+    return {TRAIN: step, SAMPLE: torch.no_grad()(sample)}
+
+
+def warm_up(calls: dict[str, Callable[[], Any]], times: int) -> None:
+    for _ in range(times):
+        for call in calls.values():
+            call()
 
 
 def built(name: str, ours: Model, cfg: DictConfig) -> Model:
@@ -275,15 +248,17 @@ def check_same(name: str, ours: Model, theirs: Model, x: Tensor) -> float | None
     return difference
 
 
-def contenders(cfg: DictConfig, compiled: bool, data: Tensor) -> tuple[list[Contender], dict]:
-    """All that can run here, warmed up, ours first; and what was found on the way."""
+def contenders(
+    cfg: DictConfig, compiled: bool, data: Tensor
+) -> tuple[dict[Entry, dict[str, Callable[[], Any]]], dict[str, Any]]:
+    """The calls of all that can run here, warmed up, ours first; and what was found on the way."""
     if FOLDER.is_dir() and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))  # last: it can shadow nothing
     found: dict[str, Any] = {"left_out": {}, "not_compiled": {}, "difference_nats": {}}
     torch.manual_seed(0)
     ours = surflow_model(cfg)
     found["parameters"] = sum(p.numel() for p in ours.module.parameters())
-    entered: list[Contender] = []
+    entered = {}
     for name in ["surflow", *cfg.libraries]:
         both = compiled and (name == "surflow" or cfg.compile_theirs)
         for mode in (False, True) if both else (False,):
@@ -295,9 +270,9 @@ def contenders(cfg: DictConfig, compiled: bool, data: Tensor) -> tuple[list[Cont
                 break
             if name != "surflow" and not mode:
                 found["difference_nats"][name] = check_same(name, ours, model, data[:4096])
-            one = contender(name, model, mode, data, cfg.batch_size)
+            calls = calls_of(model, mode, data, cfg.batch_size)
             try:
-                one.warm_up(3)
+                warm_up(calls, 3)
             except Exception as error:
                 if not mode or name == "surflow":
                     raise
@@ -305,12 +280,14 @@ def contenders(cfg: DictConfig, compiled: bool, data: Tensor) -> tuple[list[Cont
                 found["not_compiled"][name] = type(error).__name__
                 print(f"bench: {name} under torch.compile left out: {type(error).__name__}")
                 continue
-            entered.append(one)
+            entered[name, mode] = calls
     return entered, found
 
 
-def measure(cfg: DictConfig, compiled: bool) -> tuple[list[Contender], dict[str, Any]]:
-    """All contenders with their times, and what was found on the way."""
+def measure(
+    cfg: DictConfig, compiled: bool
+) -> tuple[dict[Entry, float], dict[tuple[str, Entry], list[float]], dict[str, Any]]:
+    """The last losses, the seconds of each task's blocks, and what was found on the way."""
     generator = torch.Generator().manual_seed(0)
     data = 1.2 * torch.randn(16 * cfg.batch_size, cfg.features, generator=generator)
     start = time.perf_counter()
@@ -320,20 +297,20 @@ def measure(cfg: DictConfig, compiled: bool) -> tuple[list[Contender], dict[str,
         warnings.simplefilter("ignore")  # theirs, on this torch
         torch._logging.set_logs(dynamo=logging.ERROR)  # theirs break graphs: pages of notes
         entered, found = contenders(cfg, compiled, data)
-        for one in entered:  # once more, now that nothing is left to compile
-            one.warm_up(1)
+        for calls in entered.values():  # once more, now that nothing is left to compile
+            warm_up(calls, 1)
         found["warm_up_s"] = round(time.perf_counter() - start, 2)
         clocks = {
-            (task, i): partial(seconds, one.calls[task], cfg.calls)
+            (task, entry): partial(harness.seconds, calls[task], cfg.calls)
             for task in WHAT
-            for i, one in enumerate(entered)
+            for entry, calls in entered.items()
         }
-        times = in_turns(clocks, cfg.blocks)
-    for i, one in enumerate(entered):
-        one.times = {task: times[task, i] for task in WHAT}
-        if not math.isfinite(one.step.last):
-            raise RuntimeError(f"{one.label}: the loss became {one.step.last}")
-    return entered, found
+        times = harness.in_turns(clocks, cfg.blocks)
+    losses = {entry: calls[TRAIN].last for entry, calls in entered.items()}
+    for (library, mode), loss in losses.items():
+        if not math.isfinite(loss):
+            raise RuntimeError(f"{library}, {mode_of(mode)}: the loss became {loss}")
+    return losses, times, found
 
 
 def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
@@ -348,15 +325,11 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
             f"spline.libraries: expected some of {', '.join(LIBRARIES)}, got {unknown[0]!r}"
             + close_match(unknown[0], LIBRARIES)
         )
-    entered, found = measure(cfg, compiled)
+    losses, times, found = measure(cfg, compiled)
     return {
         "what": WHAT,
         "setting": {
-            "features": cfg.features,
-            "batch_size": cfg.batch_size,
-            "num_bins": cfg.num_bins,
-            "bound": cfg.bound,
-            "num_couplings": cfg.num_couplings,
+            **harness.picked(cfg, "features", "batch_size", "num_bins", "bound", "num_couplings"),
             "hidden_features": list(cfg.hidden),
             "precision": "float32",
             "threads": torch.get_num_threads(),
@@ -365,30 +338,32 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
             "calls_per_block": cfg.calls,
         },
         **found,
-        "versions_of": {c.library: version(c.library) for c in entered if c.library != "surflow"},
+        "versions_of": {name: version(name) for name, _ in losses if name != "surflow"},
         "contenders": [
             {
-                "library": one.library,
-                "compiled": one.compiled,
-                "ms": milliseconds(one.times),
-                "last_loss": round(one.step.last, 4),
+                "library": entry[0],
+                "compiled": entry[1],
+                "ms": harness.milliseconds({task: times[task, entry] for task in WHAT}),
+                "last_loss": round(loss, 4),
             }
-            for one in entered
+            for entry, loss in losses.items()
         ],
-        "speedup": speedups(entered),
+        "speedup": speedups(times),
     }
 
 
-def speedups(entered: Sequence[Contender]) -> list[dict[str, Any]]:
+def speedups(times: dict[tuple[str, Entry], list[float]]) -> list[dict[str, Any]]:
     """Ours against the fastest of the others, block by block, by task and mode."""
     rows = []
+    entries = list(dict.fromkeys(entry for _, entry in times))
     for mode in (False, True):
-        others = [c for c in entered if c.library != "surflow" and c.compiled == mode]
-        for ours in (c for c in entered if c.library == "surflow" and others):
+        others = [e for e in entries if e[0] != "surflow" and e[1] == mode]
+        for ours in (e for e in entries if e[0] == "surflow" and others):
             for task in WHAT:
-                fastest = min(others, key=lambda c: statistics.median(c.times[task]))
-                which = {"task": task, "ours": ours.label, "against": fastest.label}
-                rows.append(which | ratios(fastest.times[task], ours.times[task]))
+                fastest = min(others, key=lambda e: statistics.median(times[task, e]))
+                labels = [f"{library}, {mode_of(m)}" for library, m in (ours, fastest)]
+                which = dict(zip(("task", "ours", "against"), (task, *labels), strict=True))
+                rows.append(which | harness.ratios(times[task, fastest], times[task, ours]))
     return rows
 
 
@@ -401,11 +376,7 @@ def page(result: dict[str, Any]) -> str:
 
     def row(c: dict[str, Any]) -> list[str]:
         named = f"{c['library']} {result['versions_of'].get(c['library'], '')}".rstrip()
-        cells = [
-            f"{ms['median']:.1f} ({ms['min']:.1f} to {ms['max']:.1f})"
-            for ms in (c["ms"][task] for task in WHAT)
-        ]
-        return [named, mode_of(c["compiled"]), *cells]
+        return [named, mode_of(c["compiled"]), *(harness.shown(c["ms"][task], 1) for task in WHAT)]
 
     blocks = [
         f"D = {s['features']}, batch {s['batch_size']}, {s['num_couplings']} couplings, "
@@ -414,7 +385,7 @@ def page(result: dict[str, Any]) -> str:
         f"{s['optimizer']}; {s['blocks']} blocks of {s['calls_per_block']} calls each, in turns.\n"
         f"Training: {WHAT[TRAIN]}. Sampling: {s['batch_size']} samples, without gradients. "
         "Median of the blocks, in brackets the fastest and the slowest.",
-        table(
+        harness.table(
             ("library", "mode", "training step, ms", "sampling, ms"),
             map(row, result["contenders"]),
             text=2,
@@ -428,10 +399,10 @@ def page(result: dict[str, Any]) -> str:
         )
         blocks += [
             "Speed-up against the fastest of the others, block by block:",
-            table(columns, rows, text=3),
+            harness.table(columns, rows, text=3),
         ]
     blocks.append(" ".join(notes(result)))
-    return page_of("Spline coupling flow, side by side", blocks, result)
+    return harness.page_of("Spline coupling flow, side by side", blocks, result)
 
 
 def notes(result: dict[str, Any]) -> list[str]:

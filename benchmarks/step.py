@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from benchmarks.harness import Step, in_turns, milliseconds, page_of, ratios, seconds, table
+from benchmarks.harness import Step, in_turns, milliseconds, page_of, picked, ratios, seconds, table
 from surflow.data.synthetic import make_dataset
 from surflow.errors import UserError
 from surflow.models import coupling_flow, coupling_net
@@ -31,13 +31,8 @@ class PlainAffineCoupling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(1, HIDDEN[0]),
-            nn.ReLU(),
-            nn.Linear(HIDDEN[0], HIDDEN[1]),
-            nn.ReLU(),
-            nn.Linear(HIDDEN[1], 2),
-        )
+        first, last = nn.Linear(1, HIDDEN[0]), nn.Linear(*HIDDEN)
+        self.net = nn.Sequential(first, nn.ReLU(), last, nn.ReLU(), nn.Linear(HIDDEN[1], 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = x.chunk(2, dim=1)
@@ -123,8 +118,7 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
     return {
         "what": "one training step: forward, backward, Adam",
         "setting": {
-            "batch_size": cfg.batch_size,
-            "num_couplings": cfg.num_couplings,
+            **picked(cfg, "batch_size", "num_couplings"),
             "hidden_features": list(HIDDEN),
             "precision": "float32",
             "threads": torch.get_num_threads(),
@@ -142,22 +136,19 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     s, r = result["setting"], result["speedup"]
+    mode = "torch.compile" if s["compiled"] else "eager (not compiled)"
     labels = {
         "plain": "plain: separate modules, eager, Adam without fused or batched kernels",
-        "ours": "surflow: "
-        + ("torch.compile, " if s["compiled"] else "eager (not compiled), ")
-        + "fused Adam",
+        "ours": f"surflow: {mode}, fused Adam",
     }
+    cells = {name: [f"{t:.2f}" for t in ms.values()] for name, ms in result["ms_per_step"].items()}
     blocks = [
         f"{result['what']}; batch {s['batch_size']}, {s['num_couplings']} affine couplings, "
         f"MLP {s['hidden_features']}, {s['precision']}, {s['threads']} thread(s); "
         f"{s['blocks']} blocks of {s['steps_per_block']} steps each, in turns.",
         table(
             ("implementation", "min, ms", "median, ms", "max, ms"),
-            (
-                (label, *(f"{value:.2f}" for value in result["ms_per_step"][name].values()))
-                for name, label in labels.items()
-            ),
+            ((label, *cells[name]) for name, label in labels.items()),
         ),
         f"Speed-up, block by block: median {r['median']:.2f} x (min {r['min']:.2f}, "
         f"max {r['max']:.2f}). The two flows have the same weights and differ by at most "

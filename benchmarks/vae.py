@@ -20,27 +20,17 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from benchmarks.harness import (
-    Step,
-    Training,
-    build,
-    milliseconds,
-    page_of,
-    ratios,
-    seconds,
-    table,
-    turn,
-)
+from benchmarks import harness
 from surflow.checks import check_values
 from surflow.config import compose
 from surflow.data.digits import MNIST, DigitBatches
@@ -52,6 +42,21 @@ POOL = 32  # batches that the direct steps take turns with
 INK = 0.19  # share of MNIST's pixels that are not 0
 HELD_OUT = 1000  # rows of validation and test
 WANTED = 0.8
+SIZES = ("hidden_features", "flow_hidden_features", "latent_features")
+TIMES = {
+    "nets, eager": "nets alone, eager, ms",
+    "nets, compiled": "nets alone, compiled, ms",
+    "step, eager": "step, eager, ms",
+    "step, compiled": "step, compiled, ms",
+    "loop": "loop, ms",
+}
+SHARES = {
+    "step, eager": "of the eager step",
+    "step, compiled": "of the compiled step",
+    "loop": "of the loop",
+    "loop, nets eager": "of the loop, nets eager",
+    "epoch": "of an epoch",
+}
 
 
 # The nets alone -----------------------------------------------------------------------------------
@@ -71,18 +76,25 @@ class ParametersOnly(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.net = chain(layer.transform.net)
+        self.net = chain(layer)
 
     def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return z, self.net(h).sum(1)
 
 
-class HalfNet(nn.Module):
-    """A coupling's net, its two outputs an element added instead of applied."""
+class AllNet(ParametersOnly):
+    """A masked layer's net, its two outputs an element added instead of applied."""
+
+    def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.net(torch.cat([z, h], dim=1)).chunk(2, dim=1)
+        return z + scale + shift, z.new_zeros(())
+
+
+class HalfNet(AllNet):
+    """The same of a coupling, which moves one half of z."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.net = chain(layer.net)
+        super().__init__(layer)
         self.swap = layer.swap
 
     def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,18 +104,6 @@ class HalfNet(nn.Module):
         moved = moved + scale + shift
         both = [moved, seen] if self.swap else [seen, moved]
         return torch.cat(both, dim=1), z.new_zeros(())
-
-
-class AllNet(nn.Module):
-    """A masked layer's net, its two outputs an element added instead of applied."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.net = chain(layer.transform.net)
-
-    def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.net(torch.cat([z, h], dim=1)).chunk(2, dim=1)
-        return z + scale + shift, z.new_zeros(())
 
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -211,7 +211,7 @@ class Turns:
         if block > 0:
             self.times["loop"].append((time.perf_counter() - self.start) / self.steps)
             with check_values(False):
-                for name in turn(self.others, block - 1):
+                for name in harness.turn(self.others, block - 1):
                     self.times[name].append(self.others[name]())
         self.start = time.perf_counter()
 
@@ -279,15 +279,9 @@ def run_of(
         [
             *overrides,
             *cfg.overrides,
-            "data=mnist_grey",
+            *cfg.run,
             f"data.module._target_={__name__}.Noise",
-            "trainer.max_epochs=1",
-            "trainer.accelerator=cpu",
             f"trainer.compile={str(compiled).lower()}",
-            "logger=csv",
-            "objective.eval_samples=1",
-            "objective.iwbo_samples=0",
-            "run.pictures=false",
             f"run.root={folder}",
         ]
     )
@@ -308,10 +302,10 @@ KINDS = {
 }  # fmt: skip
 
 
-def profiled(step: Step, steps: int) -> dict[str, float]:
+def profiled(step: harness.Step, steps: int) -> dict[str, float]:
     """Shares of the profiler's own time of an operator, by kind; the rest is "other"."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        seconds(step, steps)
+        harness.seconds(step, steps)
     events = found.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
     shares = {
@@ -344,17 +338,21 @@ def check_model(name: str, model: DictConfig) -> None:
         )
 
 
-def direct_steps(training: Training, nets: Nets, pool: Tensor, batch: int, compiled: bool) -> dict:
-    """name -> a step called directly: of the nets alone and ours, eager, and compiled if asked."""
+def direct_steps(
+    run: harness.Training, nets: Nets, pool: Tensor, batch: int, compiled: bool
+) -> dict[str, harness.Step]:
+    """Steps called directly: of the nets alone and ours, eager, and compiled if asked."""
     steps = {}
-    for way, label in ((False, "eager"), (True, "compiled"))[: 1 + compiled]:
-        own, flow = copy.deepcopy(nets), copy.deepcopy(training.flow)
-        alone = torch.compile(own.loss, dynamic=False) if way else own.loss
-        for name, loss, module in (
-            (f"nets, {label}", alone, own),
-            (f"step, {label}", training.loss(flow, way), flow),
-        ):
-            steps[name] = Step(loss, training.optimizer(module.parameters()), pool, batch)
+    for label in ("eager", "compiled")[: 1 + compiled]:
+        own, flow = copy.deepcopy(nets), copy.deepcopy(run.flow)
+        way = label == "compiled"
+        losses = {
+            "nets": (own, torch.compile(own.loss, dynamic=False) if way else own.loss),
+            "step": (flow, run.loss(flow, way)),
+        }
+        for name, (module, loss) in losses.items():
+            optimizer = run.optimizer(module.parameters())
+            steps[f"{name}, {label}"] = harness.Step(loss, optimizer, pool, batch)
     return steps
 
 
@@ -364,7 +362,7 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
     with tempfile.TemporaryDirectory() as folder:
         config = run_of(cfg, overrides, turns.total, folder, compiled)
         check_model(name, config.model)
-        training = build(config)
+        training = harness.build(config)
         batch, (features,) = config.data.batch_size, config.data.event_shape
         generator = torch.Generator().manual_seed(0)
         pool = inked(torch.rand(POOL * batch, features, generator=generator), generator)
@@ -372,9 +370,9 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
         difference = check_same(training.flow, nets, pool[:batch])
         steps = direct_steps(training, nets, pool, batch, compiled)
         with check_values(False):
-            warm_up = {key: round(3 * seconds(step, 3), 1) for key, step in steps.items()}
+            warm_up = {key: round(3 * harness.seconds(step, 3), 1) for key, step in steps.items()}
         for key, step in steps.items():
-            turns.enter(key, partial(seconds, step, cfg.steps))
+            turns.enter(key, partial(harness.seconds, step, cfg.steps))
         token = TURNS.set(turns)
         quiet = io.StringIO()  # what the run says is the loss of noise
         try:
@@ -387,7 +385,7 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
     return {
         "parameters": sum(p.numel() for p in training.flow.parameters()),
         "relative_difference_of_losses": difference,
-        "ms_per_step": milliseconds(turns.times, 3),
+        "ms_per_step": harness.milliseconds(turns.times, 3),
         "epoch_end_ms": round(1e3 * turns.end, 1),
         "share": shares(turns, "compiled" if compiled else "eager"),
         "profile": kinds,
@@ -396,9 +394,7 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
             "batch_size": batch,
             "images": turns.total * batch,
             "validation_images": HELD_OUT,
-            "hidden_features": list(config.model.hidden_features),
-            "flow_hidden_features": list(config.model.flow_hidden_features),
-            "latent_features": config.model.latent_features,
+            **harness.picked(config.model, *SIZES),
             "features": features,
             "precision": str(config.trainer.precision),
             "threads": torch.get_num_threads(),
@@ -408,13 +404,13 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
 
 def shares(turns: Turns, label: str) -> dict[str, dict[str, float]]:
     """The nets alone over a step, the loop and an epoch; the loop runs as ``label`` says."""
-    t = turns.times
-    nets = t[f"nets, {label}"]
-    found = {f"step, {w}": ratios(t[f"nets, {w}"], t[f"step, {w}"], 3) for w in ("eager", label)}
-    found["loop"] = ratios(nets, t["loop"], 3)
-    found["loop, nets eager"] = ratios(t["nets, eager"], t["loop"], 3)
-    epoch = [s * turns.total + turns.end for s in t["loop"]]
-    return found | {"epoch": ratios([s * turns.total for s in nets], epoch, 3)}
+    eager, like, loop = (turns.times[key] for key in ("nets, eager", f"nets, {label}", "loop"))
+    pairs = {"step, eager": (eager, turns.times["step, eager"])}
+    pairs[f"step, {label}"] = like, turns.times[f"step, {label}"]
+    pairs["loop"], pairs["loop, nets eager"] = (like, loop), (eager, loop)
+    n = turns.total
+    pairs["epoch"] = [s * n for s in like], [s * n + turns.end for s in loop]
+    return {name: harness.ratios(*pair, 3) for name, pair in pairs.items()}
 
 
 def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
@@ -432,8 +428,7 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
     return {
         "what": "one training step of a VAE: forward, backward, Adam",
         "setting": {
-            "models": OmegaConf.to_container(cfg.models),
-            "overrides": list(cfg.overrides),
+            **harness.picked(cfg, "models", "overrides"),
             "compiled": compiled,
             "blocks": cfg.blocks,
             "steps_per_block": cfg.steps,
@@ -447,35 +442,23 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
 # What is written ----------------------------------------------------------------------------------
 
 
-def shown(v: dict[str, float] | None) -> str:
-    """A median with its range."""
-    return f"{v['median']:.2f} ({v['min']:.2f} to {v['max']:.2f})" if v else "not compiled"
-
-
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     s, models = result["setting"], result["models"]
     first = next(iter(models.values()))
     r, kinds = first["run"], list(first["profile"])
-    times = {
-        "nets, eager": "nets alone, eager, ms",
-        "nets, compiled": "nets alone, compiled, ms",
-        "step, eager": "step, eager, ms",
-        "step, compiled": "step, compiled, ms",
-        "loop": "loop, ms",
-    }
-    columns = {
-        "step, eager": "of the eager step",
-        "step, compiled": "of the compiled step",
-        "loop": "of the loop",
-        "loop, nets eager": "of the loop, nets eager",
-        "epoch": "of an epoch",
-    }
-    if not s["compiled"]:
-        del columns["step, compiled"], columns["loop, nets eager"]
+    needs_compiler = () if s["compiled"] else ("step, compiled", "loop, nets eager")
+    columns = [key for key in SHARES if key not in needs_compiler]
 
-    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> Iterator[list[str]]:
+    def rows(cells: Callable[[dict[str, Any]], Iterable[str]]) -> Iterator[list[str]]:
         return ([name, *cells(m)] for name, m in models.items())
+
+    def times(m: dict[str, Any]) -> Iterator[str]:
+        ms = m["ms_per_step"]
+        return (harness.shown(ms[key]) if key in ms else "not compiled" for key in TIMES)
+
+    def shared(m: dict[str, Any]) -> list[str]:
+        return [*(harness.shown(m["share"][k]) for k in columns), f"{m['epoch_end_ms']:.0f}"]
 
     low = [name for name, m in models.items() if m["share"]["loop"]["median"] < WANTED]
     verdict = (
@@ -489,20 +472,16 @@ def page(result: dict[str, Any]) -> str:
         f"latents, batch {r['batch_size']}, {r['precision']}, {r['threads']} thread(s); "
         f"{r['images']} grey images of noise in memory. {s['blocks']} blocks of "
         f"{s['steps_per_block']} steps each, in turns; medians, in brackets least and greatest.",
-        table(
-            ("model", *times.values()),
-            rows(lambda m: [shown(m["ms_per_step"].get(key)) for key in times]),
-        ),
+        harness.table(("model", *TIMES.values()), rows(times)),
         "The nets' share, block by block: nets alone over step, like over like. The loop and its "
         f"nets are {'compiled' if s['compiled'] else 'eager'}; of an epoch: with its end, where "
         "validation and checkpoints are.",
-        table(
-            ("model", *columns.values(), "end of the epoch, ms"),
-            rows(lambda m: [*(shown(m["share"][k]) for k in columns), f"{m['epoch_end_ms']:.0f}"]),
+        harness.table(
+            ("model", *(SHARES[k] for k in columns), "end of the epoch, ms"), rows(shared)
         ),
         "Shares of torch's profiler, the eager step:",
-        table(("model", *kinds), rows(lambda m: [f"{m['profile'][k]:.1%}" for k in kinds])),
+        harness.table(("model", *kinds), rows(lambda m: [f"{m['profile'][k]:.1%}" for k in kinds])),
         f"{verdict} Without the posterior's layers the losses of step and nets differ by "
         f"at most {worst:.1e} of themselves, in float64; with them, they have as many parameters.",
     ]
-    return page_of("VAEs: the nets' share of a training step", blocks, result)
+    return harness.page_of("VAEs: the nets' share of a training step", blocks, result)

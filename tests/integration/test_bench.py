@@ -123,16 +123,15 @@ def test_without_any_library_ours_is_still_timed(run, monkeypatch):
 
 
 def test_speedup_is_of_blocks_and_against_the_fastest():
-    def timed(library, compiled, train, sample):
-        return spline.Contender(library, compiled, None, None, {"train": train, "sample": sample})
-
-    rows = spline.speedups(
-        [
-            timed("surflow", False, [1.0, 2.0, 4.0], [1.0, 1.0, 1.0]),
-            timed("slow", False, [9.0, 9.0, 9.0], [2.0, 2.0, 3.0]),
-            timed("fast", False, [2.0, 6.0, 16.0], [5.0, 5.0, 5.0]),
-        ]
-    )
+    times = {
+        ("train", ("surflow", False)): [1.0, 2.0, 4.0],
+        ("train", ("slow", False)): [9.0, 9.0, 9.0],
+        ("train", ("fast", False)): [2.0, 6.0, 16.0],
+        ("sample", ("surflow", False)): [1.0, 1.0, 1.0],
+        ("sample", ("slow", False)): [2.0, 2.0, 3.0],
+        ("sample", ("fast", False)): [5.0, 5.0, 5.0],
+    }
+    rows = spline.speedups(times)
     assert [(r["task"], r["against"]) for r in rows] == [
         ("train", "fast, eager"),
         ("sample", "slow, eager"),
