@@ -8,7 +8,7 @@ For each model three things are timed, in turns, block by block:
 * the loop: the same step in a real training run, with its data module, checks, callbacks and log.
   The run itself hands over the turns, between two of its steps.
 
-The nets alone run eager, and compiled where ours is: like is set against like. The images are
+The nets alone run eager, and compiled where ours is: eager is compared with eager. The images are
 noise, so no data are needed; they are as many as those of the real run.
 """
 
