@@ -63,7 +63,7 @@ verify: $(STAMP)  ## Prove every layer: round trip, log-det, mass, gradients, co
 	$(RUN).verify workers=$(WORKERS) output=results/verify
 
 docs: $(STAMP)  ## Write docs/layers.md from the docstrings
-	$(RUN).layers
+	$(BIN)/python docs/write_layers.py
 
 # The libraries of pyproject.toml's group `bench`, in a folder of their own that only the benchmark
 # reads: they are in no lock file, and nothing else sees them. Without a network it goes on without.
@@ -73,10 +73,10 @@ $(BENCH): $(STAMP)
 		&& touch $(BENCH) || echo "bench: could not install nflows, normflows and zuko; going on with what is there" >&2
 
 bench: $(STAMP) $(BENCH)  ## Time ours against a plain step and three libraries; the nets' share of a VAE's step
-	$(RUN).bench
+	$(BIN)/python -m benchmarks
 
 bench-gpu: $(STAMP)  ## Time the full PoolFlow on a GPU: speed-up, share of peak, memory, FID time
-	$(RUN).bench 'parts=[images]' bench_images@images=gpu
+	$(BIN)/python -m benchmarks 'parts=[images]' bench_images@images=gpu
 
 # one target for each experiments/<table>/table.yaml, which names the default profile
 $(addprefix reproduce-,$(TABLES)): reproduce-%: $(STAMP)

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from surflow.cli import bench, bench_images, bench_splines, bench_vae
-from surflow.config import compose
+from benchmarks import harness, images, spline, vae
+from benchmarks.__main__ import bench
 from surflow.errors import UserError
+from surflow.models import pool_flow
 
 TINY = (
     "compile=false",
@@ -45,6 +48,13 @@ TINY = (
 )
 
 
+def settings(*overrides):
+    """conf/bench.yaml at tiny size, with these overrides."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(harness.CONF), version_base="1.3"):
+        return compose("bench", overrides=[*TINY, *overrides])
+
+
 @pytest.fixture
 def path(monkeypatch):
     """sys.path as it was, afterwards."""
@@ -55,8 +65,7 @@ def path(monkeypatch):
 @pytest.fixture
 def run(tmp_path, path):
     def run(*overrides):
-        cfg = compose([*TINY, f"results_root={tmp_path}", *overrides], "bench")
-        bench.bench(cfg)
+        bench(settings(f"results_root={tmp_path}", *overrides))
         return tmp_path / "bench"
 
     return run
@@ -64,7 +73,7 @@ def run(tmp_path, path):
 
 def stand_in(cfg):
     """Another library's flow: ours, but with a function of its own."""
-    model = bench_splines.surflow_model(cfg)
+    model = spline.surflow_model(cfg)
     model.same_function = False
     return model
 
@@ -74,8 +83,8 @@ def missing(cfg):
 
 
 def test_step_and_spline(run, monkeypatch, capsys):
-    monkeypatch.setattr(bench_splines, "LIBRARIES", {"nflows": stand_in, "zuko": missing})
-    monkeypatch.setattr(bench_splines, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(spline, "LIBRARIES", {"nflows": stand_in, "zuko": missing})
+    monkeypatch.setattr(spline, "version", lambda name: "1.2.3")
     folder = run("parts=[step,spline]", "spline.libraries=[nflows,zuko]")
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("bench: ")]
@@ -105,7 +114,7 @@ def test_step_and_spline(run, monkeypatch, capsys):
 
 
 def test_without_any_library_ours_is_still_timed(run, monkeypatch):
-    monkeypatch.setattr(bench_splines, "LIBRARIES", {"zuko": missing})
+    monkeypatch.setattr(spline, "LIBRARIES", {"zuko": missing})
     folder = run("parts=[spline]", "spline.libraries=[zuko]")
     result = json.loads((folder / "spline.json").read_text())
     assert [c["library"] for c in result["contenders"]] == ["surflow"]
@@ -114,18 +123,15 @@ def test_without_any_library_ours_is_still_timed(run, monkeypatch):
 
 
 def test_speedup_is_of_blocks_and_against_the_fastest():
-    def timed(library, compiled, train, sample):
-        one = bench_splines.Contender(library, compiled, None, {})
-        one.times = {"train": train, "sample": sample}
-        return one
-
-    rows = bench_splines.speedups(
-        [
-            timed("surflow", False, [1.0, 2.0, 4.0], [1.0, 1.0, 1.0]),
-            timed("slow", False, [9.0, 9.0, 9.0], [2.0, 2.0, 3.0]),
-            timed("fast", False, [2.0, 6.0, 16.0], [5.0, 5.0, 5.0]),
-        ]
-    )
+    times = {
+        ("train", ("surflow", False)): [1.0, 2.0, 4.0],
+        ("train", ("slow", False)): [9.0, 9.0, 9.0],
+        ("train", ("fast", False)): [2.0, 6.0, 16.0],
+        ("sample", ("surflow", False)): [1.0, 1.0, 1.0],
+        ("sample", ("slow", False)): [2.0, 2.0, 3.0],
+        ("sample", ("fast", False)): [5.0, 5.0, 5.0],
+    }
+    rows = spline.speedups(times)
     assert [(r["task"], r["against"]) for r in rows] == [
         ("train", "fast, eager"),
         ("sample", "slow, eager"),
@@ -135,16 +141,16 @@ def test_speedup_is_of_blocks_and_against_the_fastest():
 
 def test_an_unlike_flow_is_not_compared(run, monkeypatch):
     def larger(cfg):
-        return bench_splines.surflow_model(OmegaConf.merge(cfg, {"hidden": [9, 8]}))
+        return spline.surflow_model(OmegaConf.merge(cfg, {"hidden": [9, 8]}))
 
     def other_function(cfg):
-        model = bench_splines.surflow_model(cfg)
+        model = spline.surflow_model(cfg)
         log_prob = model.log_prob
         model.log_prob = lambda x: log_prob(x) + 0.1
         return model
 
     for builder, message in ((larger, "parameters, ours"), (other_function, "differ by")):
-        monkeypatch.setattr(bench_splines, "LIBRARIES", {"nflows": builder})
+        monkeypatch.setattr(spline, "LIBRARIES", {"nflows": builder})
         with pytest.raises(RuntimeError, match=message):
             run("parts=[spline]", "spline.libraries=[nflows]")
 
@@ -160,25 +166,25 @@ def test_an_unlike_flow_is_not_compared(run, monkeypatch):
     ],
 )
 def test_mistakes(run, override, message):
-    with pytest.raises(bench.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         run(override)
 
 
 @pytest.mark.filterwarnings("ignore")  # advice on the net that all of them share here
-@pytest.mark.parametrize("name", list(bench_splines.LIBRARIES))
+@pytest.mark.parametrize("name", list(spline.LIBRARIES))
 def test_each_library_builds_the_same_flow(name, path):
-    path.append(str(bench_splines.FOLDER))
+    path.append(str(spline.FOLDER))
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed; `make bench` installs it")
-    cfg = compose(TINY, "bench").spline
+    cfg = settings().spline
     torch.manual_seed(0)
-    ours = bench_splines.surflow_model(cfg)
-    theirs = bench_splines.LIBRARIES[name](cfg)
-    bench_splines.copy_weights(ours, theirs, cfg)
+    ours = spline.surflow_model(cfg)
+    theirs = spline.LIBRARIES[name](cfg)
+    spline.copy_weights(ours, theirs, cfg)
     count = [sum(p.numel() for p in m.module.parameters()) for m in (ours, theirs)]
     assert count[0] == count[1]
     x = torch.randn(64, 5)
-    difference = bench_splines.check_same(name, ours, theirs, x)
+    difference = spline.check_same(name, ours, theirs, x)
     assert difference is None if name == "zuko" else difference < 1e-4
     assert theirs.sample(7).shape == (7, 5) and theirs.log_prob(x).isfinite().all()
 
@@ -223,10 +229,10 @@ def test_image_flows(run, profile):
 
 def test_counted_arithmetic():
     """Convolutions and products of one image, by hand: 2 operations a weight and position."""
-    cfg = compose(["parts=[images]", *TINY, "+images.model.dequantization=uniform"], "bench").images
-    flow = bench_images.pool_flow(**OmegaConf.to_container(cfg.model))
-    images = torch.randint(256, (8, 3, 8, 8))
-    counted = bench_images.count_flops(bench_images.Training(flow, images, lr=1e-3), 4)
+    cfg = settings("parts=[images]", "+images.model.dequantization=uniform").images
+    flow = pool_flow(**OmegaConf.to_container(cfg.model))
+    x = torch.randint(256, (8, 3, 8, 8))
+    counted = images.count_flops(images.Training(flow, x, lr=1e-3), 4)
     weights = {name: p for name, p in flow.named_parameters() if p.dim() > 1 and "base" not in name}
     by_hand = sum(
         2 * p.numel() * (16 if int(name.split(".")[2]) < 7 else 4) for name, p in weights.items()
@@ -254,15 +260,15 @@ def test_without_a_gpu_one_line_says_so(run):
 
 
 def test_known_chips_have_a_peak(monkeypatch):
-    cfg = compose(["bench_images@images=gpu"], "bench").images
+    cfg = settings("bench_images@images=gpu").images
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989,
         "NVIDIA H200": 989,
         "NVIDIA A100-SXM4-80GB": 312,
         "NVIDIA H100 PCIe": None,
     }.items():
-        monkeypatch.setattr(bench_images, "device_name", lambda device, name=name: name)
-        assert bench_images.peak_of(cfg) == peak
+        monkeypatch.setattr(images, "device_name", lambda device, name=name: name)
+        assert images.peak_of(cfg) == peak
 
 
 # VAEs ---------------------------------------------------------------------------------------------
@@ -304,16 +310,15 @@ def test_vaes(run, capsys):
 
 
 def flow_of(name):
-    cfg = compose(TINY, "bench").vae
-    training = bench_vae.run_of(cfg, list(cfg.models[name]), 1, "unused", False)
-    return bench_vae.build_flow(training, instantiate(training.data.module))
+    cfg = settings().vae
+    return harness.build(vae.run_of(cfg, list(cfg.models[name]), 1, "unused", False)).flow
 
 
 @pytest.mark.parametrize(("name", "posterior"), [("iaf_8", "iaf"), ("realnvp_8", "realnvp")])
 def test_nets_alone_of_layers_that_start_as_the_identity(name, posterior):
     """There the nets' outputs are zero: to leave out how they are applied changes nothing."""
     flow = flow_of(name).double()
-    nets = bench_vae.Nets(flow, posterior).double()
+    nets = vae.Nets(flow, posterior).double()
     x = torch.rand(16, 784, dtype=torch.float64)
     losses = []
     for loss in (lambda: -flow.log_prob(x).mean(), lambda: nets.loss(x)):
@@ -330,30 +335,29 @@ def test_nets_alone_of_layers_that_start_as_the_identity(name, posterior):
 
 def test_other_nets_are_not_compared():
     flow, x = flow_of("planar_8"), torch.rand(8, 784)
-    nets = bench_vae.Nets(flow, "planar")
-    assert bench_vae.check_same(flow, nets, x) < 1e-10
+    nets = vae.Nets(flow, "planar")
+    assert vae.check_same(flow, nets, x) < 1e-10
     with torch.no_grad():
         nets.decoder[-1].bias[3] += 0.01
     with pytest.raises(RuntimeError, match="the losses differ by"):
-        bench_vae.check_same(flow, nets, x)
+        vae.check_same(flow, nets, x)
     nets.layers = torch.nn.ModuleList()
     with pytest.raises(RuntimeError, match="the nets alone have"):
-        bench_vae.check_same(flow, nets, x)
+        vae.check_same(flow, nets, x)
 
 
 def test_pauses_of_the_loop_do_not_count(monkeypatch):
     """A loop of 3 s a step whose pauses take 100 s, and an end of 7 s."""
     now = 0.0
-    monkeypatch.setattr(bench_vae.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(vae.time, "perf_counter", lambda: now)
 
-    class Other:
-        def seconds(self, steps):
-            nonlocal now
-            now += 100.0
-            return 1.5
+    def other():
+        nonlocal now
+        now += 100.0
+        return 1.5
 
-    turns = bench_vae.Turns({"other": Other()}, blocks=2, steps=4, warm_up=2)
-    turns.times["other"] = []
+    turns = vae.Turns(blocks=2, steps=4, warm_up=2)
+    turns.enter("other", other)
     for i in range(turns.total):
         turns.before_step()
         now += 50.0 if i < 2 else 3.0
@@ -364,8 +368,8 @@ def test_pauses_of_the_loop_do_not_count(monkeypatch):
 
 
 def test_noise_is_as_dark_as_digits():
-    cfg = compose(TINY, "bench").vae
-    training = bench_vae.run_of(cfg, list(cfg.models.vae), 2, "unused", False)
+    cfg = settings().vae
+    training = vae.run_of(cfg, list(cfg.models.vae), 2, "unused", False)
     data = instantiate(training.data.module)
     data.setup()
     assert [len(data.splits[s]) for s in ("train", "valid", "test")] == [16, 1000, 1000]

@@ -113,10 +113,15 @@ def test_the_library_names_no_framework(room):
         assert {name.split(".")[0] for name in imported(path)} & set(HEAVY) == set(), path
 
 
+def test_the_package_imports_nothing_from_outside_it():
+    for path in SOURCE.rglob("*.py"):
+        found = {name.split(".")[0] for name in imported(path)}
+        assert found & {"benchmarks", "write_layers", "doubles"} == set(), path
+
+
 @pytest.mark.parametrize("room", ["reporting", "record", "reading", "metric", "files"])
 def test_reporting_imports_nothing_of_torch(room):
-    for path in files(room):
-        found = {name.split(".")[0] for name in imported(path)}
+    for path in files(room):        found = {name.split(".")[0] for name in imported(path)}
         assert found & {"torch", "torchvision", "torchmetrics", "pytorch_lightning"} == set(), path
 
 

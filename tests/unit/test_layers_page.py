@@ -4,9 +4,8 @@ import re
 import textwrap
 
 import pytest
+import write_layers as layers
 
-from surflow.cli import layers
-from surflow.config import project_root
 from surflow.errors import UserError
 from surflow.transforms import Affine, ElementwiseMap, Transform, catalogue
 
@@ -52,7 +51,7 @@ def cells(row: str) -> list[str]:
 
 
 def test_the_page_is_fresh(page):
-    committed = (project_root() / layers.PAGE).read_text(encoding="utf-8")
+    committed = layers.PAGE.read_text(encoding="utf-8")
     assert committed == page, "docs/layers.md is stale: make docs"
 
 
@@ -172,11 +171,11 @@ def test_no_docstring_at_all():
 
 
 def test_the_command_refuses_and_checks(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(layers, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(layers, "PAGE", tmp_path / "layers.md")
     monkeypatch.setattr("sys.argv", ["layers"])
     monkeypatch.setattr(layers, "page", lambda: "| **A** |\n")
     layers.main()
-    assert (tmp_path / layers.PAGE).read_text() == "| **A** |\n"
+    assert layers.PAGE.read_text() == "| **A** |\n"
     assert "docs/layers.md: 1 layers" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["layers", "--check"])
     for text, code in (("| **A** |\n", 0), ("| **B** |\n", 1)):
@@ -184,7 +183,7 @@ def test_the_command_refuses_and_checks(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             layers.main()
         assert int(stop.value.code) == code
-    assert (tmp_path / layers.PAGE).read_text() == "| **A** |\n"
+    assert layers.PAGE.read_text() == "| **A** |\n"
 
     def faulty():
         raise UserError("a.A: its docstring lacks Cost:\nb.B: its docstring lacks a doctest")

@@ -1,1 +1,1 @@
-"""Commands: train, evaluate, sample, reproduce, report, verify, layers, bench."""
+"""Commands: train, evaluate, sample, reproduce, report, verify."""

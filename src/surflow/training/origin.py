@@ -45,21 +45,21 @@ def _git(*arguments: str) -> str | None:
 
 
 @cache
-def commit() -> tuple[str, bool]:
+def commit(*also: str) -> tuple[str, bool]:
     """The commit of the code, and whether the code that computes differs from it.
 
-    Only files that a run reads count: a result or a page that was written since does not make
-    a run's code another.
+    Only files that a run reads count, and those in the folders ``also``: a result or a page that
+    was written since does not make a run's code another.
     """
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "unknown", True
-    return head, bool(_git("status", "--porcelain", "--", "src", "conf", "pyproject.toml"))
+    return head, bool(_git("status", "--porcelain", "--", "src", "conf", "pyproject.toml", *also))
 
 
-def origin() -> dict[str, Any]:
-    """Commit, versions and machine: what a result is a result of."""
-    head, dirty = commit()
+def origin(*also: str) -> dict[str, Any]:
+    """Commit (see :func:`commit`), versions and machine: what a result is a result of."""
+    head, dirty = commit(*also)
     return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine()}
 
 

@@ -1,7 +1,7 @@
 """Write docs/layers.md: every layer's formula, kind, cost, source and use, from its docstring.
 
     make docs
-    python -m surflow.cli.layers --check      # writes nothing; exit code 1 if the page is stale
+    python docs/write_layers.py --check      # writes nothing; exit code 1 if the page is stale
 
 A docstring holds, in this order, one line, ``.. math::``, ``Cost:``, ``Source:`` and a doctest
 whose first line that is no import shows how the layer is made.
@@ -15,14 +15,15 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from surflow.cli.common import one_line_errors, relative
-from surflow.config import project_root
-from surflow.errors import UserError
-from surflow.files import write_text
+import torch
 
-PAGE = "docs/layers.md"
+import surflow.transforms as transforms
+from surflow.errors import UserError
+
+PAGE = Path(__file__).with_name("layers.md")
 FAMILIES = {
     "bijections": ("Bijections", "Deterministic both ways; the contribution is log abs det dz/dx."),
     "surjections": (
@@ -152,8 +153,6 @@ def line(cells: Any) -> str:
 
 def layer_classes() -> dict[str, list[type]]:
     """The public layers and maps by family, by name."""
-    import surflow.transforms as transforms
-
     families: dict[str, list[type]] = {family: [] for family in FAMILIES}
     for cls in transforms.catalogue():
         if cls is getattr(transforms, cls.__name__, None):
@@ -186,13 +185,11 @@ def entry_of(cls: type) -> Entry:
     Raises:
         UserError: for a docstring without one of the parts.
     """
-    from surflow.transforms import Transform
-
     doc = inspect.cleandoc(cls.__doc__ or "")
     lacks = missing_parts(doc)
     if lacks:
         raise UserError(f"{cls.__module__}.{cls.__name__}: its docstring lacks {', '.join(lacks)}")
-    if not issubclass(cls, Transform):
+    if not issubclass(cls, transforms.Transform):
         kind, number = "monotone map", "exact"
     elif _family(cls) == "composites":
         kind, number = "that of its parts", "that of its parts"
@@ -217,8 +214,6 @@ def page() -> str:
     Raises:
         UserError: naming every layer whose docstring lacks something, and what.
     """
-    import torch
-
     lines, faults = [HEAD], []
     with torch.random.fork_rng(devices=[]):
         for family, classes in layer_classes().items():
@@ -242,20 +237,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/layers.md from the docstrings.")
     parser.add_argument("--check", action="store_true", help="write nothing, say whether it is new")
     check = parser.parse_args().check
-    path = project_root() / PAGE
-    with one_line_errors():
-        try:
-            text = page()
-        except UserError as error:  # every fault on a line of its own
-            for fault in str(error).splitlines():
-                print(f"surflow: error: {fault}", file=sys.stderr)
-            raise SystemExit(2) from None
-        if check:
-            fresh = path.is_file() and path.read_text(encoding="utf-8") == text
-            print(f"{relative(path)}: {'as the docstrings say' if fresh else 'stale: make docs'}")
-            raise SystemExit(not fresh)
-        write_text(path, text)
-    print(f"{relative(path)}: {text.count('| **')} layers")
+    try:
+        text = page()
+    except UserError as error:  # every fault on a line of its own
+        for fault in str(error).splitlines():
+            print(f"surflow: error: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None
+    name = f"docs/{PAGE.name}"
+    if check:
+        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        print(f"{name}: {'as the docstrings say' if fresh else 'stale: make docs'}")
+        raise SystemExit(not fresh)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{name}: {text.count('| **')} layers")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Time a spline coupling flow against nflows, normflows and zuko, side by side.
+"""A spline coupling flow against nflows, normflows and zuko.
 
-The second part of ``make bench``. Every library builds the same flow from its own layers: D
-features, rational-quadratic splines on [-bound, bound] with identity tails, the same halves taking
-turns, an MLP of the same sizes for each coupling, a standard normal. The weights are copied from
-ours; nflows and normflows then compute the same function, which is checked, while zuko bounds its
-bins and slopes in another way and so has the same sizes only. All take the same batches and the
-same Adam, and take turns block by block.
+Every library builds the same flow from its own layers: D features, rational-quadratic splines on
+[-bound, bound] with identity tails, the same halves taking turns, an MLP of the same sizes for each
+coupling, a standard normal. The weights are copied from ours; nflows and normflows then compute the
+same function, which is checked, while zuko bounds its bins and slopes in another way and so has the
+same sizes only. All take the same batches and the same Adam.
 
 Nothing is imported from these libraries until the benchmark runs; one that is not installed is
-left out, and said so.
+left out, and a line says so.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -32,7 +31,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from surflow.cli.common import origin_line
+from benchmarks import harness
 from surflow.errors import UserError, close_match
 from surflow.flow import Flow
 from surflow.models import coupling_flow, coupling_net
@@ -105,6 +104,17 @@ def surflow_model(cfg: DictConfig) -> Model:
     return Model(flow, flow.log_prob, flow.sample, linears_of(flow.transforms), True)
 
 
+def coupling_of(cfg: DictConfig, mask: Tensor) -> dict[str, Any]:
+    """The arguments of a spline coupling of nflows, and of normflows, which took it over."""
+    return {
+        "mask": mask.int(),
+        "transform_net_create_fn": partial(Net, hidden=cfg.hidden),
+        "num_bins": cfg.num_bins,
+        "tails": "linear",
+        "tail_bound": float(cfg.bound),
+    }
+
+
 def nflows_model(cfg: DictConfig) -> Model:
     """nflows: its coupling, composite transform, standard normal and flow."""
     from nflows.distributions import StandardNormal
@@ -112,14 +122,7 @@ def nflows_model(cfg: DictConfig) -> Model:
     from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
 
     couplings = [
-        PiecewiseRationalQuadraticCouplingTransform(
-            mask=mask.int(),
-            transform_net_create_fn=partial(Net, hidden=cfg.hidden),
-            num_bins=cfg.num_bins,
-            tails="linear",
-            tail_bound=float(cfg.bound),
-        )
-        for mask in masks(cfg)
+        PiecewiseRationalQuadraticCouplingTransform(**coupling_of(cfg, mask)) for mask in masks(cfg)
     ]
     flow = Flow(CompositeTransform(couplings), StandardNormal([cfg.features]))
     return Model(flow, flow.log_prob, flow.sample, linears_of(couplings), True)
@@ -137,12 +140,7 @@ def normflows_model(cfg: DictConfig) -> Model:
             cfg.features, 1, cfg.hidden[0], num_bins=cfg.num_bins, tail_bound=float(cfg.bound)
         )
         layer.prqct = PiecewiseRationalQuadraticCoupling(
-            mask=mask.int(),
-            transform_net_create_fn=partial(Net, hidden=cfg.hidden),
-            num_bins=cfg.num_bins,
-            tails="linear",
-            tail_bound=float(cfg.bound),
-            apply_unconditional_transform=False,
+            apply_unconditional_transform=False, **coupling_of(cfg, mask)
         )
         layers.append(layer)
     base = normflows.distributions.DiagGaussian(cfg.features, trainable=False)
@@ -170,12 +168,8 @@ def zuko_model(cfg: DictConfig) -> Model:
     normal = zuko.distributions.DiagNormal
     base = zuko.flows.UnconditionalDistribution(normal, loc, scale, buffer=True)
     flow = zuko.flows.Flow(couplings, base)
-    return Model(
-        flow,
-        lambda x: flow().log_prob(x),
-        lambda n: flow().sample((n,)),
-        linears_of(couplings),
-    )
+    log_prob, sample = lambda x: flow().log_prob(x), lambda n: flow().sample((n,))
+    return Model(flow, log_prob, sample, linears_of(couplings))
 
 
 LIBRARIES: dict[str, Callable[[DictConfig], Model]] = {
@@ -201,97 +195,46 @@ def copy_weights(ours: Model, theirs: Model, cfg: DictConfig) -> None:
 # Timing -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Contender:
-    """One implementation in one mode, and its times in seconds a call, by task and block."""
-
-    package: str
-    compiled: bool
-    model: Model
-    calls: dict[str, Callable[[], None]]
-    times: dict[str, list[float]] = field(default_factory=lambda: {TRAIN: [], SAMPLE: []})
-    loss: float = math.nan
-
-    @property
-    def label(self) -> str:
-        return f"{self.package}, {'torch.compile' if self.compiled else 'eager'}"
+Entry = tuple[str, bool]
+"""A contender: its library, and whether it runs under ``torch.compile``."""
 
 
-def contender(name: str, model: Model, compiled: bool, data: Tensor, n: int) -> Contender:
-    """A model with its own Adam, behind the two calls that are timed."""
+def mode_of(compiled: bool) -> str:
+    return "torch.compile" if compiled else "eager"
+
+
+def calls_of(model: Model, compiled: bool, data: Tensor, n: int) -> dict[str, Callable[[], Any]]:
+    """task -> what is timed: a step with an Adam of its own, and drawing n samples."""
     log_prob, sample = model.log_prob, lambda: model.sample(n)
     if compiled:
-        log_prob = torch.compile(log_prob)
-        sample = torch.compile(sample)
+        log_prob, sample = torch.compile(log_prob), torch.compile(sample)
     optimizer = torch.optim.Adam(model.module.parameters(), lr=1e-3, fused=True)
-    batches = list(data.split(n))
-    made = Contender(name, compiled, model, {})
-    steps = 0
-
-    def train() -> None:
-        nonlocal steps
-        optimizer.zero_grad()
-        loss = -log_prob(batches[steps % len(batches)]).mean()
-        loss.backward()
-        optimizer.step()
-        made.loss = loss.item()
-        steps += 1
-
-    def draw() -> None:
-        with torch.no_grad():
-            sample()
-
-    made.calls = {TRAIN: train, SAMPLE: draw}
-    return made
+    step = harness.Step(lambda x: -log_prob(x).mean(), optimizer, data, n, read_back=True)
+    return {TRAIN: step, SAMPLE: torch.no_grad()(sample)}
 
 
-def contenders(cfg: DictConfig, compiled: bool, data: Tensor) -> tuple[list[Contender], dict]:
-    """All that can run here, warmed up, ours first; and what was found on the way."""
-    unknown = [name for name in cfg.libraries if name not in LIBRARIES]
-    if unknown:
-        raise UserError(
-            f"spline.libraries: expected some of {', '.join(LIBRARIES)}, got {unknown[0]!r}"
-            + close_match(unknown[0], LIBRARIES)
-        )
-    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))  # behind everything else: it can shadow nothing
-    found: dict[str, Any] = {"left_out": {}, "not_compiled": {}, "difference_nats": {}}
-    torch.manual_seed(0)
-    ours = surflow_model(cfg)
-    count = sum(p.numel() for p in ours.module.parameters())
-    modes = [False, True] if compiled else [False]
-    field_: list[Contender] = []
-    for name in ["surflow", *cfg.libraries]:
-        for mode in modes if name == "surflow" or cfg.compile_theirs else [False]:
-            try:
-                model = (LIBRARIES | {"surflow": surflow_model})[name](cfg)
-            except ImportError as error:
-                found["left_out"][name] = str(error)
-                print(f"bench: {name} left out: {error}; `make bench` installs it")
-                break
-            theirs = sum(p.numel() for p in model.module.parameters())
-            if theirs != count:
-                raise RuntimeError(f"{name} has {theirs} parameters, ours {count}: not the same")
-            if name == "surflow":
-                model.module.load_state_dict(ours.module.state_dict())
-            else:
-                copy_weights(ours, model, cfg)
-            if name != "surflow" and not mode:
-                found["difference_nats"][name] = check_same(name, ours, model, data[:4096])
-            one = contender(name, model, mode, data, cfg.batch_size)
-            try:
-                for _ in range(3):
-                    for call in one.calls.values():
-                        call()
-            except Exception as error:
-                if not mode or name == "surflow":
-                    raise
-                # their code under our compiler: a failure says nothing of theirs as it ships
-                found["not_compiled"][name] = type(error).__name__
-                print(f"bench: {name} under torch.compile left out: {type(error).__name__}")
-                continue
-            field_.append(one)
-    return field_, found | {"parameters": count}
+def warm_up(calls: dict[str, Callable[[], Any]], times: int) -> None:
+    for _ in range(times):
+        for call in calls.values():
+            call()
+
+
+def built(name: str, ours: Model, cfg: DictConfig) -> Model:
+    """A library's flow with our weights.
+
+    Raises:
+        ImportError: where the library is not installed.
+        RuntimeError: where it has more or fewer parameters.
+    """
+    model = ({"surflow": surflow_model} | LIBRARIES)[name](cfg)
+    theirs, count = (sum(p.numel() for p in m.module.parameters()) for m in (model, ours))
+    if theirs != count:
+        raise RuntimeError(f"{name} has {theirs} parameters, ours {count}: not the same")
+    if name == "surflow":
+        model.module.load_state_dict(ours.module.state_dict())
+    else:
+        copy_weights(ours, model, cfg)
+    return model
 
 
 def check_same(name: str, ours: Model, theirs: Model, x: Tensor) -> float | None:
@@ -305,29 +248,46 @@ def check_same(name: str, ours: Model, theirs: Model, x: Tensor) -> float | None
     return difference
 
 
-def spread(values: Sequence[float], digits: int = 2) -> dict[str, float]:
-    """Minimum, median and maximum."""
-    return {
-        "min": round(min(values), digits),
-        "median": round(statistics.median(values), digits),
-        "max": round(max(values), digits),
-    }
+def contenders(
+    cfg: DictConfig, compiled: bool, data: Tensor
+) -> tuple[dict[Entry, dict[str, Callable[[], Any]]], dict[str, Any]]:
+    """The calls of all that can run here, warmed up, ours first; and what was found on the way."""
+    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # last: it can shadow nothing
+    found: dict[str, Any] = {"left_out": {}, "not_compiled": {}, "difference_nats": {}}
+    torch.manual_seed(0)
+    ours = surflow_model(cfg)
+    found["parameters"] = sum(p.numel() for p in ours.module.parameters())
+    entered = {}
+    for name in ["surflow", *cfg.libraries]:
+        both = compiled and (name == "surflow" or cfg.compile_theirs)
+        for mode in (False, True) if both else (False,):
+            try:
+                model = built(name, ours, cfg)
+            except ImportError as error:
+                found["left_out"][name] = str(error)
+                print(f"bench: {name} left out: {error}; `make bench` installs it")
+                break
+            if name != "surflow" and not mode:
+                found["difference_nats"][name] = check_same(name, ours, model, data[:4096])
+            calls = calls_of(model, mode, data, cfg.batch_size)
+            try:
+                warm_up(calls, 3)
+            except Exception as error:
+                if not mode or name == "surflow":
+                    raise
+                # their code under our compiler: a failure says nothing of theirs as it ships
+                found["not_compiled"][name] = type(error).__name__
+                print(f"bench: {name} under torch.compile left out: {type(error).__name__}")
+                continue
+            entered[name, mode] = calls
+    return entered, found
 
 
-def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
-    """Time all contenders in turns.
-
-    Args:
-        cfg: the part ``spline`` of conf/bench.yaml.
-        compiled: whether ours also runs under ``torch.compile``.
-
-    Returns:
-        What is written to spline.json, but for commit, machine and versions.
-    """
-    if cfg.blocks < 3 or cfg.calls < 1:
-        raise UserError(
-            f"spline.blocks, spline.calls: expected >= 3 and >= 1, got {cfg.blocks}, {cfg.calls}"
-        )
+def measure(
+    cfg: DictConfig, compiled: bool
+) -> tuple[dict[Entry, float], dict[tuple[str, Entry], list[float]], dict[str, Any]]:
+    """The last losses, the seconds of each task's blocks, and what was found on the way."""
     generator = torch.Generator().manual_seed(0)
     data = 1.2 * torch.randn(16 * cfg.batch_size, cfg.features, generator=generator)
     start = time.perf_counter()
@@ -336,29 +296,40 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
     with warnings.catch_warnings(), check_values(False), many:
         warnings.simplefilter("ignore")  # theirs, on this torch
         torch._logging.set_logs(dynamo=logging.ERROR)  # theirs break graphs: pages of notes
-        field_, found = contenders(cfg, compiled, data)
-        for one in field_:  # once more, now that nothing is left to compile
-            for call in one.calls.values():
-                call()
-        warm_up = time.perf_counter() - start
-        for block in range(cfg.blocks):
-            for task in (TRAIN, SAMPLE):
-                for one in field_ if block % 2 == 0 else reversed(field_):
-                    start = time.perf_counter()
-                    for _ in range(cfg.calls):
-                        one.calls[task]()
-                    one.times[task].append((time.perf_counter() - start) / cfg.calls)
-    for one in field_:
-        if not math.isfinite(one.loss):
-            raise RuntimeError(f"{one.label}: the loss became {one.loss}")
+        entered, found = contenders(cfg, compiled, data)
+        for calls in entered.values():  # once more, now that nothing is left to compile
+            warm_up(calls, 1)
+        found["warm_up_s"] = round(time.perf_counter() - start, 2)
+        clocks = {
+            (task, entry): partial(harness.seconds, calls[task], cfg.calls)
+            for task in WHAT
+            for entry, calls in entered.items()
+        }
+        times = harness.in_turns(clocks, cfg.blocks)
+    losses = {entry: calls[TRAIN].last for entry, calls in entered.items()}
+    for (library, mode), loss in losses.items():
+        if not math.isfinite(loss):
+            raise RuntimeError(f"{library}, {mode_of(mode)}: the loss became {loss}")
+    return losses, times, found
+
+
+def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
+    """Measure; ``cfg`` is the part ``spline`` of the config."""
+    if cfg.blocks < 3 or cfg.calls < 1:
+        raise UserError(
+            f"spline.blocks, spline.calls: expected >= 3 and >= 1, got {cfg.blocks}, {cfg.calls}"
+        )
+    unknown = [name for name in cfg.libraries if name not in LIBRARIES]
+    if unknown:
+        raise UserError(
+            f"spline.libraries: expected some of {', '.join(LIBRARIES)}, got {unknown[0]!r}"
+            + close_match(unknown[0], LIBRARIES)
+        )
+    losses, times, found = measure(cfg, compiled)
     return {
         "what": WHAT,
         "setting": {
-            "features": cfg.features,
-            "batch_size": cfg.batch_size,
-            "num_bins": cfg.num_bins,
-            "bound": cfg.bound,
-            "num_couplings": cfg.num_couplings,
+            **harness.picked(cfg, "features", "batch_size", "num_bins", "bound", "num_couplings"),
             "hidden_features": list(cfg.hidden),
             "precision": "float32",
             "threads": torch.get_num_threads(),
@@ -367,112 +338,94 @@ def run(cfg: DictConfig, compiled: bool) -> dict[str, Any]:
             "calls_per_block": cfg.calls,
         },
         **found,
-        "warm_up_s": round(warm_up, 2),
-        "versions_of": {
-            one.package: version(one.package) for one in field_ if one.package != "surflow"
-        },
+        "versions_of": {name: version(name) for name, _ in losses if name != "surflow"},
         "contenders": [
             {
-                "library": one.package,
-                "compiled": one.compiled,
-                "ms": {task: spread([1e3 * t for t in v]) for task, v in one.times.items()},
-                "last_loss": round(one.loss, 4),
+                "library": entry[0],
+                "compiled": entry[1],
+                "ms": harness.milliseconds({task: times[task, entry] for task in WHAT}),
+                "last_loss": round(loss, 4),
             }
-            for one in field_
+            for entry, loss in losses.items()
         ],
-        "speedup": speedups(field_),
+        "speedup": speedups(times),
     }
 
 
-def speedups(field_: Sequence[Contender]) -> list[dict[str, Any]]:
+def speedups(times: dict[tuple[str, Entry], list[float]]) -> list[dict[str, Any]]:
     """Ours against the fastest of the others, block by block, by task and mode."""
     rows = []
-    for theirs_compiled in (False, True):
-        others = [c for c in field_ if c.package != "surflow" and c.compiled == theirs_compiled]
-        if not others:
-            continue
-        for ours in (c for c in field_ if c.package == "surflow"):
-            for task in (TRAIN, SAMPLE):
-                fastest = min(others, key=lambda c: statistics.median(c.times[task]))
-                pairs = zip(fastest.times[task], ours.times[task], strict=True)
-                rows.append(
-                    {
-                        "task": task,
-                        "ours": ours.label,
-                        "against": fastest.label,
-                        **spread([a / b for a, b in pairs]),
-                    }
-                )
+    entries = list(dict.fromkeys(entry for _, entry in times))
+    for mode in (False, True):
+        others = [e for e in entries if e[0] != "surflow" and e[1] == mode]
+        for ours in (e for e in entries if e[0] == "surflow" and others):
+            for task in WHAT:
+                fastest = min(others, key=lambda e: statistics.median(times[task, e]))
+                labels = [f"{library}, {mode_of(m)}" for library, m in (ours, fastest)]
+                which = dict(zip(("task", "ours", "against"), (task, *labels), strict=True))
+                rows.append(which | harness.ratios(times[task, fastest], times[task, ours]))
     return rows
 
 
 # What is written ----------------------------------------------------------------------------------
 
 
-def page(result: dict) -> str:
+def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     s = result["setting"]
-    lines = [
-        "# Spline coupling flow, side by side",
-        "",
+
+    def row(c: dict[str, Any]) -> list[str]:
+        named = f"{c['library']} {result['versions_of'].get(c['library'], '')}".rstrip()
+        return [named, mode_of(c["compiled"]), *(harness.shown(c["ms"][task], 1) for task in WHAT)]
+
+    blocks = [
         f"D = {s['features']}, batch {s['batch_size']}, {s['num_couplings']} couplings, "
         f"{s['num_bins']} bins on [-{s['bound']:g}, {s['bound']:g}], MLP {s['hidden_features']}, "
         f"{result['parameters']} parameters in each, {s['precision']}, {s['threads']} thread(s), "
-        f"{s['optimizer']}; {s['blocks']} blocks of {s['calls_per_block']} calls each, in turns.",
+        f"{s['optimizer']}; {s['blocks']} blocks of {s['calls_per_block']} calls each, in turns.\n"
         f"Training: {WHAT[TRAIN]}. Sampling: {s['batch_size']} samples, without gradients. "
         "Median of the blocks, in brackets the fastest and the slowest.",
-        "",
-        "| library | mode | training step, ms | sampling, ms |",
-        "| --- | --- | ---: | ---: |",
+        harness.table(
+            ("library", "mode", "training step, ms", "sampling, ms"),
+            map(row, result["contenders"]),
+            text=2,
+        ),
     ]
-    for c in result["contenders"]:
-        named = f"{c['library']} {result['versions_of'].get(c['library'], '')}".rstrip()
-        cells = [
-            f"{c['ms'][t]['median']:.1f} ({c['ms'][t]['min']:.1f} to {c['ms'][t]['max']:.1f})"
-            for t in (TRAIN, SAMPLE)
-        ]
-        mode = "torch.compile" if c["compiled"] else "eager"
-        lines.append(f"| {named} | {mode} | {' | '.join(cells)} |")
     if result["speedup"]:
-        lines += [
-            "",
-            "Speed-up against the fastest of the others, block by block:",
-            "",
-            "| task | ours | the fastest of the others | median | min | max |",
-            "| --- | --- | --- | ---: | ---: | ---: |",
-        ]
-    for r in result["speedup"]:
-        lines.append(
-            f"| {r['task']} | {r['ours']} | {r['against']} | {r['median']:.2f} | {r['min']:.2f} "
-            f"| {r['max']:.2f} |"
+        columns = ("task", "ours", "the fastest of the others", "median", "min", "max")
+        rows = (
+            (r["task"], r["ours"], r["against"], *(f"{r[k]:.2f}" for k in columns[3:]))
+            for r in result["speedup"]
         )
+        blocks += [
+            "Speed-up against the fastest of the others, block by block:",
+            harness.table(columns, rows, text=3),
+        ]
+    blocks.append(" ".join(notes(result)))
+    return harness.page_of("Spline coupling flow, side by side", blocks, result)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Which functions are the same, what was left out, how long it took to begin."""
     same = {k: v for k, v in result["difference_nats"].items() if v is not None}
     others = [k for k, v in result["difference_nats"].items() if v is None]
-    notes = []
+    found = []
     if same:
-        worst = max(same.values())
-        notes.append(
+        found.append(
             f"With the same weights {' and '.join(same)} and surflow differ by at most "
-            f"{worst:.1e} nats."
+            f"{max(same.values()):.1e} nats."
         )
     if others:
-        notes.append(
+        found.append(
             f"{' and '.join(others)} has the same sizes and weights but bounds its bins and "
             "slopes in another way, so its function is another."
         )
-    for name, why in result["left_out"].items():
-        notes.append(f"{name} was left out: {why}.")
-    for name, why in result["not_compiled"].items():
-        notes.append(f"{name} does not run under torch.compile here ({why}).")
-    notes.append(f"Building, compilation and warm-up took {result['warm_up_s']:.0f} s.")
-    lines += [
-        "",
-        " ".join(notes),
-        "",
-        origin_line(result, "make bench"),
-        "",
+    found += [f"{name} was left out: {why}." for name, why in result["left_out"].items()]
+    found += [
+        f"{name} does not run under torch.compile here ({why})."
+        for name, why in result["not_compiled"].items()
     ]
-    return "\n".join(lines)
+    return [*found, f"Building, compilation and warm-up took {result['warm_up_s']:.0f} s."]
 
 
 def picture(result: dict) -> bytes:

@@ -1,0 +1,1 @@
+"""Benchmarks: one harness, one file a question. ``make bench``, ``make bench-gpu``."""
