@@ -15,7 +15,7 @@ class Latent:
         value: (B, ...), standardised where its density is of a location-scale family.
         normal: whether it is standard normal under the model; all such ones turn together on a
             great circle.
-        layer: whence it comes, such as ``base`` or ``7.Slice``.
+        layer: where it comes from, such as ``base`` or ``7.Slice``.
     """
 
     value: Tensor

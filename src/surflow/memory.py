@@ -62,9 +62,9 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
         module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
             in whichever direction they run.
         mode: "stored", "reversible" or "checkpoint".
-        compile_nets: compile the couplings' nets; False: compiled ones no more. Under an outer
-            ``torch.compile`` the stretches of "reversible" are left to themselves (the graph breaks
-            around each); this compiles what is heavy in them.
+        compile_nets: compile the couplings' nets; False: run them uncompiled. An outer
+            ``torch.compile`` leaves out the stretches of "reversible" (the graph breaks around
+            each); this compiles what is heavy in them.
 
     Returns:
         The number of sequences of layers that it concerns.
@@ -157,7 +157,7 @@ class LiveBytes(TorchDispatchMode):
         return self._total
 
     def forget(self) -> None:
-        """Count no more what there is by now."""
+        """Leave out what there is by now."""
         self._known.clear()
         self._total = self.peak = 0
 

@@ -24,7 +24,7 @@ MEANS, DRAWS = "decoder means", "decoder draws"
 
 
 class Decoded(nn.Module):
-    """What stands around the first VAE layer of a flow, and how its latents look.
+    """The parts of a flow around its first VAE layer, and how its latents look.
 
     Args:
         flow: without a context; the parts are its own, not copies.
@@ -32,7 +32,7 @@ class Decoded(nn.Module):
     Attributes:
         front: layers before the VAE layer, data side first.
         vae: the layer.
-        prior: what stands behind it, as a flow over latents.
+        prior: the layers after it and the base, as a flow over latents.
 
     Raises:
         ValueError: for a flow without a VAE layer, or one that takes a context.

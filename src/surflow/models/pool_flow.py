@@ -145,7 +145,7 @@ def pool_flow(
 
     Args:
         shape: (C, H, W), H and W divisible by 2 and by what each downsampling divides them.
-        downsampling: what stands between two scales: an ``f(shape)`` that gives a transform, or
+        downsampling: the layers between two scales: an ``f(shape)`` that gives a transform, or
             several in order, for latents of the shape (C, H, W), such as those of
             :mod:`surflow.models.downsampling`.
         num_levels: K: data are integers 0 ... K - 1.
