@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import (
-    Sequential,
-    Transform,
-    has_estimates,
-    number_of,
-    repeat_rows,
-)
+from surflow.latents import Tape
+from surflow.transforms.base import Sequential, Transform, has_estimates, number_of, repeat_rows
 
 
 @dataclass(frozen=True)
@@ -322,6 +317,19 @@ class Flow(nn.Module):
         z = self.base.sample(n, context, temperature)
         return self.transforms.inverse(z, context)
 
+    def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
+        """Write all the latents of x on the tape: what layers cut off, the base's last."""
+        outer = tape.layer
+        for i, layer in enumerate(self.transforms):
+            tape.layer = f"{i}.{layer.label}" if outer == "base" else outer
+            x = layer.infer(x, context, tape)
+        tape.layer = outer
+        self.base.write(x, context, tape)
+
+    def read(self, context: Tensor | None, tape: Tape) -> Tensor:
+        """The x of the latents on the tape: the inverse of :meth:`write`."""
+        return self.transforms.generate(self.base.read(context, tape), context, tape)
+
     def trace(
         self, x: Tensor, context: Tensor | None = None
     ) -> Iterator[tuple[str, Transform | Distribution, Tensor, Tensor]]:
@@ -389,12 +397,6 @@ class Flow(nn.Module):
         return None
 
 
-def _unnested(transforms: Sequential) -> Iterator[Transform]:
-    """The layers, those of nested sequences too, data side first."""
-    for t in transforms:
-        yield from _unnested(t) if isinstance(t, Sequential) else (t,)
-
-
 class FlowDistribution(Distribution):
     r"""A flow as a distribution: the posterior of a VAE layer, a dequantizer, a prior.
 
@@ -428,7 +430,8 @@ class FlowDistribution(Distribution):
             raise ValueError("FlowDistribution: expected an exact flow, got one that gives a bound")
         if event_shape is None:
             # layers that take any shape keep it, up to the first one that says
-            known = (t.event_shape for t in _unnested(flow.transforms) if t.event_shape is not None)
+            layers = (t for _, t in flow.transforms.layers())
+            known = (t.event_shape for t in layers if t.event_shape is not None)
             event_shape = next(known, flow.base.event_shape)
             if any(s is None for s in event_shape):
                 raise ValueError("FlowDistribution: the flow takes any shape: give event_shape")
@@ -447,6 +450,22 @@ class FlowDistribution(Distribution):
         if weight is not None and context.is_floating_point():
             context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
         return context if self.net is None else self.net(context)
+
+    @property
+    def factorised(self) -> bool:  # type: ignore[override]
+        base = self.flow.base
+        flat = self.net is not None and len(self.flow.transforms) == 0
+        return flat and base.normal and base.conditional
+
+    def normal_parameters(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and log-scale, (B, *event) each, where ``factorised``."""
+        return self.flow.base.parameters_of(self._embed(context))
+
+    def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
+        self.flow.write(x, self._embed(context), tape)
+
+    def read(self, context: Tensor | None, tape: Tape) -> Tensor:
+        return self.flow.read(self._embed(context), tape)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.flow.log_prob(x, self._embed(context))

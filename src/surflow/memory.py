@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any
 
 import torch
@@ -32,35 +31,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from surflow.checks import check_values, values_are_checked
-from surflow.nets.lipschitz import LipschitzLinear
-from surflow.transforms import (
-    ActNorm,
-    AdditiveMap,
-    Affine,
-    AffineMap,
-    BatchNorm,
-    Conv1x1,
-    Coupling,
-    FullLinear,
-    HouseholderLinear,
-    Inverse,
-    PeriodicConv2d,
-    Permute,
-    PLULinear,
-    RationalQuadraticSpline,
-    Reverse,
-    Rotation,
-    Sequential,
-    Squeeze,
-    Transform,
-)
-from surflow.transforms.base import repeat_rows, zero_ldj
+from surflow.transforms import Sequential, Transform
+from surflow.transforms.base import zero_ldj
 
 MODES = ("stored", "reversible", "checkpoint")
-
-EXACT_MAPS = (AffineMap, AdditiveMap, RationalQuadraticSpline)
-"""Maps of a coupling whose inverse is a formula; that of a mixture is a search."""
-
 
 COMPILED_KINDS = 64
 """Shapes and modes, of all nets of one class, that are compiled."""
@@ -80,17 +54,17 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
     Stored as before, in each mode, are layers that are no bijections; in mode "reversible" also
     bijections without a cheap exact inverse (autoregressive, planar, residual, continuous layers,
     couplings with mixtures), elementwise squashings such as a sigmoid, which lose digits at their
-    ends, an :class:`ActNorm` before its first batch, and whatever would not repeat itself: batch
-    normalisation and dropout in training. A layer of one's own takes part if it has the attribute
-    ``reversible = True``.
+    ends, and whatever is not ``repeatable``: an :class:`ActNorm` before its first batch, batch
+    normalisation and dropout in training. A layer takes part if its attribute ``reversible`` is
+    True.
 
     Args:
         module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
             in whichever direction they run.
         mode: "stored", "reversible" or "checkpoint".
-        compile_nets: compile the couplings' nets; False: compiled ones no more. Under an outer
-            ``torch.compile`` the stretches of "reversible" are left to themselves (the graph breaks
-            around each); this compiles what is heavy in them.
+        compile_nets: compile the couplings' nets; False: run them uncompiled. An outer
+            ``torch.compile`` leaves out the stretches of "reversible" (the graph breaks around
+            each); this compiles what is heavy in them.
 
     Returns:
         The number of sequences of layers that it concerns.
@@ -112,14 +86,15 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
         raise ValueError(f"memory: expected one of {', '.join(MODES)}, got {mode!r}")
     count = 0
     for part in module.modules():
-        if type(part) in (Sequential, _LeanSequential):
-            part.__class__ = Sequential if mode == "stored" else _LeanSequential
-            part.memory = mode
+        if not isinstance(part, Transform):
+            continue
+        if isinstance(part, Sequential):
+            part.memory = None if mode == "stored" else Recompute(mode)
             count += 1
-        if isinstance(part, Coupling):
-            part.net._compiled_call_impl = None  # what Module.compile sets, and has no undo for
+        for net in part.heavy_nets:
+            net._compiled_call_impl = None  # what Module.compile sets, and has no undo for
             if compile_nets:
-                _compile(part.net)
+                _compile(net)
     return count
 
 
@@ -147,7 +122,7 @@ def use_channels_last(module: nn.Module) -> nn.Module:
         The module.
     """
     for part in module.modules():
-        if isinstance(part, Conv1x1):
+        if getattr(part, "channels_last", None) is False:  # a layer that chooses its layout
             part.channels_last = True
     return module.to(memory_format=torch.channels_last)
 
@@ -182,7 +157,7 @@ class LiveBytes(TorchDispatchMode):
         return self._total
 
     def forget(self) -> None:
-        """Count no more what there is by now."""
+        """Leave out what there is by now."""
         self._known.clear()
         self._total = self.peak = 0
 
@@ -209,45 +184,17 @@ class LiveBytes(TorchDispatchMode):
 # What can be recomputed ---------------------------------------------------------------------------
 
 
-@singledispatch
-def _has_exact_inverse(layer: Transform) -> bool:
-    """Whether the inverse is a formula that costs about as much as forward."""
-    return bool(getattr(layer, "reversible", False))
-
-
-@_has_exact_inverse.register(Affine)
-@_has_exact_inverse.register(ActNorm)
-@_has_exact_inverse.register(BatchNorm)
-@_has_exact_inverse.register(Conv1x1)
-@_has_exact_inverse.register(FullLinear)
-@_has_exact_inverse.register(HouseholderLinear)  # and QRLinear
-@_has_exact_inverse.register(PLULinear)
-@_has_exact_inverse.register(PeriodicConv2d)
-@_has_exact_inverse.register(Permute)
-@_has_exact_inverse.register(Reverse)
-@_has_exact_inverse.register(Rotation)
-@_has_exact_inverse.register(Squeeze)
-def _(layer: Transform) -> bool:
-    return True
-
-
-@_has_exact_inverse.register(Coupling)
-def _(layer: Coupling) -> bool:
-    return isinstance(layer.map, EXACT_MAPS)
-
-
 def _repeats(layer: Transform) -> bool:
     """Whether a second run on the same input gives the same, and changes nothing."""
-    if isinstance(layer, ActNorm) and layer.training and not layer._initialised:
-        return False
-    return not any(
-        m.training
-        and (
-            isinstance(m, (BatchNorm, _BatchNorm, LipschitzLinear))
-            or (isinstance(m, _DropoutNd) and m.p > 0)
-            or type(m).__name__ == "_SpectralNorm"
-        )
-        for m in layer.modules()
+    return all(getattr(m, "repeatable", True) and not _changes(m) for m in layer.modules())
+
+
+def _changes(module: nn.Module) -> bool:
+    """Whether it is a module of torch that draws, or updates itself, in training."""
+    return module.training and (
+        isinstance(module, _BatchNorm)
+        or (isinstance(module, _DropoutNd) and module.p > 0)
+        or type(module).__name__ == "_SpectralNorm"
     )
 
 
@@ -272,40 +219,16 @@ class _Step:
     def retrace(
         self, z: Tensor, context: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor], Tensor, Tensor]:
-        """From an output: the input, in parts that are leaves of a graph; how to join such parts;
-        and the output and contribution that the graph gives."""
-        if isinstance(self.layer, Coupling):
-            parts, join, again, ldj = self.layer.retrace(z, context, self.turned)
-        else:
-            back = self.layer.latent if self.turned else self.layer.inverse
-            with torch.no_grad():
-                x = back(z, context)
-            parts = (x.detach().requires_grad_(),)
-            run = self.layer.inverse_and_ldj if self.turned else self.layer
-            again, ldj = run(parts[0], context)
-            join = _only
+        """See :meth:`Transform.retrace`; the contribution with its sign."""
+        parts, join, again, ldj = self.layer.retrace(z, context, self.turned)
         return parts, join, again, ldj if self.sign > 0 else -ldj
 
 
-def _only(part: Tensor) -> Tensor:
-    return part
-
-
-def _steps(layers: Iterable[Transform], turned: bool, sign: int = 1) -> Iterator[_Step]:
+def _steps(layers: Iterable[Transform], turned: bool) -> Iterator[_Step]:
     """The layers in the order in which they run, nested sequences and inverses unfolded."""
     for layer in reversed(list(layers)) if turned else layers:
-        if isinstance(layer, Sequential) and type(layer) in (Sequential, _LeanSequential):
-            yield from _steps(layer.transforms, turned, sign)
-        elif isinstance(layer, Inverse) and layer.bijective and _only_turns(layer):
-            yield from _steps([layer.transform], not turned, -sign)
-        else:
-            yield _Step(layer, turned, sign)
-
-
-def _only_turns(layer: Inverse) -> bool:
-    """Whether it adds nothing of its own to the layer that it turns round."""
-    names = ("_forward", "_inverse", "_inverse_and_ldj", "_latent")
-    return all(getattr(type(layer), name) is getattr(Inverse, name) for name in names)
+        for leaf, way in layer.unfold(turned):
+            yield _Step(leaf, way, 1 if way == turned else -1)
 
 
 def _grouped(steps: Iterable[_Step], mode: str) -> Iterator[tuple[bool, list[_Step]]]:
@@ -318,7 +241,7 @@ def _grouped(steps: Iterable[_Step], mode: str) -> Iterator[tuple[bool, list[_St
         layer = step.layer
         fits = layer.bijective and not layer.estimated and _repeats(layer)
         if mode == "reversible":
-            fits = fits and _has_exact_inverse(layer)
+            fits = fits and layer.reversible
         if not fits:
             if run:
                 yield _worth_it(run), run
@@ -341,30 +264,34 @@ def _worth_it(steps: Sequence[_Step]) -> bool:
 # Running them -------------------------------------------------------------------------------------
 
 
-class _LeanSequential(Sequential):
-    """A :class:`Sequential` that recomputes in the backward pass; ``set_memory`` makes it one."""
+@dataclass(frozen=True)
+class Recompute:
+    """How a :class:`Sequential` runs where there will be a backward pass; see :func:`set_memory`.
 
-    memory: str = "stored"
+    Attributes:
+        mode: "reversible" or "checkpoint".
+    """
 
-    def _lean(self, *tensors: Tensor | None) -> bool:
-        """Whether there will be a backward pass."""
-        if not torch.is_grad_enabled():
-            return False
-        given = (t for t in tensors if t is not None)
-        return any(t.requires_grad for t in (*given, *self.parameters()))
+    mode: str
 
-    def _run(
+    def run(
         self,
         layers: Iterable[Transform],
         x: Tensor,
         context: Tensor | None,
         turned: bool,
-        scored: bool = True,
+        scored: bool,
     ) -> tuple[Tensor, Tensor]:
+        """The output of the layers and the sum of their contributions.
+
+        Args:
+            turned: whether they run from z to x.
+            scored: whether contributions are asked for.
+        """
         ldj: Tensor | None = None
-        for recomputed, steps in _grouped(_steps(layers, turned), self.memory):
+        for recomputed, steps in _grouped(_steps(layers, turned), self.mode):
             if recomputed:
-                x, part = _RUNS[self.memory](steps, x, context)
+                x, part = _RUNS[self.mode](steps, x, context)
             elif scored:
                 x, part = _in_turn(steps, x, context)
             else:
@@ -373,45 +300,6 @@ class _LeanSequential(Sequential):
                 continue
             ldj = part if ldj is None else ldj + part
         return x, zero_ldj(x) if ldj is None else ldj
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._lean(x, context):
-            return super()._forward(x, context)
-        return self._run(self.transforms, x, context, turned=False)
-
-    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        if not self._lean(z, context):
-            return super()._inverse(z, context)
-        return self._run(self.transforms, z, context, turned=True, scored=False)[0]
-
-    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._lean(z, context):
-            return super()._inverse_and_ldj(z, context)
-        return self._run(self.transforms, z, context, turned=True)
-
-    def _forward_samples(
-        self, x: Tensor, context: Tensor | None, num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        if not self._lean(x, context):
-            return Sequential._forward_samples(self, x, context, num_samples)
-        layers = list(self.transforms)
-        drawn = (i for i, t in enumerate(layers) if t.stochastic_forward or t.estimated)
-        first = next(drawn, len(layers))
-        x, ldj = self._run(layers[:first], x, context, turned=False)
-        ldj = repeat_rows(ldj, num_samples)
-        if first == len(layers):
-            return repeat_rows(x, num_samples), ldj
-        x, part = layers[first].forward_samples(x, context, num_samples)
-        context = repeat_rows(context, num_samples)
-        x, rest = self._run(layers[first + 1 :], x, context, turned=False)
-        return x, ldj + part + rest
-
-    @property
-    def label(self) -> str:
-        return "Sequential"
-
-    def where(self, method: str) -> str:
-        return super().where(method).replace(type(self).__name__, "Sequential")
 
 
 def _in_turn(steps: Sequence[_Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ r"""Bounds in their terms: what a VAE pays for the data, for its posterior and f
 .. math:: \mathcal L(x) = \underbrace{\log p(x \mid z)}_{\text{reconstruction}}
           - \underbrace{(\log q(z \mid x) - \log p(z))}_{\text{divergence}}, \qquad z \sim q(z|x)
 
-A flow needs no code of its own for this: every VAE layer has an encoder, a decoder and, behind it,
+A flow needs no code of its own for this: every VAE layer has an encoder, a decoder and, after it,
 what is its prior. With the terms apart a bound can be annealed, given free bits, and asked which
 latents it uses.
 """
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions import StandardNormal
 from surflow.distributions.base import Distribution
+from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.errors import close_match
-from surflow.flow import Flow, FlowDistribution
+from surflow.flow import Flow
 from surflow.scores import close_tape, open_tape
-from surflow.transforms import VAE, Sequential, Transform
+from surflow.transforms import VAE, Transform
 from surflow.transforms.base import repeat_rows
 
 __all__ = [
@@ -30,24 +31,13 @@ __all__ = [
     "Terms",
     "active_units",
     "annealed_elbo",
-    "factorised",
     "has_vae_layer",
     "linear_warm_up",
+    "posterior_draws",
     "prior_flow",
+    "split_at_vae",
     "terms",
 ]
-
-
-def factorised(encoder: Distribution) -> DiagonalNormal | None:
-    """The normal that a posterior is, given what its net has made of x; None for any other.
-
-    Args:
-        encoder: a :class:`FlowDistribution` with no layers over a conditional diagonal normal.
-    """
-    if not isinstance(encoder, FlowDistribution) or encoder.net is None:
-        return None
-    flat = len(encoder.flow.transforms) == 0 and isinstance(encoder.flow.base, DiagonalNormal)
-    return encoder.flow.base if flat and encoder.flow.base.conditional else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Terms:
         reconstruction: log p(x|z) of the first VAE layer, and the contributions of layers in
             front of it, (B,).
         log_q: log q(z|x), added up over VAE layers, (B,).
-        log_prior: log p(z): everything behind the first VAE layer, (B,).
+        log_prior: log p(z): everything after the first VAE layer, (B,).
         divergence: (B, G), log q - log p(z) of each of G groups: one a latent dimension where
             posterior and prior are both factorised, else one in all.
     """
@@ -74,20 +64,26 @@ class Terms:
         return self.reconstruction + self.log_prior - self.log_q
 
 
-def _layers(transform: Transform) -> list[Transform]:
-    """The layers of nested sequences, data side first."""
-    if isinstance(transform, Sequential):
-        return [layer for part in transform for layer in _layers(part)]
-    return [transform]
-
-
 def has_vae_layer(flow: Flow) -> bool:
     """Whether a flow's bound has the terms of :func:`terms`."""
-    return any(isinstance(layer, VAE) for layer in _layers(flow.transforms))
+    return any(isinstance(layer, VAE) for _, layer in flow.transforms.layers())
+
+
+def split_at_vae(flow: Flow, where: str) -> tuple[list[Transform], VAE, list[Transform]]:
+    """The layers before the first VAE layer, that layer, and those after it: not copies.
+
+    Raises:
+        ValueError: for a flow without a VAE layer; ``where`` is for the message.
+    """
+    layers = [layer for _, layer in flow.transforms.layers()]
+    for i, layer in enumerate(layers):
+        if isinstance(layer, VAE):
+            return layers[:i], layer, layers[i + 1 :]
+    raise ValueError(f"{where}: expected a flow with a VAE layer, got none")
 
 
 def prior_flow(flow: Flow) -> Flow:
-    """What stands behind the first VAE layer, as a flow over latents: its density, and its draws.
+    """What comes after the first VAE layer, as a flow over latents: its density, and its draws.
 
     The layers are those of ``flow``, not copies.
 
@@ -101,28 +97,17 @@ def prior_flow(flow: Flow) -> Flow:
     >>> [name for name, _ in prior_flow(flow).layers()]
     ['0.Affine', 'base.StandardNormal']
     """
-    layers = _layers(flow.transforms)
-    place = _first_vae(layers, "prior_flow")
-    return Flow(flow.base, layers[place + 1 :])
-
-
-def _first_vae(layers: list[Transform], where: str) -> int:
-    """The place of the first VAE layer."""
-    for i, layer in enumerate(layers):
-        if isinstance(layer, VAE):
-            return i
-    raise ValueError(f"{where}: expected a flow with a VAE layer, got none")
+    return Flow(flow.base, split_at_vae(flow, "prior_flow")[2])
 
 
 def _draw(layer: VAE, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, log q(z|x) and, of a factorised q, its parts by dimension, (B, L)."""
     given = layer._beside(x, context, "forward")
-    normal = factorised(layer.encoder)
-    if normal is None:
+    if not layer.encoder.factorised:
         return *layer.encoder.sample_and_log_prob(context=given), None
-    loc, log_scale = normal.parameters_of(layer.encoder._embed(given))
-    eps = normal._standard_sample(tuple(loc.shape), loc)
-    by_dimension = (normal._standard_log_prob(eps) - log_scale).flatten(1)
+    loc, log_scale = layer.encoder.normal_parameters(given)
+    eps = torch.randn(loc.shape, device=loc.device, dtype=loc.dtype)
+    by_dimension = (-0.5 * eps.square() - HALF_LOG_TWO_PI - log_scale).flatten(1)
     return loc + torch.exp(log_scale) * eps, by_dimension.sum(1), by_dimension
 
 
@@ -144,8 +129,7 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
     Source: Kingma & Welling 2014, arXiv 1312.6114, eq. 3; hierarchies as Sønderby et al. 2016,
     arXiv 1602.02282.
     """
-    layers = _layers(flow.transforms)
-    _first_vae(layers, "terms")
+    before, vae, after = split_at_vae(flow, "terms")
     if num_samples < 1:
         raise ValueError(f"terms: expected num_samples >= 1, got {num_samples}")
     v, context = repeat_rows(x, num_samples), repeat_rows(context, num_samples)
@@ -153,22 +137,22 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
     log_q: list[Tensor] = []
     log_prior: list[Tensor] = []
     by_dimension: Tensor | None = None
-    for layer in layers:
-        behind = log_prior if log_q else reconstruction
+    for layer in [*before, vae, *after]:
+        found = log_prior if log_q else reconstruction
         if not isinstance(layer, VAE):
             v, part = layer(v, context)
-            behind.append(part)
+            found.append(part)
             continue
         z, score, by_dimension = _draw(layer, v, context)
-        behind.append(layer.decoder.log_prob(v, layer._beside(z, context, "forward")))
+        found.append(layer.decoder.log_prob(v, layer._beside(z, context, "forward")))
         log_q.append(score)
         v = z
     log_prior.append(flow.base.log_prob(v, context))
     total_q, total_prior = sum(log_q), sum(log_prior)
     simple = len(log_q) == len(log_prior) == 1 and isinstance(flow.base, StandardNormal)
     if simple and by_dimension is not None:
-        prior = flow.base._standard_log_prob(v).flatten(1)
-        divergence = by_dimension - prior
+        prior = -0.5 * v.square() - HALF_LOG_TWO_PI
+        divergence = by_dimension - prior.flatten(1)
     else:
         divergence = (total_q - total_prior).unsqueeze(1)
     return Terms(sum(reconstruction), total_q, total_prior, divergence)
@@ -283,9 +267,9 @@ def annealed_elbo(
 # Which latents are used
 
 
-def _draws(encoder: Distribution, given: Tensor, num_samples: int) -> Tensor:
+def posterior_draws(encoder: Distribution, given: Tensor, num_samples: int) -> Tensor:
     """S draws a row, sample s of row b at s B + b; a flow's net sees each row once."""
-    if isinstance(encoder, FlowDistribution):
+    if encoder.embeds_context:
         return encoder.sample_and_log_prob(context=given, num_samples=num_samples)[0]
     return encoder.sample(context=repeat_rows(given, num_samples))
 
@@ -348,21 +332,18 @@ def active_units(
         raise ValueError(
             f"active_units: expected at least 2 rows and 2 samples, got {len(x)} and {num_samples}"
         )
-    layers = _layers(flow.transforms)
-    place = _first_vae(layers, "active_units")
-    vae = layers[place]
-    normal = factorised(vae.encoder)
+    before, vae, _ = split_at_vae(flow, "active_units")
     means, noise = [], []
     for start in range(0, len(x), rows):
         v = x[start : start + rows]
         seen = None if context is None else context[start : start + rows]
-        for layer in layers[:place]:
+        for layer in before:
             v = layer.latent(v, seen)
         given = vae._beside(v, seen, "forward")
-        if normal is not None:
-            means.append(normal.parameters_of(vae.encoder._embed(given))[0].flatten(1).double())
+        if vae.encoder.factorised:
+            means.append(vae.encoder.normal_parameters(given)[0].flatten(1).double())
             continue
-        z = _draws(vae.encoder, given, num_samples)
+        z = posterior_draws(vae.encoder, given, num_samples)
         z = z.flatten(1).double().unflatten(0, (num_samples, -1))
         means.append(z.mean(0))
         noise.append(z.var(0) / num_samples)

@@ -15,6 +15,7 @@ from doubles import with_noise
 from safetensors.torch import load_file
 
 from surflow.distributions import StandardNormal
+from surflow.models.downsampling import max_pool, slice_off
 from surflow.models.official import (
     load_official,
     official_configuration,
@@ -128,7 +129,7 @@ def test_the_configuration_is_read_off_the_names(name):
 @pytest.mark.parametrize("pooling", ["max", "none"])
 def test_the_full_model_has_the_official_names_and_shapes(pooling):
     official = json.loads((OWN / "poolflow_cifar10_state_dict.json").read_text())[pooling]
-    flow = pool_flow(downsampling={"max": "max_pool", "none": "slice"}[pooling])
+    flow = pool_flow(downsampling={"max": max_pool, "none": slice_off}[pooling])
     own = {name: tuple(p.shape) for name, p in flow.named_parameters()}
     names, constants = official_names(flow), official_constants(flow)
     assert set(names) | set(constants) == set(official) and not set(names) & set(constants)
@@ -141,6 +142,6 @@ def test_the_full_model_has_the_official_names_and_shapes(pooling):
     found = official_configuration(
         meta | {"transforms.0.ldj_per_dim": torch.tensor(-8 * math.log(2))}
     )
-    assert found["downsampling"] == {"max": "max_pool", "none": "slice"}[pooling]
+    assert found["downsampling"] is {"max": max_pool, "none": slice_off}[pooling]
     assert (found["num_scales"], found["num_steps"], found["depth"]) == (2, 12, 10)
     assert (found["dequant_steps"], found["context_channels"], found["gated"]) == (4, 32, True)

@@ -87,7 +87,7 @@ def make_flow(batch_norm=False, **options):
     if batch_norm:
         flow = realnvp((1, 8, 8), 17, mid_channels=2, num_blocks=1)
     else:
-        flow = pool_flow((1, 8, 8), "max_pool", **{**TINY, **options})
+        flow = pool_flow((1, 8, 8), **{**TINY, **options})
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -651,7 +651,7 @@ def test_channels_last_changes_the_layout_and_not_the_loss():
     losses, layouts = [], []
     for last in (False, True):
         torch.manual_seed(5)
-        flow = pool_flow((3, 8, 8), "max_pool", **TINY)
+        flow = pool_flow((3, 8, 8), **TINY)
         module = FlowModule(give_noise(flow), None, None, channels_last=last)
         flow.transforms[0].register_forward_hook(
             lambda m, i, o: layouts.append(o[0].is_contiguous(memory_format=torch.channels_last))

@@ -1,5 +1,7 @@
 """Images with channels last stay so, layer by layer, and values do not change."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from surflow.distributions import StandardNormal
 from surflow.flow import Flow
 from surflow.memory import set_memory, use_channels_last
 from surflow.models import pool_flow
+from surflow.models.downsampling import conditional_slice, max_pool, slice_off
 from surflow.nets import MLP, DenseNet, ImageEmbedding
 from surflow.transforms import (
     ActNorm,
@@ -68,7 +71,7 @@ def perturbed(flow):
     return flow
 
 
-@pytest.mark.parametrize("downsampling", ["max_pool", "slice", "conditional_slice"])
+@pytest.mark.parametrize("downsampling", [max_pool, slice_off, conditional_slice])
 @pytest.mark.parametrize("actnorm", [False, True])
 def test_every_intermediate_has_channels_last(downsampling, actnorm):
     flow = perturbed(pool_flow((3, 16, 16), downsampling, actnorm=actnorm, **SMALL))
@@ -87,7 +90,7 @@ def test_every_intermediate_has_channels_last(downsampling, actnorm):
     torch.testing.assert_close(got_ldj, ldj, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("downsampling", ["max_pool", "learned_max_pool"])
+@pytest.mark.parametrize("downsampling", [max_pool, partial(max_pool, learn=True)])
 def test_generation_keeps_channels_last(downsampling):
     flow = use_channels_last(perturbed(pool_flow((3, 16, 16), downsampling, **SMALL)))
     z = torch.randn(2, *flow.base.event_shape).to(memory_format=LAST)

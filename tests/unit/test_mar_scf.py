@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from surflow.distributions import ChannelAutoregressive, DiagonalNormal, StandardNormal, Uniform
 from surflow.models import all_latents, from_latents, glow, mar_scf, pool_flow
+from surflow.models.downsampling import autoregressive_slice
 from surflow.nets import ConvAttentionBlock, ConvAttentionNet, ConvLSTM
 from surflow.nets.gated_attention import positions
 from surflow.proofs import CHECKS
@@ -233,7 +234,7 @@ FLOWS = {
     ),
     "pool": lambda s: pool_flow(
         s,
-        "autoregressive_slice",
+        autoregressive_slice,
         8,
         num_steps=1,
         mid_channels=4,

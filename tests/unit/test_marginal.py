@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from surflow.distributions import Categorical, DiagonalNormal, StandardNormal
+from surflow.evaluation.marginal import Grid, marginal_log_prob
 from surflow.flow import Flow
-from surflow.marginal import Grid, marginal_log_prob
 from surflow.models import unification as models
 from surflow.nets import MLP
 from surflow.objectives import iwbo

@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ import torch.nn.functional as F
 from doubles import with_noise
 from safetensors.torch import save_file
 
-from surflow.distributions import StandardNormal
+from surflow.distributions import Exponential, HalfNormal, StandardNormal
 from surflow.errors import UserError
 from surflow.flow import Flow
+from surflow.models.downsampling import (
+    autoregressive_slice,
+    conditional_slice,
+    max_pool,
+    slice_off,
+)
 from surflow.models.official import (
     convert_official,
     load_official,
@@ -24,7 +31,7 @@ from surflow.models.official import (
     read_tensors,
     reference_configuration,
 )
-from surflow.models.pool_flow import DOWNSAMPLINGS, coupling_steps, flow_noise, pool_flow
+from surflow.models.pool_flow import coupling_steps, flow_noise, pool_flow
 from surflow.nets import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
 from surflow.transforms import MaxPool2d, Sequential, Slice, Squeeze
 
@@ -68,10 +75,10 @@ VARIANTS = {
     "actnorm": dict(actnorm=True),
     "ungated": dict(gated=False),
     "three_scales": dict(num_scales=3, shape=(3, 16, 16)),
-    "three_scales_slice": dict(num_scales=3, shape=(3, 16, 16), downsampling="slice"),
+    "three_scales_slice": dict(num_scales=3, shape=(3, 16, 16), downsampling=slice_off),
     "five_bits": dict(num_levels=32),
     "wide_grey": dict(shape=(1, 4, 8), num_blocks=2),
-    "all": dict(actnorm=True, gated=False, num_scales=3, shape=(2, 8, 16), downsampling="slice"),
+    "all": dict(actnorm=True, gated=False, num_scales=3, shape=(2, 8, 16), downsampling=slice_off),
 }
 
 
@@ -150,7 +157,7 @@ def test_wrong_weights_are_named():
     )
     assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
     with pytest.raises(ValueError, match=r"no layer like .*Slice"):
-        official_names(pool_flow((3, 8, 8), downsampling="conditional_slice", **SMALL))
+        official_names(pool_flow((3, 8, 8), downsampling=conditional_slice, **SMALL))
     with pytest.raises(ValueError, match="expected the state dict of a PoolFlow"):
         official_configuration({"layer.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"reference key: expected one of .*, got 'widht'"):
@@ -200,14 +207,35 @@ def own_downsampling(shape):
     return Sequential([Squeeze(), Slice(StandardNormal((2 * c, h // 2, w // 2)), keep=2 * c)])
 
 
-EVERY = {**{name: name for name in DOWNSAMPLINGS}, "one": MaxPool2d, "several": own_downsampling}
+def own_pool(shape):
+    decoder = partial(Exponential, scale=0.5)
+    return max_pool(shape, decoder=decoder, index_net=partial(torch.nn.Conv2d, kernel_size=1))
+
+
+EVERY = {
+    "max_pool": (max_pool, 2),
+    "learned_max_pool": (partial(max_pool, learn=True), 2),
+    "own_pool": (own_pool, 2),
+    "slice": (slice_off, 2),
+    "conditional_slice": (conditional_slice, 2),
+    "autoregressive_slice": (autoregressive_slice, 2),
+    "one": (MaxPool2d, 2),
+    "several": (own_downsampling, 2),
+    "max_pool_4": (partial(max_pool, kernel_size=4), 4),
+    "learned_max_pool_4": (partial(max_pool, kernel_size=4, learn=True), 4),
+    "slice_4": (partial(slice_off, factor=4), 4),
+    "conditional_slice_4": (partial(conditional_slice, factor=4, kernel_size=1), 4),
+    "autoregressive_slice_4": (partial(autoregressive_slice, factor=4, hidden_channels=4), 4),
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_any_downsampling_fits(name, double):
-    flow = perturbed(pool_flow((3, 8, 8), EVERY[name], **SMALL))
-    x = images()
+    downsampling, factor = EVERY[name]
+    shape = (3, 4 * factor, 4 * factor)
+    flow = perturbed(pool_flow(shape, downsampling, **SMALL))
+    x = images(shape=shape)
     assert flow.lower_bound and flow.log_prob(x).isfinite().all()
     channels = 24 if name == "several" else 12
     assert flow.base.event_shape == (channels, 2, 2)
@@ -220,8 +248,36 @@ def test_any_downsampling_fits(name, double):
     torch.testing.assert_close(back, z, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(forward_ldj, ldj, atol=1e-8, rtol=1e-9)
     sample = flow.sample(5)
-    assert sample.dtype == torch.int64 and tuple(sample.shape) == (5, 3, 8, 8)
+    assert sample.dtype == torch.int64 and tuple(sample.shape) == (5, *shape)
     assert sample.min() >= 0 and sample.max() <= 255
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [2, 4])
+def test_pooling_by_its_formula(k, double):
+    (layer,) = max_pool((2, 8, 8), kernel_size=k)
+    x = torch.randn(5, 2, 8, 8)
+    z, ldj = layer(x)
+    assert torch.equal(z, F.max_pool2d(x, k))
+    below = (z.repeat_interleave(k, 2).repeat_interleave(k, 3) - x).flatten(1)
+    # a max counts with log half-normal(0) = log 2 / sqrt(2 pi) in the sum of all pixels
+    at_top = z[0].numel() * HalfNormal(1).log_prob(torch.zeros(1, 1))
+    expected = HalfNormal(below.shape[1]).log_prob(below) - at_top - z[0].numel() * math.log(k * k)
+    torch.testing.assert_close(ldj, expected)
+
+
+@torch.no_grad()
+def test_a_flow_of_one_pooling_has_unit_mass(double):
+    """By importance sampling over 4 × 4 pixels, with an index and remainders that are learned."""
+    (layer,) = max_pool((1, 4, 4), kernel_size=4, learn=True)
+    layer.logits.copy_(0.3 * torch.randn_like(layer.logits))
+    layer.decoder.log_scale.copy_(0.2 * torch.randn_like(layer.decoder.log_scale))
+    flow = Flow(StandardNormal((1, 1, 1)), layer)
+    wider = Flow(StandardNormal((1, 1, 1)), max_pool((1, 4, 4), 4, decoder=Exponential))
+    x = wider.sample(50_000)
+    weight = (flow.log_prob(x) - wider.log_prob(x)).exp()
+    error = (weight.std() / len(weight) ** 0.5).item()
+    assert error < 0.05 and abs(weight.mean().item() - 1) < 5 * error
 
 
 @torch.no_grad()
@@ -249,7 +305,7 @@ def test_the_ledger_adds_up_and_says_what_is_a_bound():
 
 
 def test_it_starts_as_orthogonal_maps_of_centred_pixels():
-    flow = pool_flow((3, 8, 8), "slice", dequantization="uniform", **SMALL)
+    flow = pool_flow((3, 8, 8), slice_off, dequantization="uniform", **SMALL)
     y, _ = flow.transforms[0](images())
     inner = Sequential(list(flow.transforms)[1:3])
     z, ldj = Sequential(list(flow.transforms)[1:4])(y)
@@ -288,7 +344,7 @@ def test_the_density_of_a_tiny_dequantizer_has_unit_mass(double):
 
 
 def test_every_parameter_is_trained():
-    flow = pool_flow((3, 8, 8), "learned_max_pool", actnorm=True, **SMALL)
+    flow = pool_flow((3, 8, 8), partial(max_pool, learn=True), actnorm=True, **SMALL)
     flow.log_prob(images(8))  # sets the normalisations
     perturbed(flow).train()
     flow.log_prob(images(8)).mean().backward()
@@ -315,7 +371,7 @@ def test_memory_layout_and_autocast():
 
 
 @pytest.mark.parametrize(
-    "downsampling, dequantization", [("max_pool", "variational"), ("slice", "uniform")]
+    "downsampling, dequantization", [(max_pool, "variational"), (slice_off, "uniform")]
 )
 def test_it_compiles_as_one_graph(downsampling, dequantization):
     flow = perturbed(pool_flow((3, 8, 8), downsampling, dequantization=dequantization, **SMALL))
@@ -339,10 +395,15 @@ def test_it_compiles_as_one_graph(downsampling, dequantization):
 
 
 def test_what_cannot_be_is_named():
-    with pytest.raises(ValueError, match=r"model.downsampling: .* did you mean 'max_pool'"):
-        pool_flow((3, 8, 8), "maxpool")
-    with pytest.raises(ValueError, match="divisible by 8, for 3 scales, got 12 x 16"):
-        pool_flow((3, 12, 16), num_scales=3)
+    with pytest.raises(ValueError, match="even height and width, got 7 x 8"):
+        pool_flow((3, 7, 8))
+    for between in (max_pool, slice_off, MaxPool2d):
+        with pytest.raises(ValueError, match=r"for 3 scales, got 12 x 16: .*got .*3 x 4"):
+            pool_flow((3, 12, 16), between, num_scales=3, **SMALL)
+    with pytest.raises(ValueError, match=r"for 2 scales, got 12 x 16: max_pool: kernel_size: .*4"):
+        pool_flow((3, 12, 16), partial(max_pool, kernel_size=4), **SMALL)
+    with pytest.raises(ValueError, match=r"slice: factor: expected a number >= 2.*got 1"):
+        slice_off((3, 8, 8), 1)
     with pytest.raises(ValueError, match=r"model.dequantization: .* did you mean 'uniform'"):
         pool_flow((3, 8, 8), dequantization="unifrom")
     with pytest.raises(ValueError, match=r"expected \(C, H, W\), got \(3, 8\)"):

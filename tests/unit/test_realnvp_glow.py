@@ -1,6 +1,7 @@
 """RealNVP and Glow: their likelihood by hand, and the ways between images."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from surflow.distributions import (
     Uniform,
 )
 from surflow.flow import Flow
+from surflow.latents import Latent
 from surflow.models import all_latents, from_latents, glow, latent_interpolation, pool_flow, realnvp
-from surflow.models.interpolation import Latent, path_weights
+from surflow.models.downsampling import conditional_slice, max_pool, slice_off
+from surflow.models.interpolation import path_weights
 from surflow.models.realnvp import diagonal_first
 from surflow.nets import (
     MLP,
@@ -538,10 +541,10 @@ def vae_of_images():
 FLOWS = {
     "realnvp": lambda: build_realnvp((3, 8, 8), scales=3),
     "glow": lambda: build_glow((3, 8, 8), scales=3),
-    "slice": lambda: small_pool_flow("slice"),
-    "conditional_slice": lambda: small_pool_flow("conditional_slice", "variational"),
-    "max_pool": lambda: small_pool_flow("max_pool"),
-    "learned_max_pool": lambda: small_pool_flow("learned_max_pool", "variational"),
+    "slice": lambda: small_pool_flow(slice_off),
+    "conditional_slice": lambda: small_pool_flow(conditional_slice, "variational"),
+    "max_pool": lambda: small_pool_flow(max_pool),
+    "learned_max_pool": lambda: small_pool_flow(partial(max_pool, learn=True), "variational"),
     "vae": vae_of_images,
 }
 flows = pytest.mark.parametrize("name", FLOWS)

@@ -17,10 +17,9 @@ from surflow.cli.decoded import (
     grid_divergence,
     grid_log_density,
     latent_arrays,
-    mean_of,
 )
 from surflow.cli.pixels import image_shape, pixels_of
-from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal
+from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.files import write_json
 from surflow.flow import Flow
 from surflow.metrics.samples import BrokenSamples, draw_unit
@@ -90,7 +89,7 @@ def test_what_is_no_image(values, message):
 def test_means_of_decoders():
     z = torch.randn(3, 5)
     net = nn.Linear(5, 4)
-    assert torch.allclose(mean_of(Bernoulli(4, net=net), z), 1 / (1 + (-net(z)).exp()))
+    assert torch.allclose(Bernoulli(4, net=net).mean(z), 1 / (1 + (-net(z)).exp()))
     net = nn.Linear(5, 12)
     density = Categorical(4, 3, net=net)
     every = torch.arange(3).view(3, 1, 1).expand(3, 3, 4)
@@ -98,9 +97,9 @@ def test_means_of_decoders():
     logits = torch.stack(density._net_parameters(z, 3), -1).flatten(0, 1)
     p = torch.stack([single.log_prob(every[k, 0, :1].expand(12, 1), logits) for k in range(3)])
     expected = (p.exp() * torch.arange(3.0).unsqueeze(1)).sum(0).view(3, 4)
-    assert torch.allclose(mean_of(density, z), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="known mean, got StandardNormal"):
-        mean_of.dispatch(object)(StandardNormal(2), z)
+    assert torch.allclose(density.mean(z), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="known mean, got Uniform"):
+        Uniform(2).mean(z)
 
 
 @pytest.mark.parametrize("prior", ["standard", "realnvp", "mixture"])

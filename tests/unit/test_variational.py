@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from surflow.distributions import Categorical, DiagonalNormal, StandardNormal
+from surflow.evaluation.marginal import Grid, marginal_log_prob
 from surflow.flow import Flow
-from surflow.marginal import Grid, marginal_log_prob
 from surflow.models.unification import LinearNormalNet, hvae, ppca_log_prob
 from surflow.models.vae_studies import vae_of_vectors
 from surflow.nets import MLP
@@ -17,7 +17,6 @@ from surflow.transforms import VAE, Affine, Dequantization
 from surflow.variational import (
     active_units,
     annealed_elbo,
-    factorised,
     has_vae_layer,
     linear_warm_up,
     prior_flow,
@@ -65,7 +64,7 @@ def test_terms_are_those_of_torch_distributions():
     vae = flow.transforms[0]
     torch.manual_seed(3)
     t = terms(flow, x)
-    loc, log_scale = factorised(vae.encoder).parameters_of(vae.encoder.net(x))
+    loc, log_scale = vae.encoder.normal_parameters(x)
     torch.manual_seed(3)
     z = loc + log_scale.exp() * torch.randn(16, 2)
     by_hand = torch.distributions.Bernoulli(logits=vae.decoder.net(z)).log_prob(x).sum(1)

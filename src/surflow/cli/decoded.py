@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from surflow.cli.pixels import image_shape, pixels_of
-from surflow.distributions import Bernoulli, Categorical, DiagonalNormal
-from surflow.distributions.base import Distribution
 from surflow.flow import Flow
-from surflow.transforms import VAE, Transform
-from surflow.transforms.base import repeat_rows
-from surflow.variational import factorised, has_vae_layer, prior_flow
+from surflow.variational import has_vae_layer, posterior_draws, split_at_vae
 
 GRID = 256
 LATENT_DRAWS = 200_000  # of a posterior without a density in closed form, over all rows
@@ -28,34 +23,8 @@ CELLS = 16_384  # latents at a time
 MEANS, DRAWS = "decoder means", "decoder draws"
 
 
-@singledispatch
-def mean_of(density: Distribution, context: Tensor) -> Tensor:
-    """E[x | context], (B, *event), real; of integers too.
-
-    Raises:
-        ValueError: for a density whose mean has no closed form here.
-    """
-    raise ValueError(f"mean_of: expected a density with a known mean, got {type(density).__name__}")
-
-
-@mean_of.register
-def _(density: Bernoulli, context: Tensor) -> Tensor:
-    return torch.sigmoid(density.logits_of(context))
-
-
-@mean_of.register
-def _(density: Categorical, context: Tensor) -> Tensor:
-    p = density.log_probabilities(context).exp()
-    return p @ torch.arange(density.num_classes, device=p.device, dtype=p.dtype)
-
-
-@mean_of.register
-def _(density: DiagonalNormal, context: Tensor) -> Tensor:
-    return density.parameters_of(context)[0]
-
-
 class Decoded(nn.Module):
-    """What stands around the first VAE layer of a flow, and how its latents look.
+    """The parts of a flow around its first VAE layer, and how its latents look.
 
     Args:
         flow: without a context; the parts are its own, not copies.
@@ -63,7 +32,7 @@ class Decoded(nn.Module):
     Attributes:
         front: layers before the VAE layer, data side first.
         vae: the layer.
-        prior: what stands behind it, as a flow over latents.
+        prior: the layers after it and the base, as a flow over latents.
 
     Raises:
         ValueError: for a flow without a VAE layer, or one that takes a context.
@@ -74,18 +43,14 @@ class Decoded(nn.Module):
         if flow.conditional:
             raise ValueError("pictures of a VAE: expected a flow without a context")
         self.flow = flow
-        self.prior = prior_flow(flow)
-        layers = [layer for _, layer in flow.layers()]
-        place = next(i for i, layer in enumerate(layers) if isinstance(layer, VAE))
-        self.front: list[Transform] = layers[:place]
-        self.vae: VAE = layers[place]
+        self.front, self.vae, after = split_at_vae(flow, "pictures of a VAE")
+        self.prior = Flow(flow.base, after)
         self.train(flow.training)
 
     @property
     def shows_means(self) -> bool:
         """Whether a decoder's mean is shown; a mean of integers fits no layer in front."""
-        known = mean_of.dispatch(type(self.vae.decoder)) is not mean_of.dispatch(object)
-        return known and not (self.front and self.vae.decoder.discrete)
+        return self.vae.decoder.has_mean and not (self.front and self.vae.decoder.discrete)
 
     @property
     def has_grey(self) -> bool:
@@ -107,7 +72,7 @@ class Decoded(nn.Module):
 
     def images(self, z: Tensor) -> Tensor:
         """The decoder's mean for every latent, where it has one, else a draw: (B, *event)."""
-        x = mean_of(self.vae.decoder, z) if self.shows_means else self.vae.inverse(z)
+        x = self.vae.decoder.mean(z) if self.shows_means else self.vae.inverse(z)
         for layer in reversed(self.front):
             x = layer.inverse(x)
         return x
@@ -223,8 +188,8 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     """
     if parts.prior.lower_bound:
         raise ValueError("latent: expected a prior with a density, got one with a bound on it")
-    normal = factorised(parts.vae.encoder)
-    if normal is None:
+    factorised = parts.vae.encoder.factorised
+    if not factorised:
         count = -(-LATENT_DRAWS // len(test))
         rows = max(1, CELLS // count)
         blocks = [_posterior_draws(parts, x, count) for x in test.split(rows)]
@@ -232,16 +197,14 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
         points = torch.cat([block.mean(0) for block in blocks])
         low, high = _range(draws)
     else:
-        found = [
-            normal.parameters_of(parts.vae.encoder._embed(parts.inner(x))) for x in test.split(ROWS)
-        ]
+        found = [parts.vae.encoder.normal_parameters(parts.inner(x)) for x in test.split(ROWS)]
         points = torch.cat([loc for loc, _ in found]).cpu().double()
         scale = torch.cat([log_scale for _, log_scale in found]).cpu().double().exp()
         low = _range(points - 4 * scale)[0]
         high = _range(points + 4 * scale)[1]
-    edges = _edges(parts.prior, low, high, LATENT_GRID if normal is None else GRID)
+    edges = _edges(parts.prior, low, high, GRID if factorised else LATENT_GRID)
     area = _area(edges)
-    if normal is None:
+    if not factorised:
         cells = [edges.shape[1] - 1] * 2
         window = [(float(e[0]), float(e[-1])) for e in edges]
         counts, *_ = np.histogram2d(*draws.numpy().T, bins=cells, range=window)
@@ -249,7 +212,7 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     else:
         density = aggregated_density(points, scale, edges)
     log_prior = grid_log_density(parts.prior, edges)
-    kl = math.nan if normal is None else grid_divergence(density, log_prior, float(area))
+    kl = grid_divergence(density, log_prior, float(area)) if factorised else math.nan
     return {
         "grid_low": edges[:, 0].numpy(),
         "grid_high": edges[:, -1].numpy(),
@@ -263,11 +226,7 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
 
 def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
     """(count, B, 2) draws of q(z|x), float64, on the CPU."""
-    encoder, given = parts.vae.encoder, parts.inner(x)
-    if getattr(encoder, "embeds_context", False):  # its net then runs once a row
-        z, _ = encoder.sample_and_log_prob(context=given, num_samples=count)
-    else:
-        z = encoder.sample(context=repeat_rows(given, count))
+    z = posterior_draws(parts.vae.encoder, parts.inner(x), count)
     return z.cpu().double().unflatten(0, (count, len(x)))
 
 

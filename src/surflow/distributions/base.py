@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from surflow.latents import Tape
 from surflow.scores import record_score
 
 
@@ -43,10 +44,20 @@ class Distribution(nn.Module, ABC):
         discrete: whether ``log_prob`` is of a mass rather than a density.
         integer: whether events are integer tensors.
         net: the context net, None for an unconditional distribution.
+        normal: it is of independent normals, given the context.
+        has_mean: whether :meth:`mean` has a closed form.
+        embeds_context: ``sample_and_log_prob`` takes ``num_samples``, draws a row for which the
+            context is embedded once.
+        factorised: it is a diagonal normal given the context, and says so by
+            ``normal_parameters(context)``: its location and log-scale.
     """
 
     discrete: bool = False
     integer: bool = False
+    normal: bool = False
+    has_mean: bool = False
+    embeds_context: bool = False
+    factorised: bool = False
 
     def __init__(self, event_shape: int | Sequence[int], net: nn.Module | None = None) -> None:
         super().__init__()
@@ -67,6 +78,39 @@ class Distribution(nn.Module, ABC):
     @abstractmethod
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         """n events, (n, *event); reparametrised where the family allows."""
+
+    # What a subclass may say of itself --------------------------------------------------------
+
+    def mean(self, context: Tensor | None = None) -> Tensor:
+        """E[x | context], broadcastable to (B, *event), real; of integers too.
+
+        Raises:
+            ValueError: for a distribution whose mean has no closed form here.
+        """
+        raise ValueError(f"mean: expected a density with a known mean, got {type(self).__name__}")
+
+    def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
+        """Write the latents of an event on the tape: the event itself, if it is of reals."""
+        if self.discrete or not x.is_floating_point():
+            raise ValueError(
+                f"interpolation: {tape.layer} draws a discrete {type(self).__name__}, "
+                "and between its values there is nothing"
+            )
+        tape.write(x)
+
+    def read(self, context: Tensor | None, tape: Tape) -> Tensor:
+        """The event of the latents on top of the tape: the inverse of :meth:`write`."""
+        return tape.read()
+
+    def pairwise(self, contexts: Tensor) -> Callable[[Tensor], Tensor]:
+        """(B, *event) -> log p(x_b | c_j), (B, J), for contexts c, (J, ...), nats."""
+        count = len(contexts)
+
+        def log_prob(x: Tensor) -> Tensor:
+            given = contexts.repeat(len(x), *[1] * (contexts.dim() - 1))
+            return self.log_prob(x.repeat_interleave(count, 0), given).view(-1, count)
+
+        return log_prob
 
     # What a user calls ------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
+from surflow.latents import Tape
 from surflow.nets.conv_lstm import ConvLSTM, State
 from surflow.nets.sizes import averaged_to
 
@@ -148,6 +149,12 @@ class ChannelAutoregressive(Distribution):
     def from_standardised(self, eps: Tensor, context: Tensor | None = None) -> Tensor:
         """The x of this noise: the inverse of :meth:`standardised`, channel by channel."""
         return self._walk(eps, self._embed(context))[0]
+
+    def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
+        tape.write(self.standardised(x, context), normal=True)
+
+    def read(self, context: Tensor | None, tape: Tape) -> Tensor:
+        return self.from_standardised(tape.read(), context)
 
     def _walk(self, eps: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
         """The x of standardised values (n, C, H, W), channel by channel, and its log-scales."""

@@ -30,6 +30,7 @@ class Bernoulli(Distribution):
     """
 
     discrete = True
+    has_mean = True
 
     def __init__(
         self,
@@ -53,6 +54,9 @@ class Bernoulli(Distribution):
     def logits_of(self, context: Tensor | None) -> Tensor:
         """The logits of P(x = 1), broadcastable to (B, *event)."""
         return self._net_parameters(context, 1)[0] if self.conditional else self.logits
+
+    def mean(self, context: Tensor | None = None) -> Tensor:
+        return torch.sigmoid(self.logits_of(context))
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         logits = self.logits_of(context)
@@ -84,6 +88,7 @@ class Categorical(Distribution):
 
     discrete = True
     integer = True
+    has_mean = True
 
     def __init__(
         self,
@@ -119,6 +124,10 @@ class Categorical(Distribution):
         else:
             logits = self.logits
         return F.log_softmax(logits, dim=-1)
+
+    def mean(self, context: Tensor | None = None) -> Tensor:
+        p = self.log_probabilities(context).exp()
+        return p @ torch.arange(self.num_classes, device=p.device, dtype=p.dtype)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.is_floating_point():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution, as_shape, sum_event
+from surflow.latents import Tape
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -70,6 +71,14 @@ class LocationScale(Distribution):
             return loc, log_scale
         return self.loc, self.log_scale
 
+    def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
+        loc, log_scale = self.parameters_of(context)
+        tape.write((x - loc) * torch.exp(-log_scale), self.normal)
+
+    def read(self, context: Tensor | None, tape: Tape) -> Tensor:
+        loc, log_scale = self.parameters_of(context)
+        return loc + torch.exp(log_scale) * tape.read()
+
     def _standard_log_prob(self, eps: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -95,6 +104,27 @@ class DiagonalNormal(LocationScale):
 
     Arguments, shapes and errors: see :class:`LocationScale`.
     """
+
+    normal = True
+    has_mean = True
+
+    def mean(self, context: Tensor | None = None) -> Tensor:
+        return self.parameters_of(context)[0]
+
+    def pairwise(self, contexts: Tensor) -> Callable[[Tensor], Tensor]:
+        """See :class:`Distribution`; the net sees each context once."""
+        loc, log_scale = self.parameters_of(contexts)
+        loc, log_scale = loc.flatten(1), log_scale.expand_as(loc).flatten(1)
+        constant = -(log_scale + HALF_LOG_TWO_PI).sum(1)
+        precision = torch.exp(-log_scale)
+
+        def log_prob(x: Tensor) -> Tensor:
+            total = constant.expand(len(x), -1).clone()
+            for d, column in enumerate(x.flatten(1).unbind(1)):  # over dimensions of the data
+                total -= 0.5 * ((column.unsqueeze(1) - loc[:, d]) * precision[:, d]).square()
+            return total
+
+        return log_prob
 
     def _standard_log_prob(self, eps: Tensor) -> Tensor:
         return -0.5 * eps.square() - HALF_LOG_TWO_PI

@@ -1,12 +1,12 @@
 """The papers' architectures."""
 
 from surflow.models.autoregressive_flow import autoregressive_flow
-from surflow.models.coupling_flow import coupling_flow, coupling_net, image_of
+from surflow.models.coupling_flow import coupling_flow, coupling_net
 from surflow.models.glow import glow
 from surflow.models.interpolation import all_latents, from_latents, latent_interpolation
 from surflow.models.mar_scf import mar_scf
 from surflow.models.official import load_official, official_flow, read_tensors
-from surflow.models.pool_flow import DOWNSAMPLINGS, flow_noise, pool_flow
+from surflow.models.pool_flow import flow_noise, pool_flow
 from surflow.models.posteriors import POSTERIORS, flow_posterior
 from surflow.models.priors import PRIORS, VampPrior
 from surflow.models.pronf import PyramidFlow, pronf
@@ -16,7 +16,6 @@ from surflow.models.vae import vae_flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 
 __all__ = [
-    "DOWNSAMPLINGS",
     "ORDERS",
     "POSTERIORS",
     "PRIORS",
@@ -30,7 +29,6 @@ __all__ = [
     "flow_posterior",
     "from_latents",
     "glow",
-    "image_of",
     "latent_interpolation",
     "load_official",
     "mar_scf",

@@ -1,4 +1,4 @@
-"""Flows of couplings for vectors, behind any surjection."""
+"""Flows of couplings for vectors, after any surjection."""
 
 from __future__ import annotations
 
@@ -12,44 +12,15 @@ from surflow.errors import close_match
 from surflow.flow import Flow
 from surflow.nets import MLP, FourierFeatures
 from surflow.transforms import (
-    AbsGenerative,
-    AbsInference,
     ActNorm,
     AdditiveCoupling,
     Affine,
     BoxToReal,
     Coupling,
-    DihedralFold,
     ElementwiseMap,
-    OrderedToReal,
     Rotation,
-    SortInference,
     Transform,
 )
-
-Box = tuple[list[float], list[float]]
-"""Lower and upper edges of each coordinate, infinite where there are none."""
-
-
-def image_of(surjection: Transform | None, low: Sequence[float], high: Sequence[float]) -> Box:
-    """The box in which the latents of ``surjection`` lie, for data in the box low ... high."""
-    low, high = list(low), list(high)
-    if isinstance(surjection, AbsInference):
-        for d in surjection.element:
-            low[d], high[d] = 0.0, max(abs(low[d]), abs(high[d]))
-    elif isinstance(surjection, AbsGenerative):
-        for d in surjection.transform.element:
-            if low[d] < 0:
-                raise ValueError(
-                    "surjection: AbsGenerative is for data >= 0, and these reach down to "
-                    f"{low[d]:g}; choose abs (AbsInference)"
-                )
-            low[d] = -high[d]
-    elif isinstance(surjection, DihedralFold):
-        low, high = [0.0, 0.0], [math.inf, math.inf]
-    elif surjection is not None:
-        low, high = [-math.inf] * len(low), [math.inf] * len(high)
-    return low, high
 
 
 def real_line(
@@ -108,21 +79,19 @@ def support_of(
             f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
             + close_match(support, SUPPORTS)
         )
-    if support == "unmapped" and isinstance(surjection, AbsInference | DihedralFold):
+    if surjection is None:
+        return SUPPORTS[support](list(low), list(high), sharpness)
+    onto_space = surjection.onto_space()
+    fitting = ("real_line",) if onto_space else ("real_line", "unit_box")
+    if surjection.constraint and support not in fitting:
         raise ValueError(
-            f"model.support: expected real_line or unit_box behind {type(surjection).__name__}, "
-            "got 'unmapped': the latents are >= 0, and a model of the whole space would put mass "
+            f"model.support: expected {' or '.join(fitting)} after {surjection.label}, got "
+            f"{support!r}: {surjection.constraint}, and a model of the whole space would put mass "
             "where no data come from"
         )
-    if isinstance(surjection, SortInference):
-        if support != "real_line":
-            raise ValueError(
-                f"model.support: expected real_line behind SortInference, got {support!r}: the "
-                "latents are sorted, and a model of the whole space would put mass where no data "
-                "come from"
-            )
-        return [OrderedToReal()], StandardNormal(len(low))
-    return SUPPORTS[support](*image_of(surjection, low, high), sharpness)
+    if onto_space:
+        return [onto_space], StandardNormal(len(low))
+    return SUPPORTS[support](*surjection.image(low, high), sharpness)
 
 
 def coupling_flow(
@@ -150,7 +119,7 @@ def coupling_flow(
             base that leaves; see the functions of these names.
         sharpness: of the map of half-lines in "real_line"; see :class:`BoxToReal`.
         actnorm: an activation normalisation before each coupling.
-        shear: initial coefficient k of a learned shear z2 + k z1 behind the support (D = 2,
+        shear: initial coefficient k of a learned shear z2 + k z1 after the support (D = 2,
             latents on the whole plane); None for none.
         rotation: initial angle, in radians, of a learned rotation between couplings (D = 2, latents
             on the whole plane); None for none.
@@ -202,7 +171,7 @@ def coupling_net(
     num_frequencies: int = 0,
     period: float = 1.0,
 ) -> nn.Module:
-    """An MLP, behind Fourier features where ``num_frequencies`` is positive.
+    """An MLP, after Fourier features where ``num_frequencies`` is positive.
 
     Args:
         in_features, out_features, hidden_features, activation, zero_init: see :class:`MLP`.

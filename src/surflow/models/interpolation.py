@@ -4,250 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import singledispatch
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from surflow.distributions import ChannelAutoregressive, DiagonalNormal
-from surflow.distributions.base import Distribution
-from surflow.distributions.location_scale import LocationScale
 from surflow.errors import close_match
-from surflow.flow import Flow, FlowDistribution
-from surflow.transforms import VAE, Dequantization, Sequential, Slice, Transform
-from surflow.transforms.conditioning import beside
-from surflow.transforms.surjections.max import _Max, insert_one, remove_one
+from surflow.flow import Flow
+from surflow.latents import Latent, Tape
 
 PATHS = ("spherical", "linear")
-EDGE = 0.1  # of a cell: how far dequantization noise stays off its edges
-
-
-@dataclass(frozen=True)
-class Latent:
-    """One of the variables that together say all about a batch.
-
-    Attributes:
-        value: (B, ...), standardised where its density is of a location-scale family.
-        normal: whether it is standard normal under the model; all such ones turn together on a
-            great circle.
-        layer: whence it comes, such as ``base`` or ``7.Slice``.
-    """
-
-    value: Tensor
-    normal: bool
-    layer: str
-
-
-class _Tape:
-    """Latents in the order in which inference writes them; generation reads them backwards."""
-
-    def __init__(self, latents: list[Latent] | None = None) -> None:
-        self.latents = list(latents or [])
-        self.layer = "base"
-
-    def write(self, value: Tensor, normal: bool = False) -> None:
-        self.latents.append(Latent(value, normal, self.layer))
-
-    def read(self) -> Tensor:
-        return self.latents.pop().value
-
-
-# What a density makes of an event, and back ----------------------------------------------------
-
-
-@singledispatch
-def _write(density: Distribution, x: Tensor, given: Tensor | None, tape: _Tape) -> None:
-    """Write the latents of an event under ``density``: the event itself, if it is of reals."""
-    if density.discrete or not x.is_floating_point():
-        raise ValueError(
-            f"interpolation: {tape.layer} draws a discrete {type(density).__name__}, "
-            "and between its values there is nothing"
-        )
-    tape.write(x)
-
-
-@singledispatch
-def _read(density: Distribution, given: Tensor | None, tape: _Tape) -> Tensor:
-    """The event of the latents on top of the tape."""
-    return tape.read()
-
-
-@_write.register
-def _(density: LocationScale, x: Tensor, given: Tensor | None, tape: _Tape) -> None:
-    loc, log_scale = density.parameters_of(given)
-    tape.write((x - loc) * torch.exp(-log_scale), isinstance(density, DiagonalNormal))
-
-
-@_read.register
-def _(density: LocationScale, given: Tensor | None, tape: _Tape) -> Tensor:
-    loc, log_scale = density.parameters_of(given)
-    return loc + torch.exp(log_scale) * tape.read()
-
-
-@_write.register
-def _(density: ChannelAutoregressive, x: Tensor, given: Tensor | None, tape: _Tape) -> None:
-    tape.write(density.standardised(x, given), True)
-
-
-@_read.register
-def _(density: ChannelAutoregressive, given: Tensor | None, tape: _Tape) -> Tensor:
-    return density.from_standardised(tape.read(), given)
-
-
-@_write.register
-def _(density: FlowDistribution, x: Tensor, given: Tensor | None, tape: _Tape) -> None:
-    _write_flow(density.flow, x, density._embed(given), tape)
-
-
-@_read.register
-def _(density: FlowDistribution, given: Tensor | None, tape: _Tape) -> Tensor:
-    return _read_flow(density.flow, density._embed(given), tape)
-
-
-def _write_flow(flow: Flow, x: Tensor, context: Tensor | None, tape: _Tape) -> None:
-    outer = tape.layer
-    for i, layer in enumerate(flow.transforms):
-        tape.layer = f"{i}.{layer.label}" if outer == "base" else outer
-        x = _infer(layer, x, context, tape)
-    tape.layer = outer
-    _write(flow.base, x, context, tape)
-
-
-def _read_flow(flow: Flow, context: Tensor | None, tape: _Tape) -> Tensor:
-    z = _read(flow.base, context, tape)
-    for layer in reversed(list(flow.transforms)):
-        z = _generate(layer, z, context, tape)
-    return z
-
-
-# What a layer makes of a batch, and back -------------------------------------------------------
-
-
-@singledispatch
-def _infer(layer: Transform, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    """z, with what generation would draw on the tape.
-
-    A layer whose generation is deterministic loses nothing: z says all about x.
-    """
-    if layer.stochastic_inverse:
-        raise ValueError(
-            f"interpolation: {tape.layer} draws when it generates, and what it drew cannot be "
-            "kept; there is a way for layers that generate without a draw, and for Slice, "
-            "MaxPool2d, MaxInference and VAE"
-        )
-    return layer(x, context)[0]
-
-
-@singledispatch
-def _generate(layer: Transform, z: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    """x, with what would be drawn from the tape."""
-    return layer.inverse(z, context)
-
-
-@_infer.register
-def _(layer: Sequential, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    for part in layer:
-        x = _infer(part, x, context, tape)
-    return x
-
-
-@_generate.register
-def _(layer: Sequential, z: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    for part in reversed(list(layer)):
-        z = _generate(part, z, context, tape)
-    return z
-
-
-@_infer.register
-def _(layer: Dequantization, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    # off the edges of the cell, so that rounding errors of a deep flow do not leave it
-    z, _ = layer(x, context)
-    width = 1 / layer.transform.num_levels if layer.transform.scale else 1.0
-    low = x.to(z.dtype) * width
-    return low + (z - low).clamp(EDGE * width, (1 - EDGE) * width)
-
-
-def _beside(layer: Slice | VAE, z: Tensor, context: Tensor | None) -> Tensor:
-    """What the decoder of a layer is given."""
-    return beside(z, context, layer.context_features, layer.where("inverse"))
-
-
-@_infer.register
-def _(layer: Slice, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    z, rest = layer.cut(x)
-    _write(layer.decoder, rest, _beside(layer, z, context), tape)
-    return z
-
-
-@_generate.register
-def _(layer: Slice, z: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    rest = _read(layer.decoder, _beside(layer, z, context), tape)
-    return torch.cat([z, rest.to(z.dtype)], dim=layer.dim)
-
-
-@_infer.register
-def _(layer: VAE, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    z = layer.latent(x, context)
-    _write(layer.decoder, x, _beside(layer, z, context), tape)
-    return z
-
-
-@_generate.register
-def _(layer: VAE, z: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    return _read(layer.decoder, _beside(layer, z, context), tape)
-
-
-def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """Gumbel noise e with argmax(log p + e) = index, from its distribution given the index.
-
-    Args:
-        index: of the winner, one element along ``dim``.
-        log_p: normalised log-probabilities along ``dim``.
-        dim: the dimension of the race.
-
-    Source: Maddison et al. 2014, arXiv 1411.0030 (the top first, the others below it).
-    """
-    gumbel = -torch.empty_like(log_p).exponential_().log()
-    top = -torch.empty_like(index, dtype=log_p.dtype).exponential_().log()
-    below = -torch.logaddexp(-top, -(log_p + gumbel))
-    return torch.scatter(below, dim, index, top) - log_p
-
-
-def _log_index(layer: _Max, z: Tensor, context: Tensor | None) -> Tensor:
-    """Log-probability of each place of the max, (B, ...) like blocks."""
-    table = layer._log_index(z, context, "inverse")
-    top = layer._unsqueeze(z)
-    shape = [*top.shape]
-    shape[layer.dim] = layer.num_elements
-    if table is None:
-        return torch.full(shape, -math.log(layer.num_elements), dtype=z.dtype, device=z.device)
-    return table.expand(shape).to(z.dtype)
-
-
-@_infer.register
-def _(layer: _Max, x: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    blocks = layer._cut(x)
-    top, index = blocks.max(layer.dim, keepdim=True)
-    z = layer._squeeze(top)
-    tape.write(_race(index, _log_index(layer, z, context), layer.dim))
-    rest = remove_one(blocks, index, layer.dim)
-    _write(layer.decoder, layer._pack(top - rest if layer.differences else rest), z, tape)
-    return z
-
-
-@_generate.register
-def _(layer: _Max, z: Tensor, context: Tensor | None, tape: _Tape) -> Tensor:
-    rest = layer._unpack(_read(layer.decoder, z, tape))
-    top = layer._unsqueeze(z)
-    index = (_log_index(layer, z, context) + tape.read()).argmax(layer.dim, keepdim=True)
-    rest = (top - rest if layer.differences else rest).to(z.dtype)
-    return layer._join(insert_one(top, rest, index, layer.dim))
-
-
-# What a user calls -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -298,8 +65,8 @@ def all_latents(flow: Flow, x: Tensor, seed: int = 0) -> list[Latent]:
     """
     with _at_rest(flow, seed):
         flow.eval()
-        tape = _Tape()
-        _write_flow(flow, x, None, tape)
+        tape = Tape()
+        flow.write(x, None, tape)
     return tape.latents
 
 
@@ -310,7 +77,7 @@ def from_latents(flow: Flow, latents: list[Latent]) -> Tensor:
     """
     with _at_rest(flow, 0):
         flow.eval()
-        return _read_flow(flow, None, _Tape(latents))
+        return flow.read(None, Tape(latents))
 
 
 def path_weights(a: list[Latent], b: list[Latent], t: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,7 +87,7 @@ def path_weights(a: list[Latent], b: list[Latent], t: Tensor) -> tuple[Tensor, T
               + \frac{\sin t\Omega}{\sin \Omega} \frac{z_1}{|z_1|}\right)
               \big((1 - t) |z_0| + t |z_1|\big)
 
-    with Ω the angle between z_0 and z_1, each the normal latents of a row one behind the other.
+    with Ω the angle between z_0 and z_1, each the concatenated normal latents of a row.
     For an angle of 0 or π, where no circle is the shortest, the line.
 
     Args:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from surflow.errors import UserError
 from surflow.flow import Flow, FlowDistribution
+from surflow.models.downsampling import max_pool, slice_off
 from surflow.models.pool_flow import pool_flow
 from surflow.nets import DenseBlock, DenseNet, GatedConv2d, ImageEmbedding
 from surflow.transforms import (
@@ -169,7 +170,7 @@ def _first_line(error: Exception) -> str:
 
 # Configurations ----------------------------------------------------------------------------------
 
-REFERENCE_POOLING = {"max": "max_pool", "none": "slice"}
+REFERENCE_POOLING = {"max": max_pool, "none": slice_off}
 REFERENCE_DEQUANTIZATION = {"uniform": "uniform", "flow": "variational"}
 REFERENCE_KEYS = {
     "shape": "shape",
@@ -209,7 +210,7 @@ def reference_configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _looked_up(table: Mapping[str, str], key: str, value: Any) -> str:
+def _looked_up(table: Mapping[str, Any], key: str, value: Any) -> Any:
     if value not in table:
         raise ValueError(f"reference {key}: expected one of {', '.join(table)}, got {value!r}")
     return table[value]
@@ -258,7 +259,7 @@ def official_configuration(
     arguments: dict[str, Any] = {
         "shape": (state[f"{net}.0.weight"].shape[1] // 2, height, width),
         # a slice has a squeeze, without parameters, before it; pooling follows the last coupling
-        "downsampling": "slice" if any(c - 1 not in layers for c in cuts) else "max_pool",
+        "downsampling": slice_off if any(c - 1 not in layers for c in cuts) else max_pool,
         "num_levels": round(math.exp(-float(state["transforms.0.ldj_per_dim"]))),
         "num_scales": scales,
         "num_steps": len(couplings) // scales,

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
-from surflow.distributions import (
-    ChannelAutoregressive,
-    DiagonalNormal,
-    Exponential,
-    StandardNormal,
-)
 from surflow.distributions.base import Distribution, as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution
+from surflow.models.downsampling import Shape, max_pool
 from surflow.models.split_priors import channel_normal
 from surflow.nets import DenseNet, ImageEmbedding
 from surflow.transforms import (
@@ -25,70 +19,17 @@ from surflow.transforms import (
     Conv1x1,
     Dequantization,
     Inverse,
-    MaxPool2d,
     Sequential,
     Sigmoid,
-    Slice,
     Squeeze,
     Transform,
     Unsqueeze,
 )
 
-Shape = tuple[int, ...]
 Downsampling = Callable[[Shape], Transform | Sequence[Transform]]
 """Layers that take images of the shape (C, H, W) to smaller ones."""
 
 DEQUANTIZATIONS = ("uniform", "variational")
-
-
-def max_pool(shape: Shape) -> list[Transform]:
-    """2×2 max pooling: half-normal remainders, a uniform index."""
-    return [MaxPool2d(shape)]
-
-
-def learned_max_pool(shape: Shape) -> list[Transform]:
-    """2×2 max pooling: exponential remainders and an index with learned parameters a channel."""
-    c, h, w = shape
-    decoder = Exponential((3 * c, h // 2, w // 2), learn=True, parameter_shape=(3 * c, 1, 1))
-    return [MaxPool2d(shape, decoder=decoder, learn=True)]
-
-
-def slice_off(shape: Shape) -> list[Transform]:
-    """A squeeze, of whose 4 C channels the last 3 C go to a standard normal."""
-    c, h, w = shape
-    return [Squeeze(), Slice(StandardNormal((3 * c, h // 2, w // 2)), keep=c)]
-
-
-def conditional_slice(shape: Shape) -> list[Transform]:
-    """A squeeze, of whose 4 C channels the last 3 C go to a normal given the first C.
-
-    Source: Kingma & Dhariwal 2018, arXiv 1807.03039 (one 3×3 convolution, zero at the start).
-    """
-    c, h, w = shape
-    net = nn.Conv2d(c, 6 * c, 3, padding=1)
-    nn.init.zeros_(net.weight)
-    nn.init.zeros_(net.bias)
-    return [Squeeze(), Slice(DiagonalNormal((3 * c, h // 2, w // 2), net=net), keep=c)]
-
-
-def autoregressive_slice(shape: Shape) -> list[Transform]:
-    """A squeeze, of whose 4 C channels the last 3 C go to normals channel by channel, each given
-    the first C and those before it (:class:`~surflow.distributions.ChannelAutoregressive`).
-
-    Source: Mahajan, Bhattacharyya et al. 2020, arXiv 2004.03891.
-    """
-    c, h, w = shape
-    prior = ChannelAutoregressive((3 * c, h // 2, w // 2), context_channels=c)
-    return [Squeeze(), Slice(prior, keep=c)]
-
-
-DOWNSAMPLINGS: dict[str, Downsampling] = {
-    "max_pool": max_pool,
-    "learned_max_pool": learned_max_pool,
-    "slice": slice_off,
-    "conditional_slice": conditional_slice,
-    "autoregressive_slice": autoregressive_slice,
-}
 
 
 def coupling_steps(
@@ -171,17 +112,6 @@ def flow_noise(
     return FlowDistribution(flow, (c, h, w), embed=embed)
 
 
-def _downsampling(choice: str | Downsampling) -> Downsampling:
-    if not isinstance(choice, str):
-        return choice
-    if choice not in DOWNSAMPLINGS:
-        raise ValueError(
-            f"model.downsampling: expected one of {', '.join(DOWNSAMPLINGS)}, got {choice!r}"
-            + close_match(choice, DOWNSAMPLINGS)
-        )
-    return DOWNSAMPLINGS[choice]
-
-
 def _smaller(layers: Sequence[Transform], shape: Shape) -> Shape:
     """The shape of what comes out of ``layers``."""
     after = layers[-1]._shape_of_latent()
@@ -193,7 +123,7 @@ def _smaller(layers: Sequence[Transform], shape: Shape) -> Shape:
 
 def pool_flow(
     shape: Sequence[int] = (3, 32, 32),
-    downsampling: str | Downsampling = "max_pool",
+    downsampling: Downsampling = max_pool,
     num_levels: int = 256,
     num_scales: int = 2,
     num_steps: int = 12,
@@ -214,10 +144,10 @@ def pool_flow(
     105.02 million parameters whatever of max pooling and slicing lies between the scales.
 
     Args:
-        shape: (C, H, W), H and W divisible by 2 ** num_scales.
-        downsampling: what stands between two scales: "max_pool", "learned_max_pool", "slice",
-            "conditional_slice", "autoregressive_slice", or any ``f(shape)`` that gives a transform,
-            or several in order, for latents of the shape (C, H, W).
+        shape: (C, H, W), H and W divisible by 2 and by what each downsampling divides them.
+        downsampling: the layers between two scales: an ``f(shape)`` that gives a transform, or
+            several in order, for latents of the shape (C, H, W), such as those of
+            :mod:`surflow.models.downsampling`.
         num_levels: K: data are integers 0 ... K - 1.
         num_scales, num_steps: scales, and steps a scale.
         mid_channels, depth, growth, gated, num_blocks: of the couplings' :class:`DenseNet`.
@@ -230,7 +160,7 @@ def pool_flow(
 
     Raises:
         ValueError: for an unknown name, sizes that are not positive, or an image that cannot be
-            halved so often.
+            made smaller so often.
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 and image experiments.
 
@@ -247,17 +177,15 @@ def pool_flow(
             "model: expected num_scales >= 1, num_levels >= 2, num_steps, dequant_steps >= 0, got "
             f"{num_scales}, {num_levels}, {num_steps}, {dequant_steps}"
         )
-    if any(side % 2**num_scales for side in shape[1:]):
+    if any(side % 2 for side in shape[1:]):
         raise ValueError(
-            f"model.shape: expected a height and width divisible by {2**num_scales}, for "
-            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
+            f"model.shape: expected an even height and width, got {shape[1]} x {shape[2]}"
         )
     if dequantization not in DEQUANTIZATIONS:
         raise ValueError(
             f"model.dequantization: expected one of {', '.join(DEQUANTIZATIONS)}, "
             f"got {dequantization!r}" + close_match(dequantization, DEQUANTIZATIONS)
         )
-    between = _downsampling(downsampling)
 
     def net(in_channels: int, out_channels: int) -> DenseNet:
         return DenseNet(
@@ -292,7 +220,13 @@ def pool_flow(
     for scale in range(num_scales):
         layers += coupling_steps(now[0], num_steps, net, actnorm)
         if scale < num_scales - 1:
-            smaller = between(now)
+            try:
+                smaller = downsampling(now)
+            except ValueError as error:
+                raise ValueError(
+                    f"model.shape: expected a height and width for {num_scales} scales, got "
+                    f"{shape[1]} x {shape[2]}: {error}"
+                ) from error
             smaller = [smaller] if isinstance(smaller, Transform) else list(smaller)
             now = _smaller(smaller, now)
             layers += smaller

@@ -16,7 +16,6 @@ from surflow.errors import close_match
 from surflow.flow import FlowDistribution
 from surflow.models.posteriors import Layers, affine_couplings, masked_affine
 from surflow.transforms import Transform
-from surflow.variational import factorised
 
 
 class VampPrior(Distribution):
@@ -44,7 +43,7 @@ class VampPrior(Distribution):
         self, encoder: FlowDistribution, data_shape: Sequence[int], num_components: int
     ) -> None:
         super().__init__(encoder.event_shape)
-        if factorised(encoder) is None:
+        if not encoder.factorised:
             raise ValueError(
                 "model.prior: expected a diagonal posterior (num_layers=0) with vamp, got a flow"
             )
@@ -56,7 +55,7 @@ class VampPrior(Distribution):
     def components(self) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of the K posteriors, (K, L) each."""
         (encoder,) = self._of
-        return factorised(encoder).parameters_of(encoder.net(torch.sigmoid(self.pseudo)))
+        return encoder.normal_parameters(torch.sigmoid(self.pseudo))
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         loc, log_scale = self.components()
@@ -76,7 +75,7 @@ class Wanted:
     """What a prior is made of.
 
     Attributes:
-        encoder: of the VAE layer in front.
+        encoder: of the VAE layer before it.
         data_shape: of x.
         num_components: K of a mixture.
         spread: standard deviation of a mixture's locations at the start.
@@ -95,7 +94,7 @@ class Wanted:
     def flow_of(
         self, make: Callable[[Layers], list[Transform]]
     ) -> tuple[Distribution, list[Transform]]:
-        """Layers behind the VAE layer, and a standard normal behind them."""
+        """Layers after the VAE layer, and a standard normal after them."""
         (features,) = self.encoder.event_shape
         if self.num_layers < 1:
             raise ValueError(f"model.prior_layers: expected >= 1, got {self.num_layers}")
@@ -119,12 +118,12 @@ def vamp(of: Wanted) -> tuple[Distribution, list[Transform]]:
 
 
 def realnvp(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """Affine couplings behind the VAE layer."""
+    """Affine couplings after the VAE layer."""
     return of.flow_of(affine_couplings)
 
 
 def autoregressive(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """Masked affine layers behind the VAE layer (MAF): a prior as an IAF is, turned round."""
+    """Masked affine layers after the VAE layer (MAF): a prior as an IAF is, turned round."""
     return of.flow_of(masked_affine)
 
 
@@ -138,7 +137,7 @@ PRIORS: dict[str, Callable[[Wanted], tuple[Distribution, list[Transform]]]] = {
 
 
 def prior_of(prior: str, of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """The base, and the layers behind the VAE layer.
+    """The base, and the layers after the VAE layer.
 
     Raises:
         ValueError: for an unknown prior, or parts that do not fit it.

@@ -82,6 +82,11 @@ class LipschitzLinear(nn.Linear):
             with torch.no_grad():
                 self._iterate(self.weight.detach(), 20)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a second run changes nothing; see :class:`surflow.transforms.Transform`."""
+        return not self.training
+
     def _iterate(self, weight: Tensor, count: int) -> None:
         left, right = self.left.to(weight.dtype), self.right.to(weight.dtype)
         for _ in range(count):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surflow.evaluation.marginal import Grid, Marginal, marginal_log_prob
 from surflow.flow import Flow
-from surflow.marginal import Grid, Marginal, marginal_log_prob
 from surflow.objectives import iwbo
 from surflow.training.evaluation import Estimate
 
@@ -98,7 +98,7 @@ class Truth:
 
     Args:
         grids: [half-width, points a dimension] for each layer whose latent is integrated, data side
-            first, or a single one for all; see :class:`surflow.marginal.Grid`.
+            first, or a single one for all; see :class:`surflow.evaluation.marginal.Grid`.
         cell_nodes: nodes a dimension in the cell of a dequantization.
         closed_form: (flow, x) -> log p(x), where there is one.
         num_samples: the K of the IWBOs.

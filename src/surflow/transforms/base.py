@@ -18,8 +18,9 @@ A number is a bound exactly where the forward direction is stochastic.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 
 from surflow.checks import check_values, require, values_are_checked
 from surflow.distributions.base import sum_event
+from surflow.latents import Tape
 
 __all__ = [
+    "Box",
     "Example",
     "Inverse",
     "Sequential",
@@ -43,6 +46,13 @@ __all__ = [
     "values_are_checked",
     "zero_ldj",
 ]
+
+
+Box = tuple[list[float], list[float]]
+"""Lower and upper edges of each coordinate, infinite where there are none."""
+
+Tail = Callable[[Tensor], Tensor]
+"""log p of what comes out of a layer: (B, *latent) -> (B,)."""
 
 
 def zero_ldj(x: Tensor) -> Tensor:
@@ -136,6 +146,12 @@ class Transform(nn.Module, ABC):
         estimated: the contribution is a random, unbiased estimate of V(x, z), such as that of a
             log-determinant by random probes, here or in a part of this layer. The number is then
             neither exact nor a bound.
+        reversible: the inverse is a formula that costs about as much as forward, so that a backward
+            pass can recompute x from z (:mod:`surflow.memory`).
+        repeatable: a second run on the same input gives the same output and changes nothing. A net
+            may have this attribute too.
+        heavy_nets: nets that are worth compiling by themselves.
+        constraint: where latents fill only a part of the space, which, in words for a message.
     """
 
     bijective: ClassVar[bool]
@@ -143,6 +159,10 @@ class Transform(nn.Module, ABC):
     stochastic_inverse: ClassVar[bool]
     compiles: ClassVar[bool] = True
     why_not_compiled: ClassVar[str] = ""
+    reversible: bool = False
+    repeatable: bool = True
+    heavy_nets: tuple[nn.Module, ...] = ()
+    constraint: ClassVar[str] = ""
 
     event_shape: tuple[int | None, ...] | None = None
     latent_shape: tuple[int | None, ...] | None = None
@@ -214,6 +234,91 @@ class Transform(nn.Module, ABC):
     def example(cls) -> Example:
         """A small instance, inputs with their density, and a base: what the proofs run on."""
         raise NotImplementedError(f"{cls.__name__} has no example()")
+
+    # What a subclass may say of itself --------------------------------------------------------
+
+    def layers(self, prefix: str = "") -> Iterator[tuple[str, Transform]]:
+        """Name (such as ``2.AffineCoupling``) and layer, nested sequences unfolded."""
+        yield f"{prefix}{self.label}", self
+
+    def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
+        """The layers in the order in which they run, nested sequences and inverses unfolded.
+
+        Args:
+            turned: whether this one runs from z to x.
+
+        Yields:
+            each layer, and whether it runs from z to x.
+        """
+        yield self, turned
+
+    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
+        """The box in which latents lie for data in the box low ... high: the whole space."""
+        return [-math.inf] * len(low), [math.inf] * len(high)
+
+    def onto_space(self) -> Transform | None:
+        """A bijection of the latents onto the whole space, where their box does not tell it."""
+        return None
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        """z, with what generation would draw written on the tape.
+
+        A layer whose generation is deterministic writes nothing: z says all about x.
+        """
+        if self.stochastic_inverse:
+            raise ValueError(
+                f"interpolation: {tape.layer} draws when it generates, and what it drew cannot be "
+                "kept; there is a way for layers that generate without a draw, and for Slice, "
+                "MaxPool2d, MaxInference and VAE"
+            )
+        return self(x, context)[0]
+
+    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        """x, with what would be drawn read from the tape: the inverse of :meth:`infer`."""
+        return self.inverse(z, context)
+
+    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        """log p(x), with what inference draws summed or integrated out.
+
+        Args:
+            x: (B, *event).
+            tail: log p of latents.
+            rule: how to integrate: a :class:`surflow.evaluation.marginal.Rule`.
+
+        Returns:
+            (B,), nats.
+        """
+        if self.stochastic_forward:
+            raise ValueError(f"marginal_log_prob: does not know how to sum out {self.label}")
+        z, ldj = self(x)
+        return tail(z) + ldj
+
+    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        """:meth:`summed` of this layer turned round, for one that generates by a draw."""
+        name = self._turned_into or f"Inverse({self.label})"
+        raise ValueError(f"marginal_log_prob: does not know how to sum out {name}")
+
+    def retrace(
+        self, value: Tensor, context: Tensor | None, turned: bool
+    ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor], Tensor, Tensor]:
+        """From an output, the input and the graph that leads back.
+
+        For a backward pass that kept the output only; to be called with gradients enabled.
+
+        Args:
+            value: z, or x where ``turned``.
+            context: (B, ...) or None.
+            turned: whether the layer ran from z to x.
+
+        Returns:
+            The input in parts that are leaves of the graph; a function that joins such parts (their
+            gradients too); the output and the contribution as the graph gives them.
+        """
+        with torch.no_grad():
+            x = (self.latent if turned else self.inverse)(value, context)
+        x = x.detach().requires_grad_()
+        again, ldj = (self.inverse_and_ldj if turned else self)(x, context)
+        return (x,), lambda part: part, again, ldj
 
     # What a user calls ------------------------------------------------------------------------
 
@@ -411,6 +516,11 @@ def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bo
     )
 
 
+def _has_gradient(*tensors: Tensor | None) -> bool:
+    """Whether there can be a backward pass to any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class Sequential(Transform):
     r"""Transforms in order: x -> f_1 -> f_2 -> ... -> z.
 
@@ -435,6 +545,9 @@ class Sequential(Transform):
     >>> layer.kind
     'surjective (inference)'
     """
+
+    memory: Any = None
+    """How layers run before a backward pass; set by :func:`surflow.memory.set_memory`."""
 
     def __init__(self, transforms: Iterable[Transform] = ()) -> None:
         super().__init__()
@@ -505,51 +618,77 @@ class Sequential(Transform):
     def integer_latent(self) -> bool:  # type: ignore[override]
         return self.transforms[-1].integer_latent if len(self) else False
 
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ldj: Tensor | None = None
-        for transform in self.transforms:
-            x, part = transform(x, context)
+    def _run(
+        self,
+        layers: Sequence[Transform],
+        x: Tensor,
+        context: Tensor | None,
+        turned: bool = False,
+        scored: bool = True,
+        ldj: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output of ``layers``, and their contributions added to ``ldj``.
+
+        Args:
+            turned: whether to run from z to x.
+            scored: whether contributions are asked for.
+        """
+        if self.memory is not None and _has_gradient(x, context, *self.parameters()):
+            x, part = self.memory.run(layers, x, context, turned, scored)
+            return x, part if ldj is None else ldj + part
+        for layer in reversed(layers) if turned else layers:
+            if not scored:
+                x = layer.inverse(x, context)
+                continue
+            x, part = layer.inverse_and_ldj(x, context) if turned else layer(x, context)
             ldj = part if ldj is None else ldj + part
         return x, zero_ldj(x) if ldj is None else ldj
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._run(list(self), x, context)
 
     def _forward_samples(
         self, x: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        ldj: Tensor | None = None
-        repeated = False
-        for transform in self.transforms:
-            if not repeated and (transform.stochastic_forward or transform.estimated):
-                x, part = transform.forward_samples(x, context, num_samples)
-                ldj = repeat_rows(ldj, num_samples)
-                context = repeat_rows(context, num_samples)
-                repeated = True
-            else:
-                x, part = transform(x, context)
-            ldj = part if ldj is None else ldj + part
-        ldj = zero_ldj(x) if ldj is None else ldj
-        if not repeated:
-            x, ldj = repeat_rows(x, num_samples), repeat_rows(ldj, num_samples)
-        return x, ldj
+        layers = list(self)
+        drawn = (i for i, t in enumerate(layers) if t.stochastic_forward or t.estimated)
+        first = next(drawn, len(layers))
+        x, ldj = self._run(layers[:first], x, context)
+        ldj = repeat_rows(ldj, num_samples)
+        if first == len(layers):
+            return repeat_rows(x, num_samples), ldj
+        x, part = layers[first].forward_samples(x, context, num_samples)
+        context = repeat_rows(context, num_samples)
+        return self._run(layers[first + 1 :], x, context, ldj=ldj + part)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        for transform in reversed(self.transforms):
-            z = transform.inverse(z, context)
-        return z
+        return self._run(list(self), z, context, turned=True, scored=False)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ldj: Tensor | None = None
-        for transform in reversed(self.transforms):
-            z, part = transform.inverse_and_ldj(z, context)
-            ldj = part if ldj is None else ldj + part
-        return z, zero_ldj(z) if ldj is None else ldj
+        return self._run(list(self), z, context, turned=True)
 
     def layers(self, prefix: str = "") -> Iterator[tuple[str, Transform]]:
-        """Name (such as ``2.AffineCoupling``) and layer, nested sequences unfolded."""
         for i, transform in enumerate(self.transforms):
-            if isinstance(transform, Sequential):
-                yield from transform.layers(f"{prefix}{i}.")
-            else:
-                yield f"{prefix}{i}.{transform.label}", transform
+            yield from transform.layers(f"{prefix}{i}.")
+
+    def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
+        for transform in reversed(list(self)) if turned else self:
+            yield from transform.unfold(turned)
+
+    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
+        for transform in self:
+            low, high = transform.image(low, high)
+        return list(low), list(high)
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        for transform in self:
+            x = transform.infer(x, context, tape)
+        return x
+
+    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        for transform in reversed(list(self)):
+            z = transform.generate(z, context, tape)
+        return z
 
     def trace(
         self, x: Tensor, context: Tensor | None = None, prefix: str = ""
@@ -662,6 +801,24 @@ class Inverse(Transform):
     @property
     def integer_latent(self) -> bool:  # type: ignore[override]
         return self.transform.integer_data
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]
+        return self.transform.reversible
+
+    def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
+        if type(self) is Inverse:
+            yield from self.transform.unfold(not turned)
+        else:  # a class of its own may add to the layer that it turns round
+            yield self, turned
+
+    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        if self.stochastic_forward:
+            return self.transform.summed_inverse(x, tail, rule)
+        return super().summed(x, tail, rule)
+
+    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        return self.transform.summed(x, tail, rule)
 
     @property
     def label(self) -> str:

@@ -90,7 +90,7 @@ def draw(
     if not distribution.conditional:
         return distribution.sample_and_log_prob(num_samples * seen.shape[0])
     given = beside(seen, context, features, where)
-    if num_samples > 1 and getattr(distribution, "embeds_context", False):
+    if num_samples > 1 and distribution.embeds_context:
         return distribution.sample_and_log_prob(context=given, num_samples=num_samples)
     return distribution.sample_and_log_prob(context=repeat_rows(given, num_samples))
 

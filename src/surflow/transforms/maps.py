@@ -16,9 +16,11 @@ class ElementwiseMap(ABC):
 
     Attributes:
         num_params: P, the number of parameters an element takes.
+        exact_inverse: whether the inverse is a formula rather than a search.
     """
 
     num_params: int
+    exact_inverse: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

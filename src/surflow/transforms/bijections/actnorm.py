@@ -38,6 +38,7 @@ class ActNorm(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()
@@ -51,6 +52,10 @@ class ActNorm(Transform):
         self.log_scale = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self._initialised = False  # a copy on the host: asking the buffer would make a GPU wait
+
+    @property
+    def repeatable(self) -> bool:  # type: ignore[override]
+        return self._initialised or not self.training
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -64,6 +64,7 @@ class AffineMap(ElementwiseMap):
     """
 
     num_params = 2
+    exact_inverse = True
 
     def __init__(self, scale: str = "exp") -> None:
         if scale not in LOG_SCALES:
@@ -101,6 +102,7 @@ class AdditiveMap(ElementwiseMap):
     """
 
     num_params = 1
+    exact_inverse = True
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return x + params[..., 0], torch.zeros_like(x)
@@ -149,6 +151,7 @@ class Affine(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(
         self,

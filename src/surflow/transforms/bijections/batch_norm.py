@@ -56,6 +56,7 @@ class BatchNorm(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(
         self, num_channels: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True
@@ -92,6 +93,10 @@ class BatchNorm(Transform):
             ):
                 running.lerp_(new.to(running.dtype), self.momentum)
         return mean, var
+
+    @property
+    def repeatable(self) -> bool:  # type: ignore[override]
+        return not self.training
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The mean, log-scale and shift of z = (x - mean) exp(log_scale) + shift, shaped as x."""

@@ -54,6 +54,7 @@ class Conv1x1(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
     channels_last = False  # whether the result lies so in memory even where x does not
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
@@ -152,6 +153,7 @@ class PeriodicConv2d(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()

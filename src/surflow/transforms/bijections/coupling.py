@@ -85,6 +85,14 @@ class Coupling(Transform):
             mask = ~mask if swap else mask
         self.register_buffer("mask", mask)
 
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]
+        return self.map.exact_inverse
+
+    @property
+    def heavy_nets(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return (self.net,)
+
     # Parting x and putting it together ---------------------------------------------------------
 
     def _parts(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
@@ -182,20 +190,10 @@ class Coupling(Transform):
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
     ) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-        """From an output, the input and the graph that leads back, at a single pass of the net.
+        """See :class:`Transform`; at a single pass of the net.
 
         The part that conditions is the same in input and output, so the net's output serves the
-        inverse, which finds the other part, and the graph. For a backward pass that kept the
-        output only; to be called with gradients enabled.
-
-        Args:
-            value: z, or x where ``turned``.
-            context: (B, ...) or None.
-            turned: whether the layer ran from z to x.
-
-        Returns:
-            The input's two parts, leaves of the graph; a function that joins two such parts (their
-            gradients too); the output and the contribution as the graph gives them.
+        inverse, which finds the other part, and the graph.
         """
         function = self.map.inverse_and_ldj if turned else self.map.forward
         method = "inverse" if turned else "forward"

@@ -87,6 +87,7 @@ class _LinearBijection(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(self, features: int) -> None:
         super().__init__()

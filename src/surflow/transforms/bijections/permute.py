@@ -34,6 +34,7 @@ class Permute(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(self, permutation: Sequence[int] | Tensor, dim: int = 1) -> None:
         super().__init__()
@@ -106,6 +107,7 @@ class Reverse(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
@@ -163,6 +165,7 @@ class Rotation(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
 
     def __init__(
         self,

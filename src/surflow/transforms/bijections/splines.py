@@ -56,6 +56,8 @@ class RationalQuadraticSpline(ElementwiseMap):
     tensor([-3.0000,  0.5000])
     """
 
+    exact_inverse = True
+
     def __init__(
         self,
         num_bins: int = 8,

@@ -54,6 +54,7 @@ class Squeeze(Transform):
     bijective = True
     stochastic_forward = False
     stochastic_inverse = False
+    reversible = True
     event_shape = (None, None, None)
     latent_shape = (None, None, None)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
 from surflow.distributions.discrete import Categorical
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Example, Tail, Transform
 
 
 class DiscretelyIndexed(Transform):
@@ -20,7 +21,7 @@ class DiscretelyIndexed(Transform):
 
     A lower bound. With affine T_k and weights that do not depend on z, layers of it over a normal
     are a deep Gaussian mixture; with weights that do, a discretely indexed flow. The likelihood
-    itself is a sum over k: see :func:`surflow.marginal.marginal_log_prob`.
+    itself is a sum over k: see :func:`surflow.evaluation.marginal.marginal_log_prob`.
 
     Args:
         transforms: T_1 ... T_K, bijections of the same event.
@@ -118,6 +119,14 @@ class DiscretelyIndexed(Transform):
         x, index, log_w = self._generate(z)
         ldj = self._pick(self.components(x)[1], index)
         return x, log_w + ldj - self.encoder.log_prob(index, self._given(self.encoder, x))
+
+    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        rule.say(f"enumeration of {len(self.transforms)} components")
+        parts = []
+        for k, (z, ldj) in enumerate(t(x) for t in self.transforms):
+            index = torch.full((len(x), 1), k, device=x.device)
+            parts.append(tail(z) + ldj + self.gate.log_prob(index, self._given(self.gate, z)))
+        return torch.logsumexp(torch.stack(parts), 0)
 
     @classmethod
     def example(cls) -> Example:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Transform, repeat_rows
+from surflow.latents import Tape
+from surflow.transforms.base import Example, Tail, Transform, repeat_rows
 from surflow.transforms.conditioning import beside
 
 
@@ -79,7 +82,7 @@ class VAE(Transform):
     def _forward_samples(
         self, x: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        if not getattr(self.encoder, "embeds_context", False):
+        if not self.encoder.embeds_context:
             return super()._forward_samples(x, context, num_samples)
         given = self._beside(x, context, "forward")
         z, log_q = self.encoder.sample_and_log_prob(context=given, num_samples=num_samples)
@@ -96,6 +99,22 @@ class VAE(Transform):
         given = self._beside(z, context, "inverse")
         x, log_p = self.decoder.sample_and_log_prob(context=given)
         return x, log_p - self.encoder.log_prob(z, self._beside(x, context, "inverse"))
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        z = self.latent(x, context)
+        self.decoder.write(x, self._beside(z, context, "inverse"), tape)
+        return z
+
+    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        return self.decoder.read(self._beside(z, context, "inverse"), tape)
+
+    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        nodes, log_volume = rule.line(self.latent_shape, x, "a latent")
+        log_prior = rule.once(lambda: tail(nodes) + log_volume)
+        log_likelihood = self.decoder.pairwise(nodes)
+        return rule.in_chunks(
+            lambda part: torch.logsumexp(log_likelihood(part) + log_prior, 1), x, len(nodes)
+        )
 
     @classmethod
     def example(cls) -> Example:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from surflow.checks import require
 from surflow.distributions.base import as_shape
 from surflow.scores import record_score
 from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, sum_event
+from surflow.transforms.base import Box, Example, Inverse, Tail, Transform, sum_event
 
 
 class AbsInference(Transform):
@@ -50,6 +52,7 @@ class AbsInference(Transform):
     bijective = False
     stochastic_forward = False
     stochastic_inverse = True
+    constraint = "the latents are >= 0"
 
     def __init__(
         self,
@@ -131,6 +134,24 @@ class AbsInference(Transform):
         record_score(log_probability)
         return x, log_probability
 
+    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
+        low, high = list(low), list(high)
+        for d in self.element:
+            low[d], high[d] = 0.0, max(abs(low[d]), abs(high[d]))
+        return low, high
+
+    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        rule.say("enumeration of signs")
+        shape = self.event_shape
+        folded = len(self.element) * math.prod(shape[1:])
+        parts = []
+        for pattern in range(1 << folded):
+            bits = [1.0 - 2.0 * (pattern >> i & 1) for i in range(folded)]
+            signs = torch.ones(shape, dtype=x.dtype, device=x.device)
+            signs[list(self.element)] = x.new_tensor(bits).view(-1, *shape[1:])
+            parts.append(tail(x * signs))
+        return torch.logsumexp(torch.stack(parts), 0)
+
     @classmethod
     def example(cls) -> Example:
         from surflow.distributions import HalfNormal, StandardNormal
@@ -179,6 +200,17 @@ class AbsGenerative(Inverse):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(AbsInference(event_shape, element, probability, learn, net))
+
+    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
+        low, high = list(low), list(high)
+        for d in self.transform.element:
+            if low[d] < 0:
+                raise ValueError(
+                    "surjection: AbsGenerative is for data >= 0, and these reach down to "
+                    f"{low[d]:g}; choose abs (AbsInference)"
+                )
+            low[d] = -high[d]
+        return low, high
 
     @classmethod
     def example(cls) -> Example:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from surflow.checks import require
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Box, Example, Transform
 
 LOG_8 = math.log(8.0)
 ROOT_2 = math.sqrt(2.0)
@@ -43,6 +44,7 @@ class DihedralFold(Transform):
     stochastic_forward = False
     stochastic_inverse = True
     event_shape = (2,)
+    constraint = "the latents are >= 0"
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b = x.abs().unbind(1)
@@ -60,6 +62,9 @@ class DihedralFold(Transform):
         coins = torch.randint(2, (len(z), 3), device=z.device).bool()
         x = torch.where(coins[:, 2:], x.flip(1), x)
         return torch.where(coins[:, :2], x, -x)
+
+    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
+        return [0.0, 0.0], [math.inf, math.inf]
 
     @classmethod
     def example(cls) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from surflow.checks import require
 from surflow.distributions.base import as_shape, draw_index
 from surflow.scores import record_score
 from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Example, Tail, Transform
 
 
 class IntervalFold(Transform):
@@ -145,6 +146,19 @@ class IntervalFold(Transform):
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._generate(z, context)
+
+    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        rule.say(f"enumeration of {self.num_intervals} intervals")
+        left, width = self.edges()
+        value, parts = x[:, self.element], []
+        for k in range(self.num_intervals):
+            place = (value - left[k]) / width[k]
+            here = (place >= 0) & ((place < 1) | (k == self.num_intervals - 1))
+            z = x.clone()
+            z[:, self.element] = (1 - place if self.turned[k] else place).clamp(0, 1)
+            part = tail(z) + self.log_gate(z, None)[:, k] - width[k].log()
+            parts.append(torch.where(here, part, -torch.inf))
+        return torch.logsumexp(torch.stack(parts), 0)
 
     @classmethod
     def example(cls) -> Example:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from surflow.checks import require
 from surflow.distributions.base import Distribution, as_shape, sum_event
 from surflow.distributions.location_scale import HalfNormal
+from surflow.latents import Tape
 from surflow.scores import record_score
 from surflow.transforms._nets import net_output
 from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
@@ -37,6 +38,22 @@ def insert_one(value: Tensor, others: Tensor, index: Tensor, dim: int) -> Tensor
     before = torch.cat([others, others.narrow(dim, k - 1, 1)], dim)
     after = torch.cat([others.narrow(dim, 0, 1), others], dim)
     return torch.where(place == index, value, torch.where(place < index, before, after))
+
+
+def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
+    """Gumbel noise e with argmax(log p + e) = index, from its distribution given the index.
+
+    Args:
+        index: of the winner, one element along ``dim``.
+        log_p: normalised log-probabilities along ``dim``.
+        dim: the dimension of the race.
+
+    Source: Maddison et al. 2014, arXiv 1411.0030 (the top first, the others below it).
+    """
+    gumbel = -torch.empty_like(log_p).exponential_().log()
+    top = -torch.empty_like(index, dtype=log_p.dtype).exponential_().log()
+    below = -torch.logaddexp(-top, -(log_p + gumbel))
+    return torch.scatter(below, dim, index, top) - log_p
 
 
 class _Max(Transform):
@@ -158,6 +175,33 @@ class _Max(Transform):
         log_index = self._score_index(table, index, z)
         record_score(log_index)
         return x, log_index + log_p
+
+    def _log_places(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Log-probability of each place of the max, (B, ...) like blocks."""
+        table = self._log_index(z, context, "inverse")
+        top = self._unsqueeze(z)
+        shape = [*top.shape]
+        shape[self.dim] = self.num_elements
+        if table is None:
+            return torch.full(shape, -math.log(self.num_elements), dtype=z.dtype, device=z.device)
+        return table.expand(shape).to(z.dtype)
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        """z, with Gumbel noise that elects the place of the max, and the decoder's latents."""
+        blocks = self._cut(x)
+        top, index = blocks.max(self.dim, keepdim=True)
+        z = self._squeeze(top)
+        tape.write(_race(index, self._log_places(z, context), self.dim))
+        rest = remove_one(blocks, index, self.dim)
+        self.decoder.write(self._pack(top - rest if self.differences else rest), z, tape)
+        return z
+
+    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        rest = self._unpack(self.decoder.read(z, tape))
+        top = self._unsqueeze(z)
+        index = (self._log_places(z, context) + tape.read()).argmax(self.dim, keepdim=True)
+        rest = (top - rest if self.differences else rest).to(z.dtype)
+        return self._join(insert_one(top, rest, index, self.dim))
 
 
 class MaxInference(_Max):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surflow.checks import require
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Inverse, Transform, repeat_rows, zero_ldj
+from surflow.latents import Tape
+from surflow.transforms.base import Example, Inverse, Tail, Transform, repeat_rows, zero_ldj
 from surflow.transforms.conditioning import (
     at_least_single,
     check_distribution,
@@ -20,6 +22,7 @@ from surflow.transforms.conditioning import (
 )
 
 MAX_LEVELS = 2**16
+EDGE = 0.1  # of a cell: how far noise whose latents are kept stays off its edges
 
 
 class Rounding(Transform):
@@ -164,6 +167,14 @@ class Rounding(Transform):
         x = x / self.num_levels if self.scale else x
         return x, log_p + self._volume(x)
 
+    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        scale = self.num_levels if self.scale else 1
+        dims = x[0].numel()
+        offsets, log_weight = rule.cell(dims, x.device)
+        z = (x.flatten(1).unsqueeze(1) + offsets) / scale
+        values = tail(z.reshape(-1, *x.shape[1:])).view(len(x), -1) + log_weight
+        return torch.logsumexp(values, 1) - dims * math.log(scale)
+
     @classmethod
     def example(cls) -> Example:
         from surflow.distributions import Categorical, Uniform
@@ -248,6 +259,13 @@ class Dequantization(Inverse):
         else:
             self.transform.check_interval(z)
         return self.transform.nearest_level(z)
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        # off the edges of the cell, so that rounding errors of a deep flow do not leave it
+        z, _ = self(x, context)
+        width = 1 / self.transform.num_levels if self.transform.scale else 1.0
+        low = x.to(z.dtype) * width
+        return low + (z - low).clamp(EDGE * width, (1 - EDGE) * width)
 
     @classmethod
     def example(cls) -> Example:

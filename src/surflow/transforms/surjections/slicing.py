@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Inverse, Transform, repeat_rows
-from surflow.transforms.conditioning import check_distribution, draw, insist, score
+from surflow.latents import Tape
+from surflow.transforms.base import Example, Inverse, Tail, Transform, repeat_rows
+from surflow.transforms.conditioning import beside, check_distribution, draw, insist, score
 
 
 class Slice(Transform):
@@ -102,6 +105,30 @@ class Slice(Transform):
         rest, log_p = draw(self.decoder, z, context, self.context_features, where, num_samples)
         z = repeat_rows(z, num_samples)
         return torch.cat([z, rest.to(z.dtype)], dim=self.dim), log_p
+
+    def _given(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """What the decoder is conditioned on."""
+        return beside(z, context, self.context_features, self.where("inverse"))
+
+    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        z, rest = self.cut(x)
+        self.decoder.write(rest, self._given(z, context), tape)
+        return z
+
+    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
+        rest = self.decoder.read(self._given(z, context), tape)
+        return torch.cat([z, rest.to(z.dtype)], dim=self.dim)
+
+    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
+        nodes, log_volume = rule.line(self.decoder.event_shape, x, "an added")
+        count = len(nodes)
+
+        def rows(part: Tensor) -> Tensor:
+            added = nodes.repeat(len(part), *[1] * (nodes.dim() - 1))
+            joint = torch.cat([part.repeat_interleave(count, 0), added], dim=self.dim)
+            return torch.logsumexp(tail(joint).view(-1, count), 1) + log_volume
+
+        return rule.in_chunks(rows, x, 32 * count)
 
     @classmethod
     def example(cls) -> Example:

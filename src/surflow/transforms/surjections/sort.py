@@ -21,6 +21,7 @@ from surflow.distributions.order import (
 from surflow.scores import record_score
 from surflow.transforms._nets import net_output
 from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.transforms.bijections.ordered import OrderedToReal
 
 
 class SortInference(Transform):
@@ -59,6 +60,7 @@ class SortInference(Transform):
     bijective = False
     stochastic_forward = False
     stochastic_inverse = True
+    constraint = "the latents are sorted"
 
     def __init__(
         self,
@@ -122,6 +124,9 @@ class SortInference(Transform):
         log_probability = self._score(logits, ranks, z)
         record_score(log_probability)
         return x, log_probability
+
+    def onto_space(self) -> Transform:
+        return OrderedToReal()
 
     @classmethod
     def example(cls) -> Example:

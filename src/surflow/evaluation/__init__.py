@@ -1,0 +1,1 @@
+"""Every number and every picture of a trained model."""
