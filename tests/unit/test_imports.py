@@ -34,7 +34,7 @@ ALLOWED = {
     "variational": {"errors", "scores", "distributions", "transforms", "flow"},
     "marginal": {"checks", "distributions", "transforms", "flow"},
     "memory": {"checks", "nets", "transforms"},
-    "proofs": {"checks", "distributions", "transforms"},
+    "proofs": {"checks", "distributions", "errors", "files", "transforms"},
     "reporting": set(),
 }
 FORBIDDEN = {
