@@ -17,12 +17,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from surflow.cli.common import guarded, one_line_errors, origin_line, relative
+from surflow.cli.command import command as config_command
 from surflow.errors import UserError
 from surflow.flow import Flow
-from surflow.reporting.records import write_bytes_atomic, write_json_atomic, write_text_atomic
-from surflow.training import record
-from surflow.training.module import can_compile
+from surflow.files import relative, write_bytes, write_json, write_text
+from surflow.training import origin
+from surflow.training.hardware import can_compile
 
 CONF = Path(__file__).parent / "conf"
 K = TypeVar("K")
@@ -196,14 +196,14 @@ def page_of(
 
 def origin() -> dict[str, Any]:
     """Commit, versions and machine; a change of the benchmarks too makes the commit dirty."""
-    return record.origin("benchmarks")
+    return origin.origin("benchmarks")
 
 
 def write(folder: Path, name: str, result: dict[str, Any], text: str, png: bytes | None) -> None:
     """Write a result as JSON, Markdown and maybe a PNG; print the Markdown."""
-    files = [write_json_atomic(folder / f"{name}.json", result)]
-    files.append(write_text_atomic(folder / f"{name}.md", text))
+    files = [write_json(folder / f"{name}.json", result)]
+    files.append(write_text(folder / f"{name}.md", text))
     if png is not None:
-        files.append(write_bytes_atomic(folder / f"{name}.png", png))
+        files.append(write_bytes(folder / f"{name}.png", png))
     print(text)
     print(f"{relative(folder)}/: {', '.join(file.name for file in files)}")

@@ -8,6 +8,8 @@ import pytest
 
 from surflow.cli import verify
 from surflow.config import project_root
+from surflow.proofs.lookup import find_layers
+from surflow.proofs.rows import COLUMNS, Row
 from surflow.transforms import catalogue
 
 OWN = """
@@ -138,14 +140,15 @@ def folder(tmp_path, monkeypatch):
 def rows(out: str) -> dict[str, str]:
     """The lines of the table by layer, those above the first empty line."""
     head, *lines = out.partition("\n\n")[0].splitlines()
-    assert head.split() == " ".join(verify.COLUMNS).split()
+    assert head.split() == " ".join(COLUMNS).split()
     return {line.split()[0]: line for line in lines}
 
 
 # What holds and what fails ----------------------------------------------------------------------
 
 
-def test_layers_of_the_catalogue(call):
+def test_layers_of_the_catalogue(call, monkeypatch):
+    monkeypatch.setattr("surflow.progress.LINE_EVERY_S", float("inf"))  # however slow the machine
     done = call("verify", "layers=[Tanh,AbsInference,AbsGenerative]", *QUICK)
     assert done.code == 0, done.out + done.err
     table = rows(done.out)
@@ -211,21 +214,21 @@ def test_deliberately_wrong_layers_fail_by_name(call, folder):
     ["./own.py:Right", "own.py:Right", "package_of_one.inner.Right", "package_of_one.inner:Right"],
 )
 def test_ways_to_name_a_layer(spec, folder):
-    (cls,) = verify.find_layers(spec).values()
+    (cls,) = find_layers(spec).values()
     assert cls.__name__ == "Right"
-    assert verify.find_layers(str(folder / "own.py:Right")).keys() == {str(folder / "own.py:Right")}
+    assert find_layers(str(folder / "own.py:Right")).keys() == {str(folder / "own.py:Right")}
 
 
 def test_a_file_or_a_module_names_every_layer_of_it(folder):
-    found = verify.find_layers("./own.py")
+    found = find_layers("./own.py")
     assert [cls.__name__ for cls in found.values()] == ["Right", *[
         "WrongSign", "WrongConstant", "WrongInverse", "OtherSign", "ReadsAValue", "Talks",
         "NoGradient", "NoGradientOfX", "NeverCompiled", "NeverCompiledForNoReason",
         "BrokenExample", "OtherExample",
     ]]  # fmt: skip
     for spec, cls in found.items():
-        assert verify.find_layers(spec) == {spec: cls}
-    assert len(verify.find_layers("package_of_one.inner")) == len(found)
+        assert find_layers(spec) == {spec: cls}
+    assert len(find_layers("package_of_one.inner")) == len(found)
 
 
 def test_processes_find_a_layer_by_its_file(command, folder):
@@ -255,12 +258,12 @@ def test_the_catalogue_is_what_is_proved_by_default(call, monkeypatch):
     def prove(specs, n, seed, backend, workers):
         asked.append((list(specs), n, seed, backend))
         for spec in reversed(specs):  # in any order
-            row = verify.Row(spec, spec, "bijective", "exact")
+            row = Row(spec, spec, "bijective", "exact")
             if spec == "Tanh":
                 row.failures["round_trip"] = "off"
             yield row
 
-    monkeypatch.setattr(verify, "rows_of", prove)
+    monkeypatch.setattr(verify, "prove_layers", prove)
     done = call("verify")
     names = [cls.__name__ for cls in catalogue()]
     assert asked == [(names, 200_000, 0, "aot_eager")]
@@ -293,7 +296,7 @@ def test_the_table_is_written(call, folder):
     body = [line for line in page.splitlines() if line.startswith("|")]
     assert len(body) == 2 + 2
     for line in body:
-        assert len(re.findall(r"(?<!\\)\|", line)) == len(verify.COLUMNS) + 1
+        assert len(re.findall(r"(?<!\\)\|", line)) == len(COLUMNS) + 1
     assert "* WrongSign, jacobian: " in page and "2 layers: 1 fails" in page
     assert "commit " in page and "torch " in page
     found = json.loads((folder / "results/verify/table.json").read_text())

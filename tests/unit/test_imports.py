@@ -35,7 +35,7 @@ ALLOWED = {
     "variational": {"errors", "scores", "distributions", "transforms", "flow"},
     "evaluation/marginal": {"checks", "transforms", "flow"},
     "memory": {"checks", "transforms"},
-    "proofs": {"checks", "distributions", "transforms"},
+    "proofs": {"checks", "distributions", "errors", "files", "transforms"},
     "metric": set(),
     "reading": set(),
     "record": {"metric", "reading"},
