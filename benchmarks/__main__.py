@@ -21,7 +21,11 @@ import torch
 from omegaconf import DictConfig
 
 from benchmarks import harness, images, spline, step, vae
+from surflow.cli.command import command
 from surflow.errors import UserError
+
+
+CONF = Path(__file__).parent / "conf"
 
 
 class Part(NamedTuple):
@@ -58,4 +62,4 @@ def bench(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    harness.command(bench)()
+    command("bench", str(CONF))(bench)()

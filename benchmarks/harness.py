@@ -12,31 +12,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from surflow.cli.command import command as config_command
+from surflow.cli.train import train
+from surflow.config import build as config_object
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.files import relative, write_bytes, write_json, write_text
-from surflow.training import origin
+from surflow.training.origin import origin as origin_of
+from surflow.training.origin import origin_line
 from surflow.training.hardware import can_compile
+from surflow.training.module import FlowModule
+from surflow.training.run import Run
 
-CONF = Path(__file__).parent / "conf"
 K = TypeVar("K")
-
-
-def command(bench: Callable[[DictConfig], None]) -> Callable[[], None]:
-    """The command with the options of conf/bench.yaml; a mistake is one line and exit code 2."""
-
-    @hydra.main(config_path=str(CONF), config_name="bench", version_base="1.3")
-    def main(cfg: DictConfig) -> None:
-        with one_line_errors():
-            bench(cfg)
-
-    return guarded(main)
 
 
 # The pipeline -------------------------------------------------------------------------------------
@@ -60,16 +51,10 @@ class Training(NamedTuple):
 
 def build(config: DictConfig) -> Training:
     """The training run of a config; sets the number of threads that the config names."""
-    from hydra.utils import instantiate
-
-    from surflow.cli.common import build_flow, use_threads
-    from surflow.cli.train import train
-    from surflow.training.module import FlowModule
-
-    use_threads(config)
-    optimizer = instantiate({k: v for k, v in config.optimizer.items() if k != "name"})
+    run = Run(config)
+    optimizer = config_object(config.optimizer)
     return Training(
-        build_flow(config, instantiate(config.data.module)),
+        run.build_flow(),
         optimizer,
         lambda flow, compile: FlowModule(flow, optimizer, None, compile=compile)._loss,
         lambda: train(config),
@@ -196,7 +181,7 @@ def page_of(
 
 def origin() -> dict[str, Any]:
     """Commit, versions and machine; a change of the benchmarks too makes the commit dirty."""
-    return origin.origin("benchmarks")
+    return origin_of("benchmarks")
 
 
 def write(folder: Path, name: str, result: dict[str, Any], text: str, png: bytes | None) -> None:

@@ -20,15 +20,18 @@ from surflow.config import conf_dir, register_resolvers
 from surflow.errors import UserError, close_match
 
 
-def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def command(
+    config_name: str, folder: str | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a command of a function of a config; see :func:`guarded`.
 
     Args:
-        config_name: a file of conf/.
+        config_name: a file of the folder.
+        folder: of the YAML files; None: conf/.
     """
 
     def wrap(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @hydra.main(config_path=conf_dir(), config_name=config_name, version_base="1.3")
+        @hydra.main(config_path=folder or conf_dir(), config_name=config_name, version_base="1.3")
         @functools.wraps(function)
         def run(cfg: DictConfig) -> Any:
             with one_line_errors():  # inside Hydra, which would print lines of its own
