@@ -7,7 +7,6 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
 from surflow.cli.common import (
     check_everything,
@@ -15,11 +14,9 @@ from surflow.cli.common import (
     load_flow,
     one_line_errors,
     relative,
-    truth_of,
     use_threads,
 )
-from surflow.cli.result import check_finite, plain_rows
-from surflow.cli.scoring import forget, score_split
+from surflow.cli.result import measures_of, plain_rows, trained_of
 from surflow.config import conf_dir, config_hash, register_resolvers, run_dir
 from surflow.errors import UserError
 from surflow.reporting.records import write_json_atomic
@@ -33,6 +30,8 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
+    from surflow.evaluation.likelihood import forget
+    from surflow.evaluation.trained import run_measures
     from surflow.training.record import commit
 
     register_resolvers()
@@ -45,19 +44,16 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         raise UserError("iwbo_samples: the likelihood of this model is no bound; leave it out")
     rows = data.splits[cfg.split]
     folder = run_dir(cfg)
-    estimates, ledger = score_split(cfg, flow, data, cfg.split, folder)
-    check_finite(estimates)
-    truth = truth_of(cfg)
-    if truth is not None:
-        with Console(stderr=True).status("likelihood itself") as status:
-            comparison = truth.compare(flow, rows, seed=cfg.seed, progress=status.update)
-        estimates |= comparison.metrics(cfg.split)
+    trained = trained_of(cfg, flow, data, cfg.split, folder)
+    measures = measures_of(cfg)
+    wanted = {key: measures[key] for key in ("likelihood", "truth") if key in measures}
+    estimates = run_measures(trained, wanted)
+    ledger = trained.ledger
     print(f"{relative(path)}, {len(rows)} {cfg.split} points, profile {cfg.profile.name}\n")
     print(ledger)
     print()
-    for name, e in estimates.items():
-        error = "" if math.isnan(e.standard_error) else f" ± {e.standard_error:.4f}"
-        print(f"{name} = {e.value:.4f}{error} {e.unit}  ({e.kind}: {e.estimator})")
+    for metric in estimates.values():
+        print(metric)
     if data.floor is not None:
         print(_floor_line(data, cfg.objective.unit))
     head, dirty = commit()
@@ -67,7 +63,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
         "config_hash": config_hash(cfg),
         "profile": cfg.profile.name,
         "split": cfg.split,
-        "metrics": {name: e.plain() for name, e in estimates.items()},
+        "metrics": {name: e.to_json() for name, e in estimates.items()},
         "ledger": plain_rows(ledger),
         "commit": head,
         "dirty": dirty,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -17,70 +16,9 @@ from surflow.cli.common import (
     use_threads,
 )
 from surflow.config import conf_dir, register_resolvers, run_dir
-from surflow.errors import UserError, close_match
+from surflow.errors import UserError, check_choice
 
 OWN_KEYS = ("pairs", "steps", "path")  # of this command: they are not of the run
-
-
-def interpolation_figure(
-    flow: Any,
-    data: Any,
-    folder: str | Path,
-    pairs: int = 8,
-    steps: int = 9,
-    path: str = "spherical",
-    seed: int = 0,
-    name: str = "interpolation.png",
-) -> Path:
-    """Draw a grid of images: a row for a pair of test images, the way between them in columns.
-
-    Of a VAE over bits or levels, whose draws cannot be kept, the way goes between draws of the two
-    posteriors, through the latents of the prior, and the decoder's means are shown.
-
-    Args:
-        flow: a flow over images, on any device.
-        data: a DataModule, set up, of the same images, flat or not: ``splits["test"]``, and what
-            :func:`surflow.cli.pixels.pixels_of` asks for.
-        folder: where the picture goes; made if it is not there.
-        pairs: rows; as many as there are pairs of test images where there are fewer.
-        steps: columns, the two images included.
-        path: "spherical" or "linear"; see :func:`surflow.models.latent_interpolation`.
-        seed: of the choice of images and of what inference draws.
-        name: the file's name.
-
-    Returns:
-        The picture.
-
-    Raises:
-        ValueError: as :func:`surflow.models.latent_interpolation`; for fewer than two images.
-    """
-    import torch
-
-    from surflow.cli.decoded import decoded_of, drawing
-    from surflow.cli.pixels import pixels_of
-    from surflow.models import latent_interpolation
-    from surflow.reporting.images import image_grid
-
-    test = data.splits["test"]
-    pairs = min(pairs, len(test) // 2)
-    if pairs < 1:
-        raise ValueError(f"interpolation: expected at least two test images, got {len(test)}")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(test), generator=generator)[: 2 * pairs]
-    chosen = test[order.to(test.device)].to(next(flow.parameters()).device)
-    parts = decoded_of(flow)
-    if parts is not None and parts.has_grey:
-        with drawing(flow, seed):
-            ends = parts.posterior(chosen)
-            parts.eval()
-            way = latent_interpolation(parts.prior, *ends.split(pairs), steps, path, seed)
-            pixels, levels, _ = parts.pixels(parts.images(way.flatten(0, 1)), data)
-    else:
-        way = latent_interpolation(flow, chosen[:pairs], chosen[pairs:], steps, path, seed)
-        pixels, levels = pixels_of(way.flatten(0, 1).cpu(), data)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return image_grid(pixels.numpy(), folder / name, columns=steps, num_levels=levels)
 
 
 def run_config(cfg: DictConfig) -> DictConfig:
@@ -99,6 +37,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
 
     make_torchvision_importable()
     from surflow.cli.pixels import shape_of_config
+    from surflow.evaluation.pictures import interpolation_figure
     from surflow.models.interpolation import PATHS
 
     register_resolvers()
@@ -106,11 +45,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
     for key, least in (("pairs", 1), ("steps", 2)):
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise UserError(f"{key}: expected a whole number >= {least}, got {cfg[key]}")
-    if cfg.path not in PATHS:
-        raise UserError(
-            f"path: expected one of {', '.join(PATHS)}, got {cfg.path!r}"
-            + close_match(str(cfg.path), PATHS)
-        )
+    check_choice("path", cfg.path, PATHS, UserError)
     if len(shape_of_config(cfg)) != 3:
         raise UserError(f"interpolate: pictures are of images, not of data={cfg.data.name}")
     run = run_config(cfg)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from surflow.cli.common import build_data, load_flow, relative, truth_of
 from surflow.config import config_hash, resolved, run_dir
-from surflow.errors import UserError
 from surflow.reporting.records import load_record, protocol_value, write_json_atomic
 
 SCORES = {
@@ -22,9 +21,6 @@ SCORES = {
     "random_features": ("sample/fid_random_features",),
 }
 """What each extractor of features gives."""
-
-LATENT_ROWS = 4096
-"""Test points, evenly spaced, that active units are counted over."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +85,19 @@ def write_result(
     Returns:
         the metrics by name.
     """
-    from surflow.cli.pictures import draw_pictures
-    from surflow.cli.scoring import forget, score_split
+    from surflow.evaluation.likelihood import forget
+    from surflow.evaluation.pictures import draw_pictures
+    from surflow.evaluation.trained import run_measures
     from surflow.training.record import origin, peak_memory_mib
 
-    estimates, ledger = score_split(cfg, flow, data, "test", folder)
-    check_finite(estimates)
-    comparison = None
-    truth = truth_of(cfg)
-    if truth is not None:
-        test = data.splits["test"].to(next(flow.parameters()).device)
-        comparison = truth.compare(flow, test, seed=cfg.seed)
-        estimates |= comparison.metrics()
-    likelihoods = list(estimates)
-    estimates |= _latents_used(cfg, flow, data) | _of_levels(flow, ledger)
-    pictures = draw_pictures(cfg, folder, flow, data) if cfg.run.pictures else {}
-    scores, missing = _samples_scored(cfg, flow, data, folder)
-    estimates |= scores
+    trained = trained_of(cfg, flow, data, "test", folder)
+    measures = measures_of(cfg)
+    samples = {"samples": measures.pop("samples")}
+    estimates = run_measures(trained, measures)
+    likelihoods = [name for name, e in estimates.items() if e.kind != "score"]
+    pictures = draw_pictures(trained, cfg.row) if cfg.run.pictures else {}
+    estimates |= run_measures(trained, samples)
+    ledger, missing = trained.ledger, trained.missing
     values = {name: e.value for name, e in estimates.items()}
     floor = {}
     if data.floor is not None:
@@ -124,7 +116,7 @@ def write_result(
         "config_hash": digest,
         "config": resolved(cfg),
         "status": "complete",
-        "metrics": {name: e.plain() for name, e in estimates.items()},
+        "metrics": {name: e.to_json() for name, e in estimates.items()},
         **({"missing": missing} if missing else {}),
         "floor": floor,
         **({"provenance": provenance} if provenance is not None else {}),
@@ -135,7 +127,7 @@ def write_result(
             "total": ledger.total,
             "lower_bound": ledger.lower_bound,
         },
-        **({"truth": comparison.plain()} if comparison is not None else {}),
+        **trained.details,
         "parameters": sum(p.numel() for p in flow.parameters()),
         **origin(),
         "train_time_s": round(times.train, 2),
@@ -150,72 +142,45 @@ def write_result(
     return values
 
 
-def _latents_used(cfg: DictConfig, flow: Any, data: Any) -> dict[str, Any]:
-    """The active units of a model with a VAE layer, over the test split, one draw of a seed."""
-    import torch
+def trained_of(cfg: DictConfig, flow: Any, data: Any, split: str, folder: Path) -> Any:
+    """The trained model of a config; a command's own numbers of draws come first."""
+    from omegaconf import OmegaConf
 
-    from surflow.models import PyramidFlow
-    from surflow.training.evaluation import Estimate
-    from surflow.training.module import seed_draws
-    from surflow.variational import active_units, has_vae_layer
+    from surflow.evaluation.trained import Trained
 
-    test = data.splits["test"]
-    if not has_vae_layer(flow) or isinstance(flow, PyramidFlow) or len(test) < 2:
-        return {}
-    weight = next(flow.parameters())
-    x = test[torch.arange(min(LATENT_ROWS, len(test))) * len(test) // min(LATENT_ROWS, len(test))]
-    x = x.to(weight.device)
-    flow.eval()
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        seed_draws(weight.device, cfg.seed)
-        used = active_units(flow, x.to(weight.dtype) if x.is_floating_point() else x)
-    how = f"latent dimensions of {used.of} whose posterior mean varies over test points, variance >"
-    estimate = Estimate(
-        value=float(used.count),
-        unit="units",
-        kind="score",
-        estimator=f"{how} {used.threshold:g}",
-        standard_error=math.nan,
-        count=len(x),
-        protocol={"of": used.of, "threshold": used.threshold, "rows": len(x)},
+    def asked(key: str) -> int:
+        own = OmegaConf.select(cfg, key)
+        return cfg.objective[key] if own is None else own
+
+    return Trained(
+        flow=flow,
+        data=data,
+        split=split,
+        seed=cfg.seed,
+        unit=cfg.objective.unit,
+        eval_samples=asked("eval_samples"),
+        iwbo_samples=asked("iwbo_samples"),
+        folder=folder,
+        cache=Path(cfg.run.root) / ".reference",
     )
-    return {"test/active_units": estimate}
 
 
-def _of_levels(flow: Any, ledger: Any) -> dict[str, Any]:
-    """What every resolution of a pyramid takes, in bits per dimension of its own image."""
-    from surflow.models import PyramidFlow
-    from surflow.training.evaluation import Estimate
+def measures_of(cfg: DictConfig) -> dict[str, Any]:
+    """The measures of a config, by name."""
+    from surflow.evaluation.generation import Samples
+    from surflow.evaluation.latents import active_units, levels
+    from surflow.evaluation.likelihood import likelihood
 
-    if not isinstance(flow, PyramidFlow):
-        return {}
-    found = {}
-    for side, (bits, error) in flow.level_bits(ledger).items():
-        given = "unconditional" if side == min(flow.sides) else f"given {side // 2} x {side // 2}"
-        found[f"test/level_{side}_bpd"] = Estimate(
-            value=bits,
-            unit="bpd",
-            kind="bound",
-            estimator=f"ELBO of the {side} x {side} image, {given}; bits per dimension of its own",
-            standard_error=error,
-            count=ledger.count,
-            protocol={"dims": math.prod((flow.shape[0], side, side))},
-        )
-    return found
-
-
-def check_finite(estimates: dict[str, Any]) -> None:
-    """Refuse what no record can hold.
-
-    Raises:
-        UserError: for a likelihood or a bound that is not finite.
-    """
-    for name, e in estimates.items():
-        if not math.isfinite(e.value):
-            raise UserError(
-                f"{name}: not finite ({e.value}): the weights give some points no likelihood; "
-                "try trainer.scored=best, a smaller optimizer.lr or trainer.gradient_clip_val"
-            )
+    m, truth = cfg.metrics, truth_of(cfg)
+    return {
+        "likelihood": likelihood,
+        **({"truth": truth} if truth is not None else {}),
+        "active_units": active_units,
+        "levels": levels,
+        "samples": Samples(
+            m.n, m.extractor, m.reference, m.temperature, m.batch_size, m.inception_weights
+        ),
+    }
 
 
 def plain_rows(ledger: Any) -> list[dict[str, Any]]:
@@ -243,8 +208,12 @@ def add_scores(cfg: DictConfig, folder: Path) -> dict[str, float]:
         flow.to(device_of(cfg))
     else:
         flow, data, _ = load_flow(cfg, folder / f"{cfg.trainer.scored}.ckpt")
-    scores, missing = _samples_scored(cfg, flow, data, folder)
-    record["metrics"] |= {name: e.plain() for name, e in scores.items()}
+    from surflow.evaluation.trained import run_measures
+
+    trained = trained_of(cfg, flow, data, "test", folder)
+    scores = run_measures(trained, {"samples": measures_of(cfg)["samples"]})
+    missing = trained.missing
+    record["metrics"] |= {name: e.to_json() for name, e in scores.items()}
     record.pop("missing", None)
     if missing:
         record["missing"] = missing
@@ -259,17 +228,6 @@ def add_scores(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def summary(metrics: dict[str, float]) -> str:
     """Such as "test/elbo_bpd 3.0812, sample/fid 49.1"."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _samples_scored(
-    cfg: DictConfig, flow: Any, data: Any, folder: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Scores of samples by name, and why those that are wanted and missing are."""
-    if not cfg.metrics.n:
-        return {}, {}
-    from surflow.metrics import score_generation
-
-    return score_generation(cfg, flow, data, folder)
 
 
 def _say_missing(missing: dict[str, str]) -> None:

@@ -88,9 +88,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()  # before Lightning, which imports torchvision
-    from surflow.metrics import check_inception_weights
+    from surflow.cli.result import measures_of
 
-    check_inception_weights(cfg)
+    measures_of(cfg)  # a mistake in them shows before anything trains
     use_threads(cfg)
     with locked(folder) if first_process() else contextlib.nullcontext():
         if record is not None:
