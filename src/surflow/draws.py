@@ -73,10 +73,10 @@ def evaluating(flow: nn.Module, seed: int | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Convolutions and matrix products of float32 without TF32, which keeps 10 bits of 23."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     if hasattr(cuda, "fp32_precision"):
         name, value = "fp32_precision", "ieee"
-        switches = [cuda, cudnn.conv, cudnn.rnn]
+        switches = [cuda, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]
     else:  # before torch 2.9
         name, value = "allow_tf32", False
         switches = [cuda, cudnn]

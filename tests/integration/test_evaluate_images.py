@@ -1,15 +1,18 @@
 """Evaluation of an image model through the command: bits a dimension, interruption, progress."""
 
+import contextlib
 import json
 import math
 import re
 
 import pytest
 
-from surflow.cli import scoring
+import surflow.progress
 from surflow.cli.common import load_flow
 from surflow.cli.evaluate import evaluate_run
+from surflow.cli.result import trained_of
 from surflow.config import run_dir
+from surflow.evaluation import likelihood
 
 DIGITS = (
     "data=digits",
@@ -63,10 +66,26 @@ def trained(compose):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 20 draws: four images at a time for the IWBO."""
-    from surflow.training import evaluation
+    from surflow.evaluation import blocks
 
-    monkeypatch.setattr(evaluation, "LEAST_BLOCK", 20)
-    monkeypatch.setattr(evaluation, "MOST_BLOCK", 20)
+    monkeypatch.setattr(blocks, "LEAST_BLOCK", 20)
+    monkeypatch.setattr(blocks, "MOST_BLOCK", 20)
+
+
+@pytest.fixture
+def score(compose, monkeypatch):
+    """Score a split of a config's flow with a progress of the test's own."""
+
+    def run(cfg, flow, data, progress):
+        @contextlib.contextmanager
+        def shown(unit):
+            yield progress
+
+        with monkeypatch.context() as patched:
+            patched.setattr(likelihood, "shown_progress", shown)
+            likelihood.likelihood(trained_of(cfg, flow, data, "test", run_dir(cfg)))
+
+    return run
 
 
 def test_evaluation_is_the_record_and_says_what_is_a_bound(trained, digits, call):
@@ -145,7 +164,7 @@ def test_batch_size_changes_no_bit(trained, compose):
         assert {name: found[name] for name in METRICS} == {n: metrics[n] for n in METRICS}
 
 
-def test_an_interrupted_evaluation_goes_on(trained, compose, small_blocks, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(trained, compose, score, small_blocks, monkeypatch):
     cfg = compose()
     folder = run_dir(cfg)
     unbroken = evaluate_run(cfg)
@@ -153,15 +172,15 @@ def test_an_interrupted_evaluation_goes_on(trained, compose, small_blocks, monke
     flow, data, _ = load_flow(cfg)
     told = []
 
-    def stop(done, total):
+    def stop(what, done, total):
         told.append((done, total))
         if len(told) == 5:  # two blocks of the ELBO, three of the IWBO
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scoring.score_split(cfg, flow, data, "test", folder, stop)
+        score(cfg, flow, data, stop)
     assert told == [(20, 144), (24, 144), (44, 144), (64, 144), (84, 144)]
-    kept = scoring.unfinished(folder, "test")
+    kept = likelihood.unfinished(folder, "test")
     assert kept.is_file()
 
     runs = []
@@ -180,34 +199,34 @@ def test_an_interrupted_evaluation_goes_on(trained, compose, small_blocks, monke
 
 
 def test_a_log_has_a_line_now_and_then(trained, compose, small_blocks, monkeypatch, capfd):
-    monkeypatch.setattr(scoring, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(surflow.progress, "LINE_EVERY_S", 0.0)
     cfg = compose()
     capfd.readouterr()
     evaluate_run(cfg)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("evaluating")]
     assert lines[0].startswith("evaluating test: 24 of 144 draws (17 %), about ")
     assert lines[-1] == "evaluating test: 144 of 144 draws (100 %), about 0 min left"
-    monkeypatch.setattr(scoring, "LINE_EVERY_S", 60.0)
+    monkeypatch.setattr(surflow.progress, "LINE_EVERY_S", 60.0)
     evaluate_run(cfg)
     assert "evaluating" not in capfd.readouterr().err
 
 
-def test_other_weights_do_not_go_on(trained, compose, small_blocks, monkeypatch):
+def test_other_weights_do_not_go_on(trained, compose, score, small_blocks):
     import torch
 
     cfg = compose()
     folder = run_dir(cfg)
     flow, data, _ = load_flow(cfg)
 
-    def stop(done, total):
+    def stop(what, done, total):
         if done > 50:
             raise KeyboardInterrupt
 
     with torch.no_grad():
         next(flow.parameters()).mul_(1.01)
     with pytest.raises(KeyboardInterrupt):
-        scoring.score_split(cfg, flow, data, "test", folder, stop)
-    kept = scoring.unfinished(folder, "test")
+        score(cfg, flow, data, stop)
+    kept = likelihood.unfinished(folder, "test")
     assert kept.is_file()
     found = evaluate_run(cfg)
     kept.unlink(missing_ok=True)

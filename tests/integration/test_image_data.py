@@ -13,8 +13,8 @@ from surflow.compat import make_torchvision_importable
 from surflow.config import compose, conf_dir, config_hash
 from surflow.data.images import CIFAR10
 from surflow.distributions import StandardNormal, Uniform
+from surflow.evaluation.likelihood import evaluate
 from surflow.flow import Flow
-from surflow.training.evaluation import evaluate
 from surflow.training.module import FlowModule, Objective
 from surflow.training.schedules import constant
 from surflow.transforms import ActNorm, Dequantization

@@ -119,13 +119,13 @@ def test_without_inception_weights_the_rest_is_scored(call, tmp_path, monkeypatc
     assert set(record["metrics"]) == {"test/elbo_bpd"}
     assert set(record["missing"]) == {"sample/fid", "sample/inception_score"}
     for reason in record["missing"].values():
-        assert "metrics.inception_weights" in reason
+        assert "measures.samples.weights" in reason
         assert "\n" not in reason
     assert "sample/fid: missing: " in done.out
     # named, and not there: a mistake, before anything is computed
     named = call("train", *overrides, f"metrics.inception_weights={tmp_path}/no.pth", "seed=1")
     assert named.code == 2
-    assert named.err.startswith("surflow: error: metrics.inception_weights: expected a file")
+    assert named.err.startswith("surflow: error: measures.samples.weights: expected a file")
     assert named.err.count("\n") == 1
 
 

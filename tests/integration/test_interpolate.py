@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from surflow.cli.common import load_flow
-from surflow.cli.interpolate import interpolation_figure, run_config
+from surflow.cli.interpolate import run_config
 from surflow.cli.train import train
 from surflow.config import compose, config_hash, run_dir
+from surflow.evaluation.pictures import interpolation_figure
 
 GLOW = ("model=glow", "model.num_scales=2", "model.num_steps=1", "model.hidden_channels=8")
 REALNVP = ("model=realnvp", "model.mid_channels=4", "model.num_blocks=1")

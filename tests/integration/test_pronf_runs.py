@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from surflow.cli.pictures import _side_by_side
 from surflow.config import compose, run_dir
+from surflow.evaluation.pictures import side_by_side
 
 SMALL = (
     "model.num_steps=1",
@@ -66,7 +66,7 @@ def test_a_progressive_flow_from_command_to_record(chain, command, tmp_path):
 
 def test_what_is_outside_is_shown_as_its_edge():
     image = torch.tensor([-3.0, 0.5, 0.999, 7.0, float("nan"), 0.0, 0.0, 0.0]).view(2, 1, 2, 2)
-    shown = _side_by_side([image, image], 256, 4)
+    shown = side_by_side([image, image], 256, 4)
     assert shown.shape == (4, 1, 4, 4)
     assert shown[0, 0, ::2, ::2].tolist() == [[0, 128], [255, 255]]
     assert shown[2, 0, 0, 0] == 0

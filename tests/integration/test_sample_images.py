@@ -99,7 +99,7 @@ def test_a_folder_of_files(run, call, tmp_path, monkeypatch):
         (folder / name).unlink()
     kept = (folder / "000000.png").stat().st_mtime_ns
     drawn = []
-    from surflow.metrics import samples as module
+    from surflow.evaluation import sampling as module
 
     plain = module.draw_unit
 
@@ -126,7 +126,7 @@ def test_wrong_places(run, call, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.png").write_bytes(b"")
     done = call("sample", *overrides, "n=3", f"out={tmp_path}/mine")
-    assert done.code == 2 and "not a folder of ours" in done.err
+    assert done.code == 2 and "not a folder of samples" in done.err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["photo.png"]
 
 

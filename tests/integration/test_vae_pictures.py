@@ -125,7 +125,8 @@ def test_latents_of_the_run(run):
 
 def test_pictures_are_the_same_twice(run, tmp_path):
     """They follow from the seed, and leave the random state and the mode of the flow alone."""
-    from surflow.cli.pictures import draw_pictures
+    from surflow.cli.result import trained_of
+    from surflow.evaluation.pictures import draw_pictures
 
     overrides, folder = run
     cfg = compose(overrides)
@@ -133,8 +134,9 @@ def test_pictures_are_the_same_twice(run, tmp_path):
     flow.train()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    names = draw_pictures(cfg, tmp_path, flow.eval(), data)
-    assert torch.equal(torch.get_rng_state(), state)
+    trained = trained_of(cfg, flow, data, "test", tmp_path)
+    names = draw_pictures(trained, cfg.row)
+    assert torch.equal(torch.get_rng_state(), state) and flow.training
     assert list(names) == [
         "figures/samples",
         "figures/interpolation",

@@ -4,11 +4,15 @@ import csv
 import io
 import json
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.evaluation.trained import Trained, run_measures
+from surflow.evaluation.truth import Truth
 from surflow.flow import Flow
 from surflow.models import unification as models
 from surflow.nets import MLP
@@ -16,7 +20,6 @@ from surflow.record import load_record
 from surflow.reporting import build_table, load_spec
 from surflow.reporting.bounds import bounds_rows, render_csv, render_markdown
 from surflow.reporting.figures.gaps import gap_figure
-from surflow.training.truth import Truth
 from surflow.transforms import VAE, AffineCoupling
 
 HASH = "0123456789abcdef"
@@ -86,6 +89,19 @@ def test_an_exact_model_is_compared_row_by_row():
     assert found.gaps == ()
     assert found.worst < 1e-12
     assert found.metrics()["test/true_nll_nats"].kind == "likelihood"
+
+
+def test_the_measure_keeps_its_details(tmp_path):
+    x = torch.randn(20, 1)
+    data = SimpleNamespace(splits={"valid": x})
+    truth = Truth(grids=[[9.0, 201]], num_samples=[1, 5])
+    trained = Trained(exact_posterior(), data, "valid", 3, "nats", 1, 0, tmp_path, tmp_path)
+    found = run_measures(trained, {"truth": truth})
+    assert list(found) == ["valid/true_nll_nats", "valid/iwbo1_nats", "valid/iwbo5_nats"]
+    details = trained.details["truth"]
+    assert details == asdict(truth.compare(exact_posterior(), x, seed=3))
+    assert found["valid/true_nll_nats"].value == -details["log_prob"]
+    json.dumps(details, allow_nan=False)
 
 
 def test_draws_follow_the_seed_and_leave_the_state():

@@ -14,14 +14,15 @@ from surflow.distributions import (
     StandardNormal,
     Uniform,
 )
+from surflow.evaluation import blocks, likelihood
+from surflow.evaluation.blocks import block_size
+from surflow.evaluation.likelihood import evaluate
 from surflow.flow import Flow, FlowDistribution, flow_sha256
 from surflow.memory import set_memory
 from surflow.models.pool_flow import pool_flow
 from surflow.nets import MLP
 from surflow.objectives import elbo, iwbo
 from surflow.proofs import double_precision, example_of
-from surflow.training import evaluation
-from surflow.training.evaluation import block_size, evaluate
 from surflow.transforms import (
     VAE,
     AbsGenerative,
@@ -37,7 +38,6 @@ from surflow.transforms import (
     catalogue,
 )
 
-CPU = torch.device("cpu")
 LAYERS = {cls.__name__: cls for cls in catalogue()}
 
 
@@ -299,8 +299,8 @@ def numbered(count, dims=3):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 draws."""
-    monkeypatch.setattr(evaluation, "LEAST_BLOCK", 16)
-    monkeypatch.setattr(evaluation, "MOST_BLOCK", 16)
+    monkeypatch.setattr(blocks, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(blocks, "MOST_BLOCK", 16)
 
 
 @pytest.mark.parametrize("unit", ["nats", "bpd"])
@@ -437,7 +437,7 @@ def test_bytes_come_in_and_randomness_is_left_alone():
         assert found.value == pytest.approx(8, abs=1e-6)
         assert found.standard_error == pytest.approx(0, abs=1e-6)
 
-    def fail(done, total):
+    def fail(what, done, total):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
@@ -491,7 +491,7 @@ def test_wrong_arguments():
         ({"batch_size": 0}, "batch_size >= 1"),
         ({"eval_samples": 0}, "eval_samples >= 1"),
         ({"iwbo_samples": -1}, "iwbo_samples >= 0"),
-        ({"unit": "bits"}, "nats or bpd"),
+        ({"unit": "bits"}, "expected one of nats, bpd, got 'bits'"),
     ):
         with pytest.raises(ValueError, match=wanted):
             evaluate(flow, data, **{"batch_size": 3, **keys})
@@ -539,7 +539,7 @@ def interrupted(after):
     """A progress that gives up behind so many blocks."""
     calls = []
 
-    def progress(done, total):
+    def progress(what, done, total):
         calls.append((done, total))
         if len(calls) == after:
             raise Stop
@@ -559,7 +559,9 @@ def test_goes_on_where_it_was(after, small_blocks, tmp_path):
         evaluate(flow, data, 8, **WANTED, progress=interrupted(after), resume=file)
     assert len(layer.sizes) == after
     told = []
-    found = evaluate(flow, data, 3, **WANTED, progress=lambda *now: told.append(now), resume=file)
+    found = evaluate(
+        flow, data, 3, **WANTED, progress=lambda *now: told.append(now[1:]), resume=file
+    )
     assert found == unbroken
     assert len(layer.sizes) == blocks  # none twice
     assert len(told) == blocks - after + 1  # first what was done before
@@ -571,14 +573,14 @@ def test_goes_on_where_it_was(after, small_blocks, tmp_path):
 
 
 def test_killed_between_two_writes(small_blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(likelihood, "SAVE_EVERY_S", 0.0)
     file, copy = tmp_path / "part.npz", tmp_path / "copy.npz"
     flow, layer = noisy()
     data = numbered(21)
     unbroken = evaluate(flow, data, 8, **WANTED)
     blocks = len(layer.sizes)
 
-    def keep_the_ninth(done, total):
+    def keep_the_ninth(what, done, total):
         if len(layer.sizes) == blocks + 9:
             copy.write_bytes(file.read_bytes())
 
@@ -670,14 +672,14 @@ def test_any_damage_of_an_archives_directory_is_noticed(tmp_path):
     data = torch.randint(4, (5, 2))
     evaluate(flow, data, 8, resume=file)
     whole = file.read_bytes()
-    passes = evaluation._passes(flow, data, 8, 1, 0)
-    mark = evaluation._fingerprint(flow, data, CPU, 0, passes, False)
+    passes = blocks.passes_of(flow, data, 8, 1, 0)
+    mark = blocks.fingerprint(flow, data, 0, passes, False)
     start = whole.index(b"PK\x01\x02")
     refused = 0
     for place in range(start, len(whole)):
         for bit in (1, 8):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-            work = evaluation._Work(passes, 5)
+            work = blocks.Work(passes, 5)
             work.load(file, mark)
             assert work.done in (0, 1)
             refused += work.done == 0
@@ -700,7 +702,7 @@ def test_a_mean_over_one_row_has_no_error():
     flow = Flow(Categorical(2, 3))
     found = evaluate(flow, torch.zeros(1, 2, dtype=torch.long), 8)[0]["test/nll_nats"]
     assert found.value == pytest.approx(2 * math.log(3))
-    assert set(found.plain()) == {"value", "unit", "kind", "estimator", "count"}
+    assert set(found.to_json()) == {"value", "unit", "kind", "estimator", "count"}
 
 
 def test_logit_noise_of_a_flow_is_scored_as_drawn(double):

@@ -42,10 +42,10 @@ ALLOWED = {
     "reporting": {"files", "metric", "reading", "record"},
 }
 FORBIDDEN = {
-    "models": {"training", "cli", "reporting"},
-    "data": {"models", "training", "cli", "reporting"},
-    "metrics": {"models", "training", "cli", "reporting"},
-    "training": {"cli"},
+    "models": {"training", "evaluation", "cli", "reporting"},
+    "data": {"models", "training", "evaluation", "cli", "reporting"},
+    "training": {"evaluation", "cli"},
+    "evaluation": {"training", "cli"},
 }
 
 
@@ -123,6 +123,11 @@ def test_reporting_imports_nothing_of_torch(room):
     for path in files(room):
         found = {name.split(".")[0] for name in imported(path)}
         assert found & {"torch", "torchvision", "torchmetrics", "pytorch_lightning"} == set(), path
+
+
+def test_evaluation_takes_only_figures_from_reporting():
+    drawing = {path.stem for path in files("evaluation") if "reporting" in rooms(path)}
+    assert drawing == {"pictures", "sampling"}
 
 
 def test_only_the_command_line_has_hydra_main():

@@ -13,34 +13,29 @@ import torch
 from torch import nn
 
 from surflow.compat import make_torchvision_importable
+from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.distributions import StandardNormal
 from surflow.errors import UserError
-from surflow.flow import Flow
-from surflow.metrics import (
-    IMAGE_UNIT,
-    BrokenSamples,
+from surflow.evaluation import generation, inception
+from surflow.evaluation.generation import (
     GenerationProtocol,
-    as_images,
-    check_inception_weights,
-    draw,
-    draw_unit,
+    Samples,
     frechet_distance,
-    generation,
     generation_scores,
     generation_seconds,
-    inception,
-    score_generation,
 )
-from surflow.metrics.inception import (
+from surflow.evaluation.inception import (
     INCEPTION_SHA256,
     InceptionFeatures,
     inception_file,
     load_inception_weights,
     write_untrained_weights,
 )
-from surflow.metrics.moments import FeaturePass, Moments
-from surflow.metrics.random_features import RandomFeatures
-from surflow.metrics.samples import full_range
+from surflow.evaluation.moments import FeaturePass, Moments
+from surflow.evaluation.random_features import RandomFeatures
+from surflow.evaluation.sampling import IMAGE_UNIT, draw, draw_unit
+from surflow.evaluation.trained import Trained, run_measures
+from surflow.flow import Flow
 from surflow.models import pool_flow
 from surflow.transforms import Affine, AffineCoupling, Dequantization
 
@@ -436,8 +431,9 @@ def test_neither_tf32_nor_autocast():
 
     def precision():
         return (
-            torch.backends.cudnn.allow_tf32,
-            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.mkldnn.matmul.fp32_precision,
             torch.is_autocast_enabled("cpu"),
         )
 
@@ -451,8 +447,8 @@ def test_neither_tf32_nor_autocast():
             assert precision() == outside
     finally:
         torch.set_float32_matmul_precision(before)
-    assert outside == (True, "high", True)
-    assert seen == [(False, "highest", False)]
+    assert outside == ("tf32", "tf32", "tf32", True)
+    assert seen == [("ieee", "ieee", "ieee", False)]
 
 
 def test_levels_are_scaled():
@@ -532,9 +528,9 @@ def test_wrong_reference(reference, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": 1}, "metrics.n: expected at least 2, got 1"),
-        ({"batch_size": 0}, "metrics.batch_size: expected at least 1, got 0"),
-        ({"temperature": 0.0}, "metrics.temperature: expected a positive number, got 0.0"),
+        ({"n": 1}, "measures.samples.n: expected at least 2, got 1"),
+        ({"batch_size": 0}, "measures.samples.batch_size: expected at least 1, got 0"),
+        ({"temperature": 0.0}, "measures.samples.temperature: expected a positive number, got 0.0"),
         ({"extractor": "inceptoin"}, "did you mean 'inception'"),
     ],
 )
@@ -561,7 +557,7 @@ def untrained(tmp_path_factory):
 def test_weights_of_another_checksum(untrained, capsys):
     state, digest = load_inception_weights(str(untrained))
     err = capsys.readouterr().err
-    assert f"warning: metrics.inception_weights: {untrained}" in err and err.count("\n") == 1
+    assert f"warning: measures.samples.weights: {untrained}" in err and err.count("\n") == 1
     assert f"expected sha256 {INCEPTION_SHA256}, got {digest}" in err
     assert digest == hashlib.sha256(untrained.read_bytes()).hexdigest()
     assert state["fc.weight"].shape == (1008, 2048)
@@ -600,7 +596,7 @@ def test_wrong_weights_file(content, tmp_path, capsys):
         message = "not of torch-fidelity's Inception"
     with pytest.raises(UserError, match=message) as error:
         InceptionFeatures(3, str(path))
-    assert "\n" not in str(error.value) and "metrics.inception_weights" in str(error.value)
+    assert "\n" not in str(error.value) and "measures.samples.weights" in str(error.value)
     assert "this must not run" not in capsys.readouterr().out
 
 
@@ -618,7 +614,7 @@ def test_without_weights_nothing_is_drawn(tmp_path, monkeypatch):
     for line in missing.values():
         assert "\n" not in line and "no network here" in line
         assert "weights-inception-2015-12-05-6726825d.pth" in line
-        assert "metrics.inception_weights=PATH" in line
+        assert "measures.samples.weights=PATH" in line
 
 
 def test_download(tmp_path, monkeypatch):
@@ -681,30 +677,37 @@ def test_inception_scores(untrained, tmp_path):
     assert score.value == pytest.approx(found["inception_score_mean"], rel=1e-4)
 
 
-# As a config asks for it
+# As a measure
 
 
 class Data:
     """Stands for a DataModule of images."""
 
-    name, event_shape, num_levels = "given", SHAPE, 256
+    name, event_shape, num_levels, kind = "given", SHAPE, 256, "image"
 
     def __init__(self):
         self.splits = {"train": smooth_images(60), "valid": smooth_images(20, seed=1)}
 
 
-def config(root, *overrides):
-    from surflow.config import compose
+def trained_in(root):
+    return Trained(
+        flow=small_flow(),
+        data=Data(),
+        split="test",
+        seed=4,
+        unit="bpd",
+        eval_samples=1,
+        iwbo_samples=0,
+        folder=root / "run",
+        cache=root / ".reference",
+    )
 
-    given = ["metrics.n=30", "metrics.extractor=random_features", f"run.root={root}"]
-    return compose(["data=photo_patches", *given, *overrides])
 
-
-def test_score_generation(tmp_path, capsys):
-    folder = tmp_path / "run"
-    cfg = config(tmp_path, "seed=4", "metrics.temperature=0.7")
-    scores, missing = score_generation(cfg, small_flow(), Data(), folder)
-    assert missing == {}
+def test_the_measure_of_samples(tmp_path, capsys):
+    trained = trained_in(tmp_path)
+    options = {"n": 30, "extractor": "random_features", "temperature": 0.7}
+    scores = run_measures(trained, {"samples": Samples(**options)})
+    assert trained.missing == {}
     score = scores["sample/fid_random_features"]
     expected, _ = generation_scores(
         small_flow(),
@@ -712,17 +715,33 @@ def test_score_generation(tmp_path, capsys):
         random_protocol(30, seed=4, temperature=0.7),
     )
     assert score == expected["sample/fid_random_features"]
-    assert list(folder.glob("*")) == []
+    assert list(trained.folder.glob("*")) == []
     assert len(list((tmp_path / ".reference").iterdir())) == 1
     assert "30 samples scored: reference features" in capsys.readouterr().err
-    with pytest.raises(UserError, match="expected some of train, valid, got 'test'"):
-        score_generation(config(tmp_path, "metrics.reference=[test]"), small_flow(), Data(), folder)
+    with pytest.raises(UserError, match="expected one of train, valid, got 'test'"):
+        Samples(**options, reference="test")(trained)
+    trained.data.event_shape = (2,)
+    with pytest.raises(UserError, match="scores of samples are for images, not data=given"):
+        Samples(**options)(trained)
+    assert Samples()(trained) == []
+    assert Samples.runtime == {"batch_size", "weights"}
+
+
+def test_missing_scores_have_reasons(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*given, **options):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    trained = trained_in(tmp_path)
+    assert run_measures(trained, {"samples": Samples(n=20)}) == {}
+    assert set(trained.missing) == {"sample/inception_score", "sample/fid"}
 
 
 def test_a_wrong_weights_file_shows_early(tmp_path):
-    wanted = "metrics.extractor=inception"
-    name = f"metrics.inception_weights={tmp_path}/none.pth"
+    name = str(tmp_path / "none.pth")
     with pytest.raises(UserError, match="no such file"):
-        check_inception_weights(config(tmp_path, wanted, name))
-    check_inception_weights(config(tmp_path, name))  # random features need none
-    check_inception_weights(config(tmp_path, wanted, name, "metrics.n=0"))
+        Samples(n=30, weights=name)
+    Samples(n=30, extractor="random_features", weights=name)  # random features need none
+    Samples(n=0, weights=name)

@@ -21,9 +21,9 @@ from surflow.data.images import Digits
 from surflow.data.point_sets import SpatialDigits, SpatialMNIST, draw_points, other_units
 from surflow.distributions import StandardNormal
 from surflow.errors import UserError
+from surflow.evaluation.likelihood import evaluate, per_point
 from surflow.flow import Flow
 from surflow.models import set_flow
-from surflow.training.evaluation import evaluate, per_point
 from surflow.transforms import Affine
 
 KEY = (3, 1)

@@ -10,7 +10,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
-from surflow.cli.decoded import (
+from surflow.data.pixels import BrokenSamples
+from surflow.evaluation._until_merge import _pixels
+from surflow.evaluation.sampling import draw_unit
+from surflow.evaluation.vae import (
     Decoded,
     aggregated_density,
     decoded_of,
@@ -18,11 +21,9 @@ from surflow.cli.decoded import (
     grid_log_density,
     latent_arrays,
 )
-from surflow.cli.pixels import image_shape, pixels_of
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.files import write_json
 from surflow.flow import Flow
-from surflow.metrics.samples import BrokenSamples, draw_unit
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 from surflow.record import load_records
 from surflow.reporting import build_table, load_spec
@@ -42,32 +43,32 @@ HASH = "0123456789abcdef"
 
 
 def data_of(binarization="fixed", num_levels=2, event_shape=(4,), image_shape=(1, 2, 2)):
-    return SimpleNamespace(
+    data = SimpleNamespace(
         binarization=binarization,
         num_levels=num_levels,
         event_shape=event_shape,
         image_shape=image_shape,
     )
+    data.pixels = lambda values: _pixels(data, values)
+    return data
 
 
 def test_values_become_pixels():
     flat = torch.tensor([[0.0, 1.0, 0.25, 0.75]])
-    pixels, levels = pixels_of(flat, data_of())
+    pixels, levels = data_of().pixels(flat)
     assert (pixels.tolist(), levels, pixels.dtype) == ([[[[0, 1], [0, 1]]]], 2, torch.uint8)
-    pixels, levels = pixels_of(flat, data_of("grey"))
+    pixels, levels = data_of("grey").pixels(flat)
     assert (pixels.tolist(), levels) == ([[[[0, 255], [64, 191]]]], 256)
-    pixels, levels = pixels_of(16 * flat, data_of("none", 17))
+    pixels, levels = data_of("none", 17).pixels(16 * flat)
     assert (pixels.tolist(), levels) == ([[[[0, 16], [4, 12]]]], 17)
     reals = torch.tensor([[-0.3, 1.4, 0.4, 0.6]])  # of a normal decoder: the nearest level
-    assert pixels_of(reals, data_of())[0].tolist() == [[[[0, 1], [0, 1]]]]
+    assert data_of().pixels(reals)[0].tolist() == [[[[0, 1], [0, 1]]]]
 
 
 def test_bytes_of_256_levels_stay():
     """A byte compared with 256 would be compared with 0."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    data = SimpleNamespace(event_shape=(1, 16, 16), num_levels=256)
-    assert image_shape(data) == (1, 16, 16)
-    pixels, levels = pixels_of(images, data)
+    pixels, levels = data_of("none", 256, (1, 16, 16), (1, 16, 16)).pixels(images)
     assert torch.equal(pixels, images) and levels == 256
 
 
@@ -80,7 +81,7 @@ def test_bytes_of_256_levels_stay():
 )
 def test_what_is_no_image(values, message):
     with pytest.raises(BrokenSamples, match=message):
-        pixels_of(values, data_of())
+        data_of().pixels(values)
 
 
 # Means
@@ -181,7 +182,7 @@ def test_aggregated_density_has_the_mass_of_its_cells():
 def test_aggregated_density_does_not_depend_on_blocks(monkeypatch):
     loc, scale = torch.randn(50, 2), torch.rand(50, 2) + 0.1
     whole = aggregated_density(loc, scale, edges_of(-6, 6, 20))
-    monkeypatch.setattr("surflow.cli.decoded.ROWS", 7)
+    monkeypatch.setattr("surflow.evaluation.vae.ROWS", 7)
     torch.testing.assert_close(aggregated_density(loc, scale, edges_of(-6, 6, 20)), whole)
 
 

@@ -1,17 +1,14 @@
-"""What a VAE looks like: decoder means, and of a 2-D latent its posterior beside its prior."""
+"""A VAE in pictures: decoder means, and of a 2-D latent its posterior and its prior."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surflow.cli.pixels import image_shape, pixels_of
 from surflow.flow import Flow
 from surflow.variational import has_vae_layer, posterior_draws, split_at_vae
 
@@ -24,7 +21,7 @@ MEANS, DRAWS = "decoder means", "decoder draws"
 
 
 class Decoded(nn.Module):
-    """The parts of a flow around its first VAE layer, and how its latents look.
+    """The parts of a flow around its first VAE layer, and images of its latents.
 
     Args:
         flow: without a context; the parts are its own, not copies.
@@ -32,7 +29,7 @@ class Decoded(nn.Module):
     Attributes:
         front: layers before the VAE layer, data side first.
         vae: the layer.
-        prior: the layers after it and the base, as a flow over latents.
+        prior: what follows it, as a flow over latents.
 
     Raises:
         ValueError: for a flow without a VAE layer, or one that takes a context.
@@ -54,11 +51,11 @@ class Decoded(nn.Module):
 
     @property
     def has_grey(self) -> bool:
-        """Whether the mean is of bits or levels: grey images beside the draws."""
+        """Whether the mean is of bits or levels, so that its images are grey and draws are not."""
         return self.shows_means and self.vae.decoder.discrete
 
     def inner(self, x: Tensor) -> Tensor:
-        """What the VAE layer is given for data (B, *event): on the flow's device, in its type."""
+        """The input of the VAE layer for data (B, *event), on the flow's device, in its type."""
         weight = next(self.flow.parameters())
         x = x.to(weight.device)
         x = x.to(weight.dtype) if x.is_floating_point() else x
@@ -84,28 +81,14 @@ class Decoded(nn.Module):
     def pixels(self, values: Tensor, data: Any) -> tuple[Tensor, int, str]:
         """Values of :meth:`images` as 8-bit images, their levels, and what is seen in words."""
         if self.has_grey:
-            grey = values.reshape(len(values), *image_shape(data)).cpu() * 255
+            grey = values.reshape(len(values), *data.image_shape).cpu() * 255
             return (grey / (data.num_levels - 1)).round().to(torch.uint8), 256, MEANS
-        return *pixels_of(values.cpu(), data), MEANS if self.shows_means else DRAWS
+        return *data.pixels(values.cpu()), MEANS if self.shows_means else DRAWS
 
 
 def decoded_of(flow: Flow) -> Decoded | None:
     """The parts of a flow with a VAE layer and without a context; None for another one."""
     return Decoded(flow) if has_vae_layer(flow) and not flow.conditional else None
-
-
-@contextlib.contextmanager
-def drawing(flow: Flow, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, random numbers from ``seed`` alone; then all is as it was."""
-    device = next(flow.parameters()).device
-    training = flow.training
-    flow.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        flow.train(training)
 
 
 # 2-D latents
@@ -165,14 +148,14 @@ def grid_log_density(flow: Flow, edges: Tensor) -> Tensor:
 def grid_divergence(density: Tensor, log_prior: Tensor, area: float) -> float:
     r"""KL(q || p) in nats, :math:`\sum_{ij} A q_{ij} (\log q_{ij} - \log p_{ij})` over a grid.
 
-    Mass outside the grid does not count, and what differs within a cell neither.
+    Mass outside the grid and differences within a cell do not count.
     """
     log_ratio = torch.where(density > 0, density.log() - log_prior, 0.0)
     return float((density * log_ratio).sum() * area)
 
 
 def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
-    """What ``latent.npz`` holds of a 2-D latent.
+    """The arrays of ``latent.npz``, of a 2-D latent.
 
     Args:
         parts: of the flow.

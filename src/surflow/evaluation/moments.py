@@ -1,16 +1,16 @@
-"""Mean and covariance of features that come in batches, kept in a file while they come."""
+"""Mean and covariance of features that come in batches, resumable from a file."""
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+
+from surflow.files import write_npz
 
 
 class Moments:
@@ -61,8 +61,8 @@ class FeaturePass:
     Args:
         dim: D, features an image.
         fingerprint: of everything the features follow from.
-        path: a file that keeps what is done, so that a pass that is cut off goes on there; one
-            with another fingerprint, or damaged, is begun anew. None: nothing is kept.
+        path: a file that keeps what is done, from which an interrupted pass resumes; one with
+            another fingerprint, or damaged, is ignored. None: nothing is kept.
         interval: seconds between writes of that file, at the least.
     """
 
@@ -111,25 +111,17 @@ class FeaturePass:
         return np.concatenate(self.logits)
 
     def _save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         m = self.moments
-        try:
-            with open(part, "xb") as file:
-                np.savez(
-                    file,
-                    fingerprint=np.array(self.fingerprint),
-                    done=self.done,
-                    count=m.count,
-                    mean=m.mean,
-                    scatter=m.scatter,
-                    logits=self.all_logits() if self.logits else np.zeros((0, 0), np.float32),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_npz(
+            path,
+            compressed=False,
+            fingerprint=self.fingerprint,
+            done=self.done,
+            count=m.count,
+            mean=m.mean,
+            scatter=m.scatter,
+            logits=self.all_logits() if self.logits else np.zeros((0, 0), np.float32),
+        )
 
     def _load(self, path: Path) -> None:
         names = ("done", "count", "mean", "scatter", "logits")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import socket
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surflow.errors import UserError
+from surflow.files import sha256_of
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -28,12 +28,6 @@ _TIMEOUT = 60  # seconds without an answer
 
 class Unavailable(Exception):
     """Why a metric cannot be computed here, in one line; all others can."""
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -58,7 +52,7 @@ def inception_file(path: str | None = None) -> Path:
         if not file.is_file():
             got = "a folder" if file.is_dir() else "no such file"
             raise UserError(
-                f"metrics.inception_weights: expected a file such as {INCEPTION_FILE} "
+                f"measures.samples.weights: expected a file such as {INCEPTION_FILE} "
                 f"({INCEPTION_URL}), got {path}: {got}"
             )
         return file
@@ -75,7 +69,7 @@ def inception_file(path: str | None = None) -> Path:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise Unavailable(
             f"no Inception weights, and they cannot be downloaded ({reason}): get {INCEPTION_URL} "
-            f"(sha256 {INCEPTION_SHA256[:8]}…) and give metrics.inception_weights=PATH"
+            f"(sha256 {INCEPTION_SHA256[:8]}…) and give measures.samples.weights=PATH"
         ) from None
     return file
 
@@ -94,7 +88,7 @@ def load_inception_weights(path: str | None = None) -> tuple[dict[str, Tensor], 
         Unavailable: see :func:`inception_file`.
     """
     file = inception_file(path)
-    where = "metrics.inception_weights" if path is not None else "inception weights"
+    where = "measures.samples.weights" if path is not None else "inception weights"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file leads to
@@ -178,7 +172,7 @@ class InceptionFeatures:
         make_torchvision_importable()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # it unpickles what it is given: so it is given what was read safely, written anew
+        # it unpickles its file: so it gets one written anew from what was read safely
         plain = io.BytesIO()
         torch.save(state, plain)
         plain.seek(0)
@@ -191,7 +185,7 @@ class InceptionFeatures:
         except RuntimeError as error:  # other names or shapes
             reason = " ".join(str(error).split())
             raise UserError(
-                f"metrics.inception_weights: the file is not of torch-fidelity's Inception "
+                f"measures.samples.weights: the file is not of torch-fidelity's Inception "
                 f"({reason[:160]}…); expected {INCEPTION_FILE}"
             ) from None
         published = self.sha256 == INCEPTION_SHA256

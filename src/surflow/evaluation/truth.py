@@ -1,20 +1,22 @@
-"""A trained model's bounds beside its likelihood itself."""
+"""The likelihood of a trained model, and how far its bounds lie below."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from surflow.draws import evaluating
+from surflow.evaluation.likelihood import standard_error
 from surflow.evaluation.marginal import Grid, Marginal, marginal_log_prob
+from surflow.evaluation.trained import Trained
 from surflow.flow import Flow
+from surflow.metric import Metric
 from surflow.objectives import iwbo
-from surflow.training.evaluation import Estimate
+from surflow.progress import Progress, shown_progress, silent
 
 ROWS = 1 << 17
 """Rows times draws at a time: fixed, so that the draws do not depend on the machine."""
@@ -34,9 +36,9 @@ class Gap:
 
     num_samples: int
     bound: float
-    bound_error: float
+    bound_error: float | None
     mean: float
-    standard_error: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Comparison:
     """
 
     log_prob: float
-    standard_error: float
+    standard_error: float | None
     count: int
     method: str
     error: float
@@ -65,36 +67,37 @@ class Comparison:
     worst: float | None
     gaps: tuple[Gap, ...]
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
-
-    def metrics(self, split: str = "test") -> dict[str, Estimate]:
+    def metrics(self, split: str = "test") -> dict[str, Metric]:
         """The truth and the IWBO of every K, negated: lower is better."""
-        found = {
-            f"{split}/true_nll_nats": Estimate(
-                -self.log_prob,
-                "nats",
-                "likelihood",
-                f"log p(x) by {self.method}, mean over {self.count} {split} points",
-                self.standard_error,
-                self.count,
+        over = f"mean over {self.count} {split} points"
+        found = [
+            Metric(
+                name=f"{split}/true_nll_nats",
+                value=-self.log_prob,
+                unit="nats",
+                kind="likelihood",
+                estimator=f"log p(x) by {self.method}, {over}",
+                standard_error=self.standard_error,
+                count=self.count,
             )
-        }
+        ]
         for gap in self.gaps:
-            found[f"{split}/iwbo{gap.num_samples}_nats"] = Estimate(
-                -gap.bound,
-                "nats",
-                "bound",
-                f"IWBO, K = {gap.num_samples}, mean over {self.count} {split} points",
-                gap.bound_error,
-                self.count,
+            found.append(
+                Metric(
+                    name=f"{split}/iwbo{gap.num_samples}_nats",
+                    value=-gap.bound,
+                    unit="nats",
+                    kind="bound",
+                    estimator=f"IWBO, K = {gap.num_samples}, {over}",
+                    standard_error=gap.bound_error,
+                    count=self.count,
+                )
             )
-        return found
+        return {metric.name: metric for metric in found}
 
 
 class Truth:
-    """How the likelihood of a model is to be computed, and which bounds stand beside it.
+    """The measure of a model's likelihood, and of the gaps of its bounds.
 
     Args:
         grids: [half-width, points a dimension] for each layer whose latent is integrated, data side
@@ -123,6 +126,13 @@ class Truth:
         self.closed_form = closed_form
         self.num_samples = sorted(num_samples)
 
+    def __call__(self, trained: Trained) -> list[Metric]:
+        """The metrics of :meth:`compare`, whose details go into the record as ``truth``."""
+        with shown_progress("estimates") as progress:
+            found = self.compare(trained.flow, trained.rows, trained.seed, progress)
+        trained.details["truth"] = asdict(found)
+        return list(found.metrics(trained.split).values())
+
     @torch.no_grad()
     def marginal(self, flow: Flow, x: Tensor) -> Marginal:
         """log p(x) of every row."""
@@ -133,11 +143,7 @@ class Truth:
 
     @torch.no_grad()
     def compare(
-        self,
-        flow: Flow,
-        data: Tensor,
-        seed: int = 0,
-        progress: Callable[[str], None] = lambda what: None,
+        self, flow: Flow, data: Tensor, seed: int = 0, progress: Progress = silent
     ) -> Comparison:
         """Bounds and truth of every row of ``data``, in float64, on the CPU.
 
@@ -145,36 +151,28 @@ class Truth:
             flow: the model; left as it is.
             data: (N, *event).
             seed: of the draws.
-            progress: told what is being computed.
+            progress: told how many of the estimates are done.
         """
         flow = copy.deepcopy(flow).cpu().double().eval()
         x = data.cpu().double() if data.is_floating_point() else data.cpu()
-        progress("likelihood")
+        wanted = self.num_samples if flow.lower_bound else []
+        progress("likelihood", 0, 1 + len(wanted))
         truth = self.marginal(flow, x)
-        count = len(x)
-
-        def error(values: Tensor) -> float:
-            return (values.std() / count**0.5).item() if count > 1 else math.nan
-
         gaps = []
+        with evaluating(flow, seed):
+            for k in wanted:
+                progress("likelihood", 1 + len(gaps), 1 + len(wanted))
+                rows = max(1, ROWS // k)
+                bound = torch.cat([iwbo(flow, part, num_samples=k) for part in x.split(rows)])
+                gaps.append(_gap(k, bound, truth.log_prob))
         worst = None
-        if flow.lower_bound:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                for k in self.num_samples:
-                    progress(f"IWBO, K = {k}")
-                    rows = max(1, ROWS // k)
-                    bound = torch.cat([iwbo(flow, part, num_samples=k) for part in x.split(rows)])
-                    gap = truth.log_prob - bound
-                    gaps.append(
-                        Gap(k, bound.mean().item(), error(bound), gap.mean().item(), error(gap))
-                    )
-        else:
+        if not flow.lower_bound:
             worst = (flow.log_prob(x) - truth.log_prob).abs().max().item()
+        progress("likelihood", 1 + len(wanted), 1 + len(wanted))
         return Comparison(
             log_prob=truth.log_prob.mean().item(),
-            standard_error=error(truth.log_prob),
-            count=count,
+            standard_error=standard_error(truth.log_prob),
+            count=len(x),
             method=truth.method,
             error=truth.difference.abs().max().item(),
             mean_error=abs(truth.difference.mean().item()),
@@ -182,3 +180,14 @@ class Truth:
             worst=worst,
             gaps=tuple(gaps),
         )
+
+
+def _gap(num_samples: int, bound: Tensor, log_prob: Tensor) -> Gap:
+    gap = log_prob - bound
+    return Gap(
+        num_samples=num_samples,
+        bound=bound.mean().item(),
+        bound_error=standard_error(bound),
+        mean=gap.mean().item(),
+        standard_error=standard_error(gap),
+    )

@@ -7,36 +7,31 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surflow.errors import close_match
+from surflow.data.pixels import BrokenSamples, as_images, full_range
+from surflow.draws import device_of, full_float32
+from surflow.errors import UserError, check_choice
+from surflow.evaluation.inception import InceptionFeatures, Unavailable, load_inception_weights
+from surflow.evaluation.moments import FeaturePass
+from surflow.evaluation.random_features import RandomFeatures
+from surflow.evaluation.sampling import IMAGE_UNIT, draw_unit, num_units
+from surflow.evaluation.trained import Trained
 from surflow.flow import Flow, flow_sha256
-from surflow.metrics.inception import InceptionFeatures, Unavailable
-from surflow.metrics.moments import FeaturePass
-from surflow.metrics.random_features import RandomFeatures
-from surflow.metrics.samples import (
-    IMAGE_UNIT,
-    BrokenSamples,
-    as_images,
-    draw_unit,
-    flow_device,
-    full_range,
-    num_units,
-)
+from surflow.metric import Metric
+from surflow.progress import Progress, shown_progress, silent
 
 EXTRACTORS = {kind.name: kind for kind in (InceptionFeatures, RandomFeatures)}
 SHUFFLE_SEED = 2020  # torch-fidelity's own, of the splits of an Inception score
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many images of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -62,50 +57,16 @@ class GenerationProtocol:
     splits: int = 10
 
     def __post_init__(self) -> None:
-        if self.extractor not in EXTRACTORS:
-            raise ValueError(
-                f"metrics.extractor: expected one of {', '.join(EXTRACTORS)}, got "
-                f"{self.extractor!r}{close_match(self.extractor, EXTRACTORS)}"
-            )
+        check_choice("measures.samples.extractor", self.extractor, EXTRACTORS)
         for key, least in (("n", 2), ("batch_size", 1), ("splits", 1)):
             if getattr(self, key) < least:
                 raise ValueError(
-                    f"metrics.{key}: expected at least {least}, got {getattr(self, key)}"
+                    f"measures.samples.{key}: expected at least {least}, got {getattr(self, key)}"
                 )
         if not self.temperature > 0:
             raise ValueError(
-                f"metrics.temperature: expected a positive number, got {self.temperature}"
+                f"measures.samples.temperature: expected a positive number, got {self.temperature}"
             )
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score of a set of samples.
-
-    Attributes:
-        value: the score.
-        unit: "score": it has none.
-        kind: "score", neither a likelihood nor a bound.
-        estimator: how it was obtained, in words.
-        standard_error: of a mean over splits; None where there is none.
-        count: samples it is from.
-        protocol: what else it depends on, for a record.
-    """
-
-    value: float
-    unit: str
-    kind: str
-    estimator: str
-    standard_error: float | None
-    count: int
-    protocol: dict[str, Any]
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON can hold it: without a standard error that it does not have."""
-        fields = asdict(self)
-        if self.standard_error is None:
-            del fields["standard_error"]
-        return fields
 
 
 class Stopwatch:
@@ -166,25 +127,76 @@ def fingerprint(*contents: Any) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 throughout: neither TF32 nor autocast."""
-    before = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            cudnn.flags(
-                enabled=cudnn.enabled,
-                benchmark=cudnn.benchmark,
-                deterministic=cudnn.deterministic,
-                allow_tf32=False,
-            ),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class Samples:
+    """The measure of a model's samples: :func:`generation_scores`.
+
+    What is drawn is kept in ``generation.npz`` of the run's folder until it is scored, and the
+    statistics of the reference images in the cache.
+
+    Args:
+        n: images to draw; 0: no such scores.
+        extractor, temperature, batch_size: see :class:`GenerationProtocol`.
+        reference: the split or the splits that the samples are compared with.
+        weights: a file of Inception's weights; None: torch-fidelity's own download.
+
+    Raises:
+        ValueError: for options out of range.
+        UserError: for a weights file that is missing or damaged, before anything is trained.
+    """
+
+    runtime: ClassVar[frozenset[str]] = frozenset({"batch_size", "weights"})
+
+    def __init__(
+        self,
+        n: int = 0,
+        extractor: str = "inception",
+        reference: str | Sequence[str] = ("train", "valid"),
+        temperature: float = 1.0,
+        batch_size: int = 256,
+        weights: str | None = None,
+    ) -> None:
+        self.protocol = None
+        self.weights = weights
+        if n:
+            reference = (reference,) if isinstance(reference, str) else tuple(reference)
+            self.protocol = GenerationProtocol(
+                n, extractor, reference, float(temperature), batch_size=batch_size
+            )
+            if extractor == InceptionFeatures.name and weights is not None:
+                load_inception_weights(weights)
+
+    def __call__(self, trained: Trained) -> list[Metric]:
+        """The scores; the reasons of missing ones go to ``trained.missing``.
+
+        Raises:
+            UserError: for data that are no images, or a split that they do not have.
+        """
+        data, protocol = trained.data, self.protocol
+        if protocol is None:
+            return []
+        if len(data.event_shape) != 3:
+            raise UserError(
+                f"measures.samples.n: scores of samples are for images, not data={data.name}"
+            )
+        for split in protocol.reference:
+            check_choice("measures.samples.reference", split, data.splits, UserError)
+        watch = Stopwatch()
+        with shown_progress() as progress:
+            scores, missing = generation_scores(
+                trained.flow,
+                [data.splits[split] for split in protocol.reference],
+                replace(protocol, seed=trained.seed),
+                inception_weights=self.weights,
+                num_levels=data.num_levels,
+                progress=progress,
+                resume=trained.folder / "generation.npz",
+                cache=trained.cache,
+                stopwatch=watch,
+            )
+        if watch.seconds:
+            print(f"{protocol.n:,} samples scored: {watch}", file=sys.stderr)
+        trained.missing |= missing
+        return list(scores.values())
 
 
 @torch.no_grad()
@@ -194,12 +206,12 @@ def generation_scores(
     protocol: GenerationProtocol,
     inception_weights: str | None = None,
     num_levels: int = 256,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     resume: Path | None = None,
     cache: Path | None = None,
     stopwatch: Stopwatch | None = None,
     save_interval: float = 60.0,
-) -> tuple[dict[str, Score], dict[str, str]]:
+) -> tuple[dict[str, Metric], dict[str, str]]:
     r"""Inception score and FID of draws from a flow, or a Fréchet distance of random features.
 
     .. math:: \mathrm{IS} = \exp E_x \mathrm{KL}(p(y \mid x) \,\|\, p(y)), \quad
@@ -220,7 +232,7 @@ def generation_scores(
             extractor.
         progress: told "reference features" or "samples", images done, images in all.
         resume: a file that keeps what is done of the draws; a second call with the same weights
-            and protocol goes on there. Deleted at the end.
+            and protocol resumes from it. Deleted at the end.
         cache: a folder that keeps the reference's statistics, by pixels and extractor.
         stopwatch: gets the seconds of reference features, sampling, sample features, statistics.
         save_interval: seconds between writes of these files, at the least.
@@ -239,26 +251,16 @@ def generation_scores(
     Source: Salimans et al. 2016, arXiv 1606.03498, Sec. 4; Heusel et al. 2017, arXiv 1706.08500,
     Sec. 2.
     """
-    flow.eval()
     watch = stopwatch or Stopwatch()
     images = _Reference([reference] if isinstance(reference, Tensor) else reference)
-    device = flow_device(flow)
+    device = device_of(flow)
     kind = EXTRACTORS[protocol.extractor]
     names = [name for name in (kind.inception_score, kind.distance) if name is not None]
     try:
         extract = kind(images.shape[0], inception_weights, device)
     except Unavailable as reason:
         return {}, {name: str(reason) for name in names}
-
-    def features(batch: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        found = []
-        for part in batch.split(protocol.batch_size):
-            found.append(extract(full_range(part.to(device), num_levels)))
-        rows, logits = zip(*found, strict=True)
-        return (
-            torch.cat(rows).cpu().numpy(),
-            None if logits[0] is None else torch.cat(logits).cpu().numpy(),
-        )
+    features = _Features(extract, protocol.batch_size, device, num_levels)
 
     def of_reference(unit: int) -> tuple[np.ndarray, None]:
         with watch("reference features"):
@@ -267,96 +269,140 @@ def generation_scores(
 
     def of_samples(unit: int) -> tuple[np.ndarray, np.ndarray | None]:
         with watch("sampling"):
-            try:
-                drawn = draw_unit(flow, unit, protocol.n, protocol.seed, protocol.temperature)
-            except ValueError as error:  # a layer met what is not a number, or out of its range
-                raise BrokenSamples(f"samples: {error}") from error
-            drawn = as_images(drawn, num_levels)
-            if tuple(drawn.shape[1:]) != images.shape:
-                raise ValueError(
-                    f"reference: expected images of the samples' shape {tuple(drawn.shape[1:])}, "
-                    f"got {images.shape}"
-                )
+            drawn = _drawn(flow, unit, protocol, num_levels, images.shape)
         with watch("sample features"):
             return features(drawn)
 
-    library = f"torch-fidelity {importlib.metadata.version('torch-fidelity')}"
-    pixels = images.sha256()
-    key = fingerprint("reference", 1, pixels, extract.sha256, num_levels, library)
+    words = _protocol(flow, protocol, images, extract, num_levels)
+    shared = [extract.sha256, num_levels, words["library"]]
+    key = fingerprint("reference", 1, words["reference"]["sha256"], *shared)
     kept = None if cache is None else Path(cache) / f"{kind.name}-{key[:16]}.npz"
-    draws = fingerprint(
-        "samples",
-        1,
-        flow_sha256(flow),
-        [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT],
-        [extract.sha256, num_levels, library, device.type, torch.__version__],
+    draws = [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT]
+    mark = fingerprint(
+        "samples", 1, flow_sha256(flow), draws, [*shared, device.type, torch.__version__]
     )
     real = FeaturePass(kind.dim, key, kept, save_interval)
-    fake = FeaturePass(kind.dim, draws, resume, save_interval)
-    n, length = protocol.n, images.length
-    with exact_float32(device):
+    fake = FeaturePass(kind.dim, mark, resume, save_interval)
+    with full_float32(), torch.autocast(device.type, enabled=False):
         real.run(
-            num_units(length, IMAGE_UNIT),
+            num_units(images.length, IMAGE_UNIT),
             of_reference,
-            lambda done: progress("reference features", done, length),
+            lambda done: progress("reference features", done, images.length),
         )
         try:
             fake.run(
-                num_units(n, IMAGE_UNIT), of_samples, lambda done: progress("samples", done, n)
+                num_units(protocol.n, IMAGE_UNIT),
+                of_samples,
+                lambda done: progress("samples", done, protocol.n),
             )
         except BrokenSamples as reason:
             return {}, {name: str(reason) for name in names}
-    words = {
-        "n": n,
+    with watch("statistics"):
+        scores, missing = _scores(real, fake, protocol, words, extract)
+    if resume is not None:
+        Path(resume).unlink(missing_ok=True)
+    return {score.name: score for score in scores}, missing
+
+
+class _Features:
+    """Features and logits of images (B, C, H, W), so many at a time."""
+
+    def __init__(
+        self, extract: Any, batch_size: int, device: torch.device, num_levels: int
+    ) -> None:
+        self.extract, self.batch_size = extract, batch_size
+        self.device, self.num_levels = device, num_levels
+
+    def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        found = [
+            self.extract(full_range(part.to(self.device), self.num_levels))
+            for part in images.split(self.batch_size)
+        ]
+        rows, logits = zip(*found, strict=True)
+        return (
+            torch.cat(rows).cpu().numpy(),
+            None if logits[0] is None else torch.cat(logits).cpu().numpy(),
+        )
+
+
+def _drawn(
+    flow: Flow, unit: int, protocol: GenerationProtocol, num_levels: int, shape: tuple[int, ...]
+) -> Tensor:
+    """A unit of samples as uint8 images."""
+    try:
+        drawn = draw_unit(flow, unit, protocol.n, protocol.seed, protocol.temperature)
+    except ValueError as error:  # a layer met what is not a number, or out of its range
+        raise BrokenSamples(f"samples: {error}") from error
+    drawn = as_images(drawn, num_levels)
+    if tuple(drawn.shape[1:]) != shape:
+        raise ValueError(
+            f"reference: expected images of the samples' shape {tuple(drawn.shape[1:])}, "
+            f"got {shape}"
+        )
+    return drawn
+
+
+def _protocol(
+    flow: Flow, protocol: GenerationProtocol, images: _Reference, extract: Any, num_levels: int
+) -> dict[str, Any]:
+    """The protocol of the scores, for a record."""
+    return {
+        "n": protocol.n,
         "reference": {
             "splits": list(protocol.reference),
-            "images": length,
-            "sha256": pixels,
+            "images": images.length,
+            "sha256": images.sha256(),
         },
         "extractor": extract.details,
         "temperature": float(protocol.temperature),
         "seed": protocol.seed,
         "unit": IMAGE_UNIT,
         "precision": str(next((p.dtype for p in flow.parameters()), torch.float32))[6:],
-        "device": device.type,
-        "library": library,
+        "device": device_of(flow).type,
+        "library": f"torch-fidelity {importlib.metadata.version('torch-fidelity')}",
         **({"levels": f"{num_levels}, scaled to 256"} if num_levels != 256 else {}),
     }
-    scores: dict[str, Score] = {}
+
+
+def _scores(
+    real: FeaturePass,
+    fake: FeaturePass,
+    protocol: GenerationProtocol,
+    words: dict[str, Any],
+    extract: Any,
+) -> tuple[list[Metric], dict[str, str]]:
+    n, length = protocol.n, words["reference"]["images"]
+    scores: list[Metric] = []
     missing: dict[str, str] = {}
-    with watch("statistics"):
-        if kind.inception_score is not None:
-            if n < protocol.splits:
-                missing[kind.inception_score] = (
-                    f"metrics.n: expected at least {protocol.splits} samples, one for each split, "
-                    f"got {n}"
-                )
-            else:
-                scores[kind.inception_score] = _inception_score(
-                    fake.all_logits(), protocol, words, extract.caution
-                )
-        value = frechet_distance(fake.moments.statistics(), real.moments.statistics())
-        few = min(n, length)
-        rank = ""
-        if few <= kind.dim:
-            rank = (
-                f"; {few} images are too few for the covariance of {kind.dim} features: too "
-                "high, and comparable with nothing"
+    if extract.inception_score is not None:
+        if n < protocol.splits:
+            missing[extract.inception_score] = (
+                f"measures.samples.n: expected at least {protocol.splits} samples, one for each "
+                f"split, got {n}"
             )
-        scores[kind.distance] = Score(
-            value=value,
+        else:
+            scores.append(_inception_score(fake.all_logits(), protocol, words, extract))
+    few = min(n, length)
+    rank = ""
+    if few <= extract.dim:
+        rank = (
+            f"; {few} images are too few for the covariance of {extract.dim} features: too high, "
+            "and comparable with nothing"
+        )
+    scores.append(
+        Metric(
+            name=extract.distance,
+            value=frechet_distance(fake.moments.statistics(), real.moments.statistics()),
             unit="score",
             kind="score",
             estimator=(
-                f"Fréchet distance of {kind.what}, {n} samples against {length} "
+                f"Fréchet distance of {extract.what}, {n} samples against {length} "
                 f"{' + '.join(protocol.reference)} images{rank}{extract.caution}"
             ),
-            standard_error=None,
             count=n,
             protocol=words,
         )
-    if resume is not None:
-        Path(resume).unlink(missing_ok=True)
+    )
     return scores, missing
 
 
@@ -391,8 +437,8 @@ def frechet_distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 
 
 def _inception_score(
-    logits: np.ndarray, protocol: GenerationProtocol, words: dict[str, Any], caution: str
-) -> Score:
+    logits: np.ndarray, protocol: GenerationProtocol, words: dict[str, Any], extract: Any
+) -> Metric:
     from torch_fidelity.metric_isc import (
         KEY_METRIC_ISC_MEAN,
         KEY_METRIC_ISC_STD,
@@ -402,13 +448,14 @@ def _inception_score(
     splits = protocol.splits
     found = isc_features_to_metric(torch.from_numpy(logits), splits, True, SHUFFLE_SEED)
     deviation = float(found[KEY_METRIC_ISC_STD])
-    return Score(
+    return Metric(
+        name=extract.inception_score,
         value=float(found[KEY_METRIC_ISC_MEAN]),
         unit="score",
         kind="score",
         estimator=(
             f"mean over {splits} splits of {protocol.n} samples, standard deviation over them "
-            f"{deviation:.3g}{caution}"
+            f"{deviation:.3g}{extract.caution}"
         ),
         standard_error=deviation / math.sqrt(splits - 1) if splits > 1 else None,
         count=protocol.n,
