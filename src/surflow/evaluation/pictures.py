@@ -65,7 +65,7 @@ def _drawable(data: TensorDataModule) -> bool:
 
 def plane(trained: Trained, row: str) -> dict[str, Path]:
     """Density and samples of points of the plane: picture.npz, density.png, samples.png."""
-    from surflow.reporting import figures
+    from surflow.reporting.figures.densities import density_figure, sample_figure
 
     flow, data, folder = trained.flow, trained.data, trained.folder
     if data.kind != "points" or tuple(data.event_shape) != (2,):
@@ -98,8 +98,8 @@ def plane(trained: Trained, row: str) -> dict[str, Path]:
     )
     cells = {row: {data.name: path}}
     return {
-        "density": figures.density_figure(cells, folder / "density.png"),
-        "samples": figures.sample_figure(cells, folder / "samples.png"),
+        "density": density_figure(cells, folder / "density.png"),
+        "samples": sample_figure(cells, folder / "samples.png"),
     }
 
 
@@ -222,7 +222,7 @@ def reconstructions(trained: Trained, row: str) -> dict[str, Path]:
 
 def latent(trained: Trained, row: str) -> dict[str, Path]:
     """Aggregated posterior and prior of a 2-D latent: latent.npz, latent.png."""
-    from surflow.reporting import figures
+    from surflow.reporting.figures.latents import latent_run_figure
 
     data, folder = trained.data, trained.folder
     parts = decoded_of(trained.flow)
@@ -241,7 +241,7 @@ def latent(trained: Trained, row: str) -> dict[str, Path]:
             f"{relative(file)}: KL(aggregated posterior || prior) {arrays['kl']:.3f} nats, by the "
             f"sum over {GRID} x {GRID} cells"
         )
-    return {"latent": figures.latent_run_figure(file, folder / "latent.png")}
+    return {"latent": latent_run_figure(file, folder / "latent.png")}
 
 
 def pyramid(trained: Trained, row: str) -> dict[str, Path]:
