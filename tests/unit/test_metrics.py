@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from surflow.compat import make_torchvision_importable
+from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.distributions import StandardNormal
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.metrics import (
     IMAGE_UNIT,
-    BrokenSamples,
     GenerationProtocol,
-    as_images,
     check_inception_weights,
     draw,
     draw_unit,
@@ -40,7 +39,6 @@ from surflow.metrics.inception import (
 )
 from surflow.metrics.moments import FeaturePass, Moments
 from surflow.metrics.random_features import RandomFeatures
-from surflow.metrics.samples import full_range
 from surflow.models import pool_flow
 from surflow.transforms import Affine, AffineCoupling, Dequantization
 

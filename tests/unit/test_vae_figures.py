@@ -1,7 +1,6 @@
 """Pictures of VAEs: latents against closed forms, means for draws, figures against their tables."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +17,12 @@ from surflow.cli.decoded import (
     latent_arrays,
     mean_of,
 )
-from surflow.cli.pixels import image_shape, pixels_of
+from surflow.data.digits import DigitData
+from surflow.data.images import ImageData
+from surflow.data.pixels import BrokenSamples
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal
 from surflow.flow import Flow
-from surflow.metrics.samples import BrokenSamples, draw_unit
+from surflow.metrics.samples import draw_unit
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 from surflow.reporting import build_table, figures, load_records, load_spec
 from surflow.reporting.images import image_sheet, tile
@@ -35,32 +36,28 @@ HASH = "0123456789abcdef"
 
 
 def data_of(binarization="fixed", num_levels=2, event_shape=(4,), image_shape=(1, 2, 2)):
-    return SimpleNamespace(
-        binarization=binarization,
-        num_levels=num_levels,
-        event_shape=event_shape,
-        image_shape=image_shape,
-    )
+    kind = type("Tiny", (DigitData,), {"image_shape": image_shape, "source_levels": num_levels})
+    return kind(name="tiny", binarization=binarization, event_shape=event_shape)
 
 
 def test_values_become_pixels():
     flat = torch.tensor([[0.0, 1.0, 0.25, 0.75]])
-    pixels, levels = pixels_of(flat, data_of())
+    pixels, levels = data_of().pixels(flat)
     assert (pixels.tolist(), levels, pixels.dtype) == ([[[[0, 1], [0, 1]]]], 2, torch.uint8)
-    pixels, levels = pixels_of(flat, data_of("grey"))
+    pixels, levels = data_of("grey").pixels(flat)
     assert (pixels.tolist(), levels) == ([[[[0, 255], [64, 191]]]], 256)
-    pixels, levels = pixels_of(16 * flat, data_of("none", 17))
+    pixels, levels = data_of("none", 17).pixels(16 * flat)
     assert (pixels.tolist(), levels) == ([[[[0, 16], [4, 12]]]], 17)
     reals = torch.tensor([[-0.3, 1.4, 0.4, 0.6]])  # of a normal decoder: the nearest level
-    assert pixels_of(reals, data_of())[0].tolist() == [[[[0, 1], [0, 1]]]]
+    assert data_of().pixels(reals)[0].tolist() == [[[[0, 1], [0, 1]]]]
 
 
 def test_bytes_of_256_levels_stay():
     """A byte compared with 256 would be compared with 0."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    data = SimpleNamespace(event_shape=(1, 16, 16), num_levels=256)
-    assert image_shape(data) == (1, 16, 16)
-    pixels, levels = pixels_of(images, data)
+    data = ImageData("bytes", (1, 16, 16))
+    assert data.image_shape == (1, 16, 16)
+    pixels, levels = data.pixels(images)
     assert torch.equal(pixels, images) and levels == 256
 
 
@@ -73,7 +70,7 @@ def test_bytes_of_256_levels_stay():
 )
 def test_what_is_no_image(values, message):
     with pytest.raises(BrokenSamples, match=message):
-        pixels_of(values, data_of())
+        data_of().pixels(values)
 
 
 # Means

@@ -33,7 +33,8 @@ from surflow.checks import check_values
 from surflow.cli.bench_images import spread
 from surflow.cli.common import build_flow, origin_line, use_threads
 from surflow.config import compose
-from surflow.data.digits import MNIST, DigitBatches
+from surflow.data.digits import DigitBatches
+from surflow.data.mnist import MNIST
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.transforms import Sequential

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surflow.cli.pixels import image_shape, pixels_of
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal
 from surflow.distributions.base import Distribution
 from surflow.flow import Flow
@@ -119,9 +118,9 @@ class Decoded(nn.Module):
     def pixels(self, values: Tensor, data: Any) -> tuple[Tensor, int, str]:
         """Values of :meth:`images` as 8-bit images, their levels, and what is seen in words."""
         if self.has_grey:
-            grey = values.reshape(len(values), *image_shape(data)).cpu() * 255
+            grey = values.reshape(len(values), *data.image_shape).cpu() * 255
             return (grey / (data.num_levels - 1)).round().to(torch.uint8), 256, MEANS
-        return *pixels_of(values.cpu(), data), MEANS if self.shows_means else DRAWS
+        return *data.pixels(values.cpu()), MEANS if self.shows_means else DRAWS
 
 
 def decoded_of(flow: Flow) -> Decoded | None:

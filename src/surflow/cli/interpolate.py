@@ -39,8 +39,7 @@ def interpolation_figure(
 
     Args:
         flow: a flow over images, on any device.
-        data: a DataModule, set up, of the same images, flat or not: ``splits["test"]``, and what
-            :func:`surflow.cli.pixels.pixels_of` asks for.
+        data: a DataModule, set up, of the same images, flat or not.
         folder: where the picture goes; made if it is not there.
         pairs: rows; as many as there are pairs of test images where there are fewer.
         steps: columns, the two images included.
@@ -57,7 +56,6 @@ def interpolation_figure(
     import torch
 
     from surflow.cli.decoded import decoded_of, drawing
-    from surflow.cli.pixels import pixels_of
     from surflow.models import latent_interpolation
     from surflow.reporting.images import image_grid
 
@@ -77,7 +75,7 @@ def interpolation_figure(
             pixels, levels, _ = parts.pixels(parts.images(way.flatten(0, 1)), data)
     else:
         way = latent_interpolation(flow, chosen[:pairs], chosen[pairs:], steps, path, seed)
-        pixels, levels = pixels_of(way.flatten(0, 1).cpu(), data)
+        pixels, levels = data.pixels(way.flatten(0, 1).cpu())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return image_grid(pixels.numpy(), folder / name, columns=steps, num_levels=levels)
@@ -98,7 +96,8 @@ def interpolate_run(cfg: DictConfig) -> Path:
     from surflow.compat import make_torchvision_importable
 
     make_torchvision_importable()
-    from surflow.cli.pixels import shape_of_config
+    from hydra.utils import instantiate
+
     from surflow.models.interpolation import PATHS
 
     register_resolvers()
@@ -111,7 +110,7 @@ def interpolate_run(cfg: DictConfig) -> Path:
             f"path: expected one of {', '.join(PATHS)}, got {cfg.path!r}"
             + close_match(str(cfg.path), PATHS)
         )
-    if len(shape_of_config(cfg)) != 3:
+    if instantiate(cfg.data.module).image_shape is None:
         raise UserError(f"interpolate: pictures are of images, not of data={cfg.data.name}")
     run = run_config(cfg)
     out = Path(cfg.out) if cfg.out else run_dir(run) / "interpolation.png"

@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 
 from surflow.cli.common import one_line, relative
 from surflow.cli.decoded import GRID, decoded_of, drawing, latent_arrays
-from surflow.cli.pixels import image_shape, pixels_of
 from surflow.errors import UserError
 from surflow.reporting import figures
 from surflow.reporting.records import write_bytes_atomic
@@ -30,12 +29,12 @@ PYRAMIDS = 8
 
 def draw_pictures(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
     """What a run leaves to look at, by name; nothing for data of another kind."""
-    shape = image_shape(data)
-    if shape == (2,):
+    shape = data.image_shape
+    if data.kind == "points":
         return _draw_plane(cfg, folder, flow, data)
-    if hasattr(data, "num_points"):
+    if data.kind == "set":
         return _draw_sets(cfg, folder, flow, data)
-    if len(shape) == 3 and shape[0] in (1, 3):
+    if shape is not None and shape[0] in (1, 3):
         return {
             **_draw_images(cfg, folder, flow, data),
             **_draw_reconstructions(cfg, folder, flow, data),
@@ -58,16 +57,16 @@ def _draw_images(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[st
     ``draws`` what is drawn for the same latents; samples.png then has both.
     """
     from surflow.cli.interpolate import interpolation_figure
-    from surflow.metrics import BrokenSamples, draw_unit
-    from surflow.metrics.samples import full_range
+    from surflow.data.pixels import BrokenSamples, full_range
+    from surflow.metrics import draw_unit
     from surflow.reporting.images import image_sheet
 
     test = data.splits["test"]
     shown = test[torch.arange(min(IMAGES, len(test))) * len(test) // min(IMAGES, len(test))]
     arrays: dict[str, Any] = {}
     try:
-        draws, levels = pixels_of(draw_unit(flow, 0, IMAGES, cfg.seed).cpu(), data)
-        samples, real = draws, pixels_of(shown, data)[0]
+        draws, levels = data.pixels(draw_unit(flow, 0, IMAGES, cfg.seed).cpu())
+        samples, real = draws, data.pixels(shown)[0]
         parts = decoded_of(flow)
         if parts is not None and parts.has_grey:
             means = draw_unit(parts, 0, IMAGES, cfg.seed)
@@ -110,8 +109,7 @@ def _draw_sets(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str,
 def _draw_reconstructions(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
     """The first training images, and what a draw of their posterior looks like decoded:
     reconstructions.npz, reconstructions.png (10 by 10, the images on the left)."""
-    from surflow.metrics import BrokenSamples
-    from surflow.metrics.samples import full_range
+    from surflow.data.pixels import BrokenSamples, full_range
     from surflow.reporting.images import image_sheet
 
     parts = decoded_of(flow)
@@ -122,7 +120,7 @@ def _draw_reconstructions(cfg: DictConfig, folder: Path, flow: Any, data: Any) -
         values = parts.images(parts.posterior(x))
     try:
         found, levels, shown = parts.pixels(values, data)
-        real, own = pixels_of(x.cpu(), data)
+        real, own = data.pixels(x.cpu())
     except BrokenSamples as error:
         print(f"no picture of reconstructions: {error}", file=sys.stderr)
         return {}
@@ -202,17 +200,16 @@ def _side_by_side(images: list[torch.Tensor], num_levels: int, side: int) -> np.
 
 def _labels(data: Any) -> np.ndarray | None:
     """The classes of the test split, (N,), of data that have them."""
-    if not hasattr(data, "labels"):
-        return None
     try:
-        return data.labels("test").numpy()
-    except (UserError, ValueError, OSError):  # no labels, or not their files: no colours
+        labels = data.labels("test")
+    except (UserError, OSError):  # their files are missing: no colours
         return None
+    return None if labels is None else labels.numpy()
 
 
 def _draw_plane(cfg: DictConfig, folder: Path, flow: Any, data: Any) -> dict[str, Path]:
     """Density and samples of a 2-D model: picture.npz for the tables' figures, two PNGs."""
-    from surflow.data.module import QuantizedData
+    from surflow.data.points import QuantizedData
     from surflow.training.evaluation import density_grid, mass_table
 
     split = "test" if len(data.splits["test"]) >= POINTS else "train"

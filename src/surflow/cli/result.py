@@ -110,7 +110,6 @@ def write_result(
     floor = {}
     if data.floor is not None:
         floor = {n: {"value": data.floor.value, "source": data.floor.source} for n in likelihoods}
-    provenance = data.provenance() if hasattr(data, "provenance") else None
     record = {
         "schema": 1,
         "experiment": f"{cfg.artefact}/{cfg.row}",
@@ -127,7 +126,7 @@ def write_result(
         "metrics": {name: e.plain() for name, e in estimates.items()},
         **({"missing": missing} if missing else {}),
         "floor": floor,
-        **({"provenance": provenance} if provenance is not None else {}),
+        "provenance": data.provenance(),
         **({"weights": weights} if weights is not None else {}),
         "ledger": {
             "unit": "nats per data point, mean",

@@ -42,10 +42,10 @@ def sample_run(cfg: DictConfig) -> Path:
         raise UserError(f"n: expected a positive whole number, got {cfg.n}")
     if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
-    from surflow.cli.pixels import shape_of_config
+    from hydra.utils import instantiate
 
-    shape = shape_of_config(cfg)
-    images = len(shape) == 3
+    shape = instantiate(cfg.data.module).image_shape
+    images = shape is not None
     out = Path(cfg.out) if cfg.out else run_dir(cfg) / "samples.npz"
     if out.suffix == ".png":
         wanted = "an .npz file or a folder for PNG files" if images else "an .npz file"
@@ -94,12 +94,12 @@ def _write_points(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
 
     samples = torch.cat(list(_drawn(cfg, flow, POINT_UNIT))).numpy()
     _write_npz(cfg, out, samples=samples)
-    if hasattr(data, "num_points"):
+    if data.kind == "set":
         from surflow.reporting.point_sets import clouds_figure
 
         shown = {f"{len(samples[:GRID])} samples": samples[:GRID]}
         return clouds_figure(shown, data.width, out.with_suffix(".png"))
-    if samples.shape[1:] != (2,):
+    if data.kind != "points":
         return None
     window = data.dataset.window
     picture = out.with_suffix(".png")
@@ -116,12 +116,12 @@ def _write_images(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) 
     import torch
 
     from surflow.cli.decoded import decoded_of
-    from surflow.cli.pixels import pixels_of
-    from surflow.metrics.samples import IMAGE_UNIT, full_range
+    from surflow.data.pixels import full_range
+    from surflow.metrics.samples import IMAGE_UNIT
     from surflow.reporting.images import image_sheet
 
     parts = decoded_of(flow)
-    found = [pixels_of(drawn, data) for drawn in _drawn(cfg, flow, IMAGE_UNIT)]
+    found = [data.pixels(drawn) for drawn in _drawn(cfg, flow, IMAGE_UNIT)]
     samples, levels = torch.cat([pixels for pixels, _ in found]), found[0][1]
     if parts is None or not parts.has_grey:
         _write_npz(cfg, out, samples=samples.numpy())
@@ -146,7 +146,6 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
     import numpy as np
     from PIL import Image
 
-    from surflow.cli.pixels import pixels_of
     from surflow.metrics.samples import IMAGE_UNIT
     from surflow.reporting.images import write_image
 
@@ -157,7 +156,7 @@ def _write_pngs(cfg: DictConfig, flow: Any, data: Any, path: Path, out: Path) ->
     done = next((i for i, unit in enumerate(units) if {f.name for f in unit} - there), len(units))
     with ThreadPoolExecutor() as pool:
         for unit, drawn in zip(units[done:], _drawn(cfg, flow, IMAGE_UNIT, done), strict=True):
-            images, levels = pixels_of(drawn, data)
+            images, levels = data.pixels(drawn)
             list(pool.map(write_image, images.numpy(), unit, [levels] * len(unit)))
     first = [np.atleast_3d(np.asarray(Image.open(file))) for file in files[:GRID]]
     return _grid(np.stack(first).transpose(0, 3, 1, 2), out.with_name(f"{out.name}.png"))

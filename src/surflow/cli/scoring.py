@@ -60,7 +60,7 @@ def score_split(
             resume=unfinished(folder, split),
             tf32=tf32,
         )
-    if hasattr(data, "num_points"):
+    if data.kind == "set":
         estimates |= per_point(estimates, data.num_points)
     return estimates, ledger
 

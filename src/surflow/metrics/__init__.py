@@ -9,15 +9,13 @@ from surflow.metrics.generation import (
     generation_scores,
     generation_seconds,
 )
-from surflow.metrics.samples import IMAGE_UNIT, BrokenSamples, as_images, draw, draw_unit
+from surflow.metrics.samples import IMAGE_UNIT, draw, draw_unit
 
 __all__ = [
     "IMAGE_UNIT",
-    "BrokenSamples",
     "GenerationProtocol",
     "Score",
     "Stopwatch",
-    "as_images",
     "check_inception_weights",
     "draw",
     "draw_unit",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.errors import close_match
 from surflow.flow import Flow, flow_sha256
 from surflow.metrics.inception import InceptionFeatures, Unavailable
@@ -24,11 +25,8 @@ from surflow.metrics.moments import FeaturePass
 from surflow.metrics.random_features import RandomFeatures
 from surflow.metrics.samples import (
     IMAGE_UNIT,
-    BrokenSamples,
-    as_images,
     draw_unit,
     flow_device,
-    full_range,
     num_units,
 )
 

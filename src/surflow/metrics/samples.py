@@ -17,10 +17,6 @@ POINT_UNIT = 4096
 """The same for data of one dimension, such as points of the plane."""
 
 
-class BrokenSamples(ValueError):
-    """Samples that are no images: not finite, or outside the levels there are."""
-
-
 def flow_device(flow: Flow) -> torch.device:
     """Where a flow's parameters are; the CPU for one without any."""
     return next((p.device for p in flow.parameters()), torch.device("cpu"))
@@ -70,35 +66,3 @@ def draw(
     """All units of n draws, in order; see :func:`draw_unit`."""
     for index in range(num_units(n, unit)):
         yield draw_unit(flow, index, n, seed, temperature, unit)
-
-
-def as_images(samples: Tensor, num_levels: int = 256) -> Tensor:
-    """Draws as uint8 images.
-
-    Args:
-        samples: (B, C, H, W), integers.
-        num_levels: K: levels are 0 ... K - 1, at most 256 of them.
-
-    Raises:
-        ValueError: for more levels than a byte holds.
-        BrokenSamples: for reals, or levels outside 0 ... K - 1; that is also what a draw that was
-            not finite is rounded to.
-    """
-    if not 1 <= num_levels <= 256:
-        raise ValueError(f"num_levels: expected 1 to 256, got {num_levels}")
-    if samples.is_floating_point():
-        raise BrokenSamples(f"samples: expected integer levels, got {samples.dtype}: no images")
-    outside = ((samples < 0) | (samples >= num_levels)).flatten(1).any(1).sum().item()
-    if outside:
-        raise BrokenSamples(
-            f"samples: expected levels 0 to {num_levels - 1}, got others (or values that are not "
-            f"finite) in {outside} of {len(samples)} images"
-        )
-    return samples.to(torch.uint8)
-
-
-def full_range(images: Tensor, num_levels: int = 256) -> Tensor:
-    """Images of levels 0 ... K - 1 as 0 ... 255: level times 255/(K - 1), rounded; uint8."""
-    if num_levels == 256:
-        return images
-    return (images.float() * (255 / max(num_levels - 1, 1))).round().to(torch.uint8)
