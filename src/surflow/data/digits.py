@@ -308,8 +308,8 @@ class DigitData(ImageData):
             )
         return super()._parted(whole)
 
-    def _hold_out(self, rows: Tensor, split: str) -> tuple[Tensor, Tensor]:
-        rest, held = super()._hold_out(rows, split)
+    def hold_out(self, rows: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        rest, held = super().hold_out(rows, split)
         return rows if self.valid_within_train else rest, held
 
     # Batches -----------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class ImageFolder(ImageData):
         if all((self.folder / split).is_dir() for split in ("train", "test")):
             names = [s for s in SPLITS if (self.folder / s).is_dir()]
             return {split: self._read(self.folder / split, split) for split in names}
-        train, test = self._hold_out(self._read(self.folder, "all"), "test")
+        train, test = self.hold_out(self._read(self.folder, "all"), "test")
         return {"train": train, "test": test}
 
     def _read(self, folder: Path, label: str) -> Tensor:

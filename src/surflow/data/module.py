@@ -222,11 +222,11 @@ class TensorDataModule(pl.LightningDataModule):
     def _parted(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Validation held out and every split cut, alike for rows and labels."""
         if "valid" not in whole:
-            train, valid = self._hold_out(whole["train"], "valid")
+            train, valid = self.hold_out(whole["train"], "valid")
             whole = {**whole, "train": train, "valid": valid}
         return {split: self._cut(split, whole[split]) for split in SPLITS}
 
-    def _hold_out(self, rows: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    def hold_out(self, rows: Tensor, split: str) -> tuple[Tensor, Tensor]:
         """The rows before the last ``size`` ones, and those; views, no copies."""
         size = self.sizes[split]
         if size is None:
