@@ -88,8 +88,8 @@ class Binarization:
     """What becomes of grey images.
 
     Attributes:
-        values: ``values(levels, most, key)``: what a model is given for them.
-        meaning: what a score then is a score of.
+        values: ``values(levels, most, key)``: the values that a model is given.
+        meaning: what a score on these values means.
         levels: whether the levels stay as they are.
         unit_interval: whether the values are grey values in [0, 1].
         drawn: whether validation and test images are one random draw.
@@ -126,7 +126,7 @@ BINARIZATIONS: dict[str, Binarization] = {
 
 
 class DigitBatches(ImageBatches):
-    """Batches of images in the shape and type that a model takes, drawn anew where that is wanted.
+    """Batches of images in the shape and type that a model takes, redrawn in every epoch or not.
 
     Args:
         images: (N, C, H, W), what is batched, or what it is drawn from.
@@ -156,7 +156,7 @@ class DigitBatches(ImageBatches):
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.redraw is not None:
-            self.images = self.redraw(self.source, self.epoch())
+            self.images = self.redraw(self.source, self.rows.epoch())
         for batch in super().__iter__():
             yield batch.reshape(len(batch), *self.event_shape).to(self.dtype)
 
@@ -169,7 +169,7 @@ class DigitData(ImageData):
 
     A subclass says ``image_shape`` and ``source_levels`` and reads whole splits in :meth:`read`.
     ``splits`` holds what a model is scored on. With a dynamic binarization ``splits["train"]`` is
-    one draw too, and training batches are drawn anew: the bits of an epoch follow from seed, epoch
+    one draw too, and training batches are redrawn: the bits of an epoch follow from seed, epoch
     and the image's row.
 
     Args:
@@ -267,7 +267,7 @@ class DigitData(ImageData):
 
     @property
     def meaning(self) -> str:
-        """What a score on these data is a score of."""
+        """What a score on these data means."""
         return self.rule.meaning
 
     def provenance(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,9 @@ class ImageBatches:
 
     Args:
         images: (N, C, H, W), uint8, on the device or on the host, memory-mapped or not.
-        batch_size, seed, epoch, drop_last, rank, world_size, whole: see
-            :class:`~surflow.data.batches.TensorBatches`.
+        batch_size, seed, order: see :class:`~surflow.data.batches.TensorBatches`.
         augmentation: what is done to the images of a batch; None: nothing.
         device: where batches are wanted; None: where the images are.
-
-    Raises:
-        ValueError: as :class:`~surflow.data.batches.TensorBatches`.
     """
 
     def __init__(
@@ -38,21 +34,15 @@ class ImageBatches:
         images: Tensor,
         batch_size: int,
         seed: int | None = None,
-        epoch: Callable[[], int] = lambda: 0,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        whole: bool = False,
         augmentation: Augmentation | None = None,
         device: torch.device | None = None,
+        **order: Any,
     ) -> None:
         self.images = images
         self.device = images.device if device is None else torch.device(device)
         self.augmentation = augmentation or None
-        self.seed = seed
-        self.epoch = epoch
         rows = torch.arange(len(images), device=images.device)
-        self.rows = TensorBatches(rows, batch_size, seed, epoch, drop_last, rank, world_size, whole)
+        self.rows = TensorBatches(rows, batch_size, seed, **order)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,8 +51,8 @@ class ImageBatches:
         draws = None
         if self.augmentation is not None:
             n, _, height, width = self.images.shape
-            draws = self.augmentation.draws(n, height, width, self.seed or 0, self.epoch())
-            draws = draws.to(self.device)
+            seed, epoch = self.rows.seed or 0, self.rows.epoch()
+            draws = self.augmentation.draws(n, height, width, seed, epoch).to(self.device)
         for rows in self.rows:
             batch = self._to_device(self.images[rows])
             if draws is not None:
@@ -99,8 +89,7 @@ class ImageData(TensorDataModule):
         batch_size, eval_batch_size, others: see :class:`~surflow.data.module.TensorDataModule`.
 
     Raises:
-        ValueError: for sizes, levels or an augmentation out of range; from :meth:`setup` for
-            images of another shape or more levels, or splits larger than what there is.
+        ValueError: for levels or an augmentation out of range, and as the base.
         UserError: from :meth:`setup` for files that are missing or damaged.
     """
 
@@ -154,10 +143,5 @@ class ImageData(TensorDataModule):
 
     def batches(self, split: str, batch_size: int, **keys: Any) -> ImageBatches:
         augmentation = self.augmentation if split == "train" else None
-        return ImageBatches(
-            self.resident(split),
-            batch_size,
-            augmentation=augmentation,
-            device=self.device(),
-            **keys,
-        )
+        keys |= {"augmentation": augmentation, "device": self.device()}
+        return ImageBatches(self.resident(split), batch_size, **keys)

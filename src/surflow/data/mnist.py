@@ -126,7 +126,7 @@ class BinarizedMNIST(DigitData):
 
     Read from ``binarized_mnist`` in the root: train.npz, valid.npz and test.npz (``bits``, uint8
     (N, 98), eight pixels a byte, the first one highest), or the published text files
-    ``binarized_mnist_train.amat``, ``..._valid.amat``, ``..._test.amat``, which may lie in the root
+    ``binarized_mnist_train.amat``, ``..._valid.amat``, ``..._test.amat``, which may be in the root
     itself; these are downloaded where nothing is there (110 MB), read once and kept packed.
     Both are checked to be what was published.
 

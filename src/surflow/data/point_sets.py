@@ -254,7 +254,7 @@ class SpatialMNIST(PointSets):
 
     @property
     def file(self) -> Path:
-        """The cache; its recipe lies beside it."""
+        """The cache; its recipe is in the same folder."""
         return self.cache / f"points{self.num_points}-seed{self.points_seed}.npz"
 
     def load(self) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def pack(
     """The images of many files as one memory-mapped tensor, read once and kept in a cache.
 
     The cache is ``.surflow`` in ``root``, or ``surflow`` in the user's cache folder where that
-    cannot be written to. It is made anew when a file changes.
+    cannot be written to. It is rebuilt when a file changes.
 
     Args:
         files: in order.
