@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from benchmarks import harness
 from surflow.checks import check_values
 from surflow.config import compose
-from surflow.data.digits import MNIST, DigitBatches
+from surflow.data.digits import DigitBatches
+from surflow.data.mnist import MNIST
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.transforms import Sequential

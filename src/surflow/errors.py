@@ -30,3 +30,20 @@ def check_choice(
         words = ["null" if word is None else str(word) for word in known]
         hint = close_match(str(value), words)
         raise error(f"{name}: expected one of {', '.join(words)}, got {value!r}{hint}")
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_whole(name: str, value: object, least: int = 1, null: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a whole number >= ``least``, or None where allowed.
+
+    >>> check_whole("data.train_size", 0, null=True)
+    Traceback (most recent call last):
+    ValueError: data.train_size: expected a positive whole number or null, got 0
+    """
+    if not (is_whole(value, least) or (null and value is None)):
+        what = "a positive whole number" if least == 1 else f"a whole number >= {least}"
+        raise ValueError(f"{name}: expected {what}{' or null' if null else ''}, got {value!r}")

@@ -2,56 +2,23 @@
 
 import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pages import Page, run
 
 from surflow.proofs import CHECKS, double_precision
 from surflow.transforms import Example, Inverse
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "add-a-surjection.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.M | re.S)
-
-
-def files() -> dict[str, str]:
-    """The blocks that are files, by the name in their first line."""
-    named = ((re.match(r"# (\S+\.(?:py|yaml))\n", body), body) for _, body in BLOCKS)
-    return {match[1]: body for match, body in named if match}
-
-
-def run(
-    language: str, body: str, folder: Path, timeout: float = 240
-) -> subprocess.CompletedProcess:
-    """One block in a process of its own; nothing of the environment but the interpreter's place."""
-    quiet = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SURFLOW_", "WANDB_", "PYTHON"))
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{quiet.get('PATH', '')}"
-    line = ["bash", "-e", "-c", body] if language == "bash" else [sys.executable, "-c", body]
-    return subprocess.run(
-        line,
-        cwd=folder,
-        env={**quiet, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+PAGE = Page("add-a-surjection.md")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """An empty folder with the page's files in it."""
-    place = tmp_path_factory.mktemp("own")
-    for name, body in files().items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(body, encoding="utf-8")
-    return place
+    return PAGE.write(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture
@@ -63,20 +30,14 @@ def layer(folder):
     return module.RotationFold
 
 
-def commands() -> list[tuple[str, str]]:
-    return [
-        (lang, b) for lang, b in BLOCKS if lang in ("bash", "python") and b not in files().values()
-    ]
-
-
 def test_the_page_has_one_file_and_one_yaml():
-    assert list(files()) == ["rotation_fold.py", "conf/surjection/rotation_fold.yaml"]
-    assert {lang for lang, _ in BLOCKS} == {"math", "python", "bash", "yaml"}
-    assert [lang for lang, _ in commands()] == ["bash", "python", "bash"]
+    assert list(PAGE.files) == ["rotation_fold.py", "conf/surjection/rotation_fold.yaml"]
+    assert {lang for lang, _ in PAGE.blocks} == {"math", "python", "bash", "yaml"}
+    assert [lang for lang, _ in PAGE.commands] == ["bash", "python", "bash"]
 
 
 def test_it_verifies(folder):
-    language, body = commands()[0]
+    language, body = PAGE.commands[0]
     done = run(language, body, folder)
     assert done.returncode == 0, done.stderr + done.stdout
     (row,) = (r for r in done.stdout.splitlines() if r.startswith("RotationFold "))
@@ -85,12 +46,12 @@ def test_it_verifies(folder):
 
 
 def test_the_mistake_that_the_page_names_is_found(folder):
-    wrong = files()["rotation_fold.py"].replace(
+    wrong = PAGE.files["rotation_fold.py"].replace(
         "return z, chosen + math.log(self.times)", "return z, chosen"
     )
-    assert wrong != files()["rotation_fold.py"]
+    assert wrong != PAGE.files["rotation_fold.py"]
     (folder / "wrong.py").write_text(wrong)
-    language, body = commands()[0]
+    language, body = PAGE.commands[0]
     done = run(language, body.replace("rotation_fold.py", "wrong.py"), folder)
     assert done.returncode == 1, done.stderr
     assert re.search(
@@ -99,7 +60,7 @@ def test_the_mistake_that_the_page_names_is_found(folder):
 
 
 def test_it_runs_in_python(folder):
-    language, body = commands()[1]
+    language, body = PAGE.commands[1]
     done = run(language, body, folder)
     assert done.returncode == 0, done.stderr
     assert re.search(
@@ -108,7 +69,7 @@ def test_it_runs_in_python(folder):
 
 
 def test_it_trains_and_evaluates_from_the_yaml(folder):
-    language, body = commands()[2]
+    language, body = PAGE.commands[2]
     done = run(language, body, folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^0\.RotationFold +surjective \(inference\) +exact", done.stdout, re.M)
@@ -125,7 +86,7 @@ def test_it_trains_and_evaluates_from_the_yaml(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("surjection", "quoted"), [("rotation_fold", 2.886), ("none", 3.075)])
 def test_the_numbers_that_the_page_quotes(folder, surjection, quoted):
-    assert f"{quoted} nats" in TEXT or f"{quoted};" in " ".join(TEXT.split())
+    assert f"{quoted} nats" in PAGE.text or f"{quoted};" in " ".join(PAGE.text.split())
     done = run(
         "bash",
         "python -m surflow.cli.train --config-dir conf data=eight_gaussians data.train_size=64000 "

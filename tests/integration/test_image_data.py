@@ -11,7 +11,7 @@ import torch
 from surflow.cli.common import build_data, check_everything
 from surflow.compat import make_torchvision_importable
 from surflow.config import compose, conf_dir, config_hash
-from surflow.data.images import CIFAR10
+from surflow.data.published import CIFAR10
 from surflow.distributions import StandardNormal, Uniform
 from surflow.evaluation.likelihood import evaluate
 from surflow.flow import Flow
@@ -111,7 +111,10 @@ def test_the_environment_names_the_root(monkeypatch, tmp_path):
         (["data=svhn", "data.download=false"], "no file ROOT/svhn/train_32x32.mat; put"),
         (["data=imagenet32"], "no folder ROOT; expected imagenet32/ in it with train_32x32/"),
         (["data=imagenet64", "data.release=npz"], "in it with train_data_batch_1.npz to _10.npz"),
-        (["data=imagenet64", "data.release=zip"], "data.release: expected png or npz, got 'zip'"),
+        (
+            ["data=imagenet64", "data.release=zip"],
+            "data.release: expected one of png, npz, got 'zip'",
+        ),
         (["data=image_folder", "data.folder=mine"], "no folder ROOT/mine; expected one of image"),
         (["data=image_arrays", "data.folder=mine"], "expected train.npz, .npy or .safetensors in"),
         (["data=image_arrays"], "data.folder"),

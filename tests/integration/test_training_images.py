@@ -21,7 +21,7 @@ import pytorch_lightning as pl  # noqa: E402
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from pytorch_lightning.strategies import DDPStrategy  # noqa: E402
 
-from surflow.data.images import Digits  # noqa: E402
+from surflow.data.embedded import Digits  # noqa: E402
 from surflow.data.module import block_rows  # noqa: E402
 from surflow.distributions import DiagonalNormal, StandardNormal  # noqa: E402
 from surflow.distributions.base import Distribution  # noqa: E402

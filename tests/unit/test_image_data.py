@@ -15,17 +15,10 @@ from PIL import Image
 
 from surflow.data.augment import Augmentation, Draws
 from surflow.data.downloads import Published, check_file, fetch
-from surflow.data.images import (
-    CIFAR10,
-    SVHN,
-    Digits,
-    DownsampledImageNet,
-    ImageArrays,
-    ImageBatches,
-    ImageData,
-    ImageFolder,
-    PhotoPatches,
-)
+from surflow.data.embedded import Digits, PhotoPatches
+from surflow.data.folders import ImageArrays, ImageFolder
+from surflow.data.images import ImageBatches, ImageData
+from surflow.data.published import CIFAR10, SVHN, DownsampledImageNet
 from surflow.data.sources import image_files, read_array, read_cifar_batch
 from surflow.errors import UserError
 
@@ -624,7 +617,7 @@ def test_imagenet_pickles_are_refused(tmp_path):
 
 def test_imagenet_counts_of_the_real_releases():
     assert DownsampledImageNet.counts == {"png": (1281149, 49999), "npz": (1281167, 50000)}
-    with pytest.raises(ValueError, match=r"data.release: expected png or npz, got 'pickle'"):
+    with pytest.raises(ValueError, match=r"data.release: expected one of png, npz, got 'pickle'"):
         small_imagenet(None, "pickle")
     with pytest.raises(ValueError, match=r"has \[3, 32, 32\] or \[3, 64, 64\], got \[3, 16, 16\]"):
         small_imagenet(None, side=16)
@@ -668,7 +661,7 @@ def test_image_arrays(tmp_path, suffix):
     assert np.array_equal(data.splits["valid"].numpy(), images["train"][5:])
     assert np.array_equal(data.splits["test"].numpy(), images["test"])
     np.savez(folder / "valid.npz", images=images["test"][:2])
-    own = ImageArrays("set", root=tmp_path, **keys)
+    own = ImageArrays("set", root=tmp_path, valid_size=None, **keys)
     own.setup()
     assert np.array_equal(own.splits["train"].numpy(), images["train"])
     assert np.array_equal(own.splits["valid"].numpy(), images["test"][:2])

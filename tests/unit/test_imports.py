@@ -143,6 +143,11 @@ def test_only_the_command_line_has_hydra_main():
         assert "hydra.main" not in attributes | imported(path), path
 
 
+def test_nobody_probes_what_data_declare():
+    for path in SOURCE.rglob("*.py"):
+        assert "hasattr(data" not in (text := path.read_text()) and "getattr(data" not in text, path
+
+
 def test_the_reader_of_imports_reads(tmp_path):
     file = SOURCE / "transforms" / "surjections" / "abs.py"
     assert {"surflow.checks", "surflow.checks.require", "torch.nn"} <= imported(file)

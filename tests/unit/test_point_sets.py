@@ -15,9 +15,9 @@ import torch
 from surflow.cli.common import build_data, check_everything
 from surflow.config import compose, config_hash
 from surflow.data import point_sets
-from surflow.data.digits import MNIST
 from surflow.data.downloads import Published
-from surflow.data.images import Digits
+from surflow.data.embedded import Digits
+from surflow.data.mnist import MNIST
 from surflow.data.point_sets import SpatialDigits, SpatialMNIST, draw_points, other_units
 from surflow.distributions import StandardNormal
 from surflow.errors import UserError

@@ -11,7 +11,8 @@ import torch
 from scipy import integrate
 from torch import Tensor
 
-from surflow.data.synthetic import DATASETS, SyntheticDataset2d, grid_entropy, make_dataset
+from surflow.data.density import SyntheticDataset2d, grid_entropy
+from surflow.data.synthetic import DATASETS, make_dataset
 
 NAMES = sorted(DATASETS)
 PAPER = ("checkerboard", "corners", "eight_gaussians", "four_circles")
@@ -327,7 +328,7 @@ def test_splits_do_not_depend_on_the_process():
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
 def test_bad_sizes(size):
     dataset = make_dataset("gaussian")
-    message = f"expected a positive integer, got {size!r}"
+    message = f"expected a positive whole number, got {size!r}"
     with pytest.raises(ValueError) as error:
         dataset.splits(10, size, 10, seed=0)
     assert str(error.value) == f"valid: {message}"
@@ -356,8 +357,8 @@ def test_unknown_name():
     with pytest.raises(ValueError) as error:
         make_dataset("checkerbord")
     message = str(error.value)
-    assert message.startswith("unknown dataset 'checkerbord': expected one of checkerboard, ")
-    assert message.endswith("; did you mean 'checkerboard'?")
+    assert message.startswith("data.name: expected one of checkerboard, ")
+    assert message.endswith(", got 'checkerbord'; did you mean 'checkerboard'?")
     assert all(name in message for name in DATASETS) and "\n" not in message
     with pytest.raises(ValueError) as error:
         make_dataset("zzz")

@@ -1,7 +1,6 @@
 """Pictures of VAEs: latents against closed forms, means for draws, figures against their tables."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from scipy import stats
 from torch import nn
 
 from surflow.data.pixels import BrokenSamples
-from surflow.evaluation._until_merge import _pixels
 from surflow.evaluation.sampling import draw_unit
 from surflow.evaluation.vae import (
     Decoded,
@@ -21,6 +19,8 @@ from surflow.evaluation.vae import (
     grid_log_density,
     latent_arrays,
 )
+from surflow.data.digits import DigitData
+from surflow.data.images import ImageData
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.files import write_json
 from surflow.flow import Flow
@@ -43,14 +43,8 @@ HASH = "0123456789abcdef"
 
 
 def data_of(binarization="fixed", num_levels=2, event_shape=(4,), image_shape=(1, 2, 2)):
-    data = SimpleNamespace(
-        binarization=binarization,
-        num_levels=num_levels,
-        event_shape=event_shape,
-        image_shape=image_shape,
-    )
-    data.pixels = lambda values: _pixels(data, values)
-    return data
+    kind = type("Tiny", (DigitData,), {"image_shape": image_shape, "source_levels": num_levels})
+    return kind(name="tiny", binarization=binarization, event_shape=event_shape)
 
 
 def test_values_become_pixels():
@@ -68,7 +62,9 @@ def test_values_become_pixels():
 def test_bytes_of_256_levels_stay():
     """A byte compared with 256 would be compared with 0."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    pixels, levels = data_of("none", 256, (1, 16, 16), (1, 16, 16)).pixels(images)
+    data = ImageData("bytes", (1, 16, 16))
+    assert data.image_shape == (1, 16, 16)
+    pixels, levels = data.pixels(images)
     assert torch.equal(pixels, images) and levels == 256
 
 

@@ -5,74 +5,50 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from surflow.cli.common import build_data, guarded, relative
+from surflow.cli.common import build_data, guarded
 from surflow.config import compose
 from surflow.errors import UserError
+from surflow.files import relative
 
 SHOWN = 64  # sets of points in a picture
 
 
-def prepare(name: str, overrides: Sequence[str] = (), picture: str | None = None) -> Any:
-    """Set a dataset up as a run would, and say what it is.
+def prepare(name: str, overrides: Sequence[str] = (), picture: str | None = None) -> None:
+    """Set a dataset up as a run does, and print what it is.
 
     Args:
         name: an option of the config group ``data``.
         overrides: keys of it, such as ``data.root=folder``.
-        picture: a PNG of some sets, for data that are sets of points; None: beside their cache, if
-            they have one.
-
-    Returns:
-        the DataModule, set up.
-
-    Raises:
-        UserError: for an unknown name or key, files that are missing or damaged, or a picture of
-            data of another kind.
+        picture: a PNG of some sets of points; None: one in their cache, if they have one.
     """
-    from surflow.compat import make_torchvision_importable
-
-    make_torchvision_importable()
     if "=" in name:
         raise UserError(f"expected the name of a dataset first, got {name!r}")
-    cfg = compose([f"data={name}", *overrides])
-    data = build_data(cfg)
+    data = build_data(compose([f"data={name}", *overrides]))
     for split, rows in data.splits.items():
         event = " x ".join(map(str, rows.shape[1:]))
         print(f"{name} {split}: {len(rows):,} rows of {event}, {rows.dtype}"[:200])
-    if hasattr(data, "provenance"):
-        for split, told in data.provenance().get("splits", {}).items():
-            print(f"{split} sha256 {told['sha256']}")
-    if hasattr(data, "file"):
+    for split, told in data.provenance()["splits"].items():
+        print(f"{split} sha256 {told['sha256']}")
+    if data.file is not None:
         print(f"kept in {relative(data.file)}")
-    if not hasattr(data, "num_points"):
-        if picture is not None:
-            raise UserError(f"picture: expected sets of points, got data={name}")
-        return data
-    path = Path(picture) if picture else None
-    if path is None and hasattr(data, "cache"):
-        path = data.cache / f"{name}.png"
-    if path is not None:
-        print(relative(draw(data, path)))
-    return data
+    if picture is not None and data.kind != "set":
+        raise UserError(f"picture: expected sets of points, got data={name}")
+    path = Path(picture) if picture else data.file and data.file.with_name(f"{name}.png")
+    if data.kind == "set" and path is not None:
+        from surflow.reporting.figures.sets import clouds_figure
 
-
-def draw(data: Any, path: Path) -> Path:
-    """The first sets of the training split as clouds of points."""
-    from surflow.reporting.figures.sets import clouds_figure
-
-    shown = data.splits["train"][:SHOWN].numpy()
-    title = f"{data.name}, sets of {data.num_points} points"
-    return clouds_figure({title: shown}, data.width, path)
+        title = f"{data.name}, sets of {data.num_points} points"
+        shown = data.splits["train"][:SHOWN].numpy()
+        print(relative(clouds_figure({title: shown}, data.width, path)))
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
         prog="surflow-data",
-        description="Prepare a dataset: find or download its files, check them, keep what is made "
-        "of them. Such as: surflow-data spatial_mnist data.root=folder",
+        description=f"{__doc__} Such as: surflow-data spatial_mnist data.root=folder",
     )
-    parser.add_argument("name", help="an option of conf/data")
+    parser.add_argument("name", help="an option of conf/data, such as spatial_mnist")
     parser.add_argument("overrides", nargs="*", help="keys of it, such as data.root=folder")
     parser.add_argument("--picture", help="a PNG file with some sets of points")
     given = parser.parse_args()

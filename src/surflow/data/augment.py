@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surflow.errors import check_whole
+
 _STREAM = 0x41554731  # keeps these random numbers apart from others of the same seed and epoch
 
 
@@ -56,8 +58,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
             raise ValueError(f"data.flip: expected true or false, got {self.flip!r}")
-        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or self.pad < 0:
-            raise ValueError(f"data.pad: expected a whole number >= 0, got {self.pad!r}")
+        check_whole("data.pad", self.pad, least=0)
         number = isinstance(self.translate, int | float) and not isinstance(self.translate, bool)
         if not number or not 0 <= self.translate < 1:
             raise ValueError(f"data.translate: expected a share in [0, 1), got {self.translate!r}")

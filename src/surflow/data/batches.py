@@ -109,7 +109,7 @@ class TensorBatches:
         start = i * self.batch_size
         last = not self.drop_last and i == len(self) - 1
         rows = len(self.data) - start if last else self.batch_size
-        # as many batches for every process, else one waits for another for ever
+        # as many batches for every process, so that none waits for another
         return (
             start + rows * self.rank // self.world_size,
             start + rows * (self.rank + 1) // self.world_size,
@@ -120,5 +120,5 @@ class TensorBatches:
         return {"epoch": self._done[0], "batches": self._done[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass behind these batches, if it is still that epoch."""
+        """Begin the next pass after these batches, if it is still that epoch."""
         self._resume = (int(state["epoch"]), int(state["batches"]))

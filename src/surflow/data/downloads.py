@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
+import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from surflow.errors import UserError
+from surflow.files import locked, replacing
 
-_CHUNK = 1 << 20
 _TIMEOUT = 60
 
 
@@ -74,25 +72,19 @@ def fetch(published: Published, folder: Path) -> Path:
         with locked(folder / f".{published.filename}.lock"):
             if path.is_file():  # another process was first
                 return check_file(path, published)
-            part = path.with_name(f".{path.name}.part")
             print(f"downloading {published.url} to {path}", file=sys.stderr)
-            digest = hashlib.md5(usedforsecurity=False)
-            try:
+            with replacing(path) as part:
                 with (
                     urllib.request.urlopen(published.url, timeout=_TIMEOUT) as source,
                     open(part, "wb") as target,
                 ):
-                    while chunk := source.read(_CHUNK):
-                        digest.update(chunk)
-                        target.write(chunk)
-                if digest.hexdigest() != published.md5:
+                    shutil.copyfileobj(source, target)
+                got = md5_of(part)
+                if got != published.md5:
                     raise UserError(
                         f"data.download: {published.url} came damaged: expected md5 "
-                        f"{published.md5}, got {digest.hexdigest()}; try again, or {by_hand}"
+                        f"{published.md5}, got {got}; try again, or {by_hand}"
                     )
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
@@ -103,14 +95,6 @@ def fetch(published: Published, folder: Path) -> Path:
             f"data.root: cannot write to {folder} ({error.strerror}); set data.root=<folder>"
         ) from None
     return path
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that several processes prepare the same data once."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def data_root(root: str | os.PathLike | None) -> Path:

@@ -10,13 +10,9 @@ per square pixel: scores in other units of length differ by a constant, see
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import os
 import sys
-import uuid
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surflow.data.digits import MNIST
-from surflow.data.downloads import data_root, locked
-from surflow.data.images import SPLITS, Digits
-from surflow.data.module import TensorDataModule, spaced_rows
-from surflow.errors import UserError
+from surflow.data.embedded import Digits
+from surflow.data.mnist import MNIST
+from surflow.data.module import SPLITS, TensorDataModule, fingerprint
+from surflow.errors import UserError, check_whole, is_whole
+from surflow.files import locked, write_json, write_npz
 
 _POINTS, _AGAIN = 0x504F494E, 0x504F494F  # keep these random numbers apart from others of the seed
 _BLOCK = 512  # pictures at a time
@@ -123,14 +119,14 @@ def _drawn(
     pixels = np.empty((count, num_points), np.int64)
     enough = (levels > 0).sum(1) >= num_points
     if enough.any():  # there may be fewer pixels than points
-        pixels[enough] = _first_home(levels[enough], race[enough], num_points)
+        pixels[enough] = _race_winners(levels[enough], race[enough], num_points)
     pixels[~enough] = _with_replacement(levels[~enough], spare[~enough])
     rows, columns = np.divmod(pixels, width)
     return np.stack([columns, height - 1 - rows], 2).astype(np.float32), jitter
 
 
-def _first_home(levels: np.ndarray, u: np.ndarray, num_points: int) -> np.ndarray:
-    """The first ones of a race in which times are exponential with the levels as rates."""
+def _race_winners(levels: np.ndarray, u: np.ndarray, num_points: int) -> np.ndarray:
+    """The first to arrive of pixels whose times are exponential with the levels as rates."""
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.where(levels > 0, -np.log1p(-u) / levels, np.inf)
     first = np.argpartition(times, num_points - 1, axis=1)[:, :num_points]
@@ -166,100 +162,58 @@ class PointSets(TensorDataModule):
     """Sets of points in the plane: float32 (M, N, 2), in pixels.
 
     A subclass says ``side``, the pixels of a picture's side, and gives whole splits in
-    :meth:`load`. A split that is cut short keeps rows evenly spaced over it.
+    :meth:`load`.
 
     Args:
         name: of the data, in records and run folders.
         event_shape: [N, 2].
-        width: must be ``side``; models of the data are told it.
-        root: the folder that datasets are in; None: the environment's ``SURFLOW_DATA``, else
-            ``data``.
+        width: must be ``side``; models of the data are told it. None: ``side``.
         points_seed: of the draw; all seeds of a table share one draw of data.
-        train_size, valid_size, test_size: sets to keep of each split; None: all.
-        batch_size, eval_batch_size, seed: see :class:`~surflow.data.module.TensorDataModule`.
+        eval_batch_size, others: see :class:`~surflow.data.module.TensorDataModule`.
 
     Raises:
         ValueError: for a shape, a width, a seed or sizes out of range.
         UserError: from :meth:`setup` for files that are missing or damaged.
     """
 
-    unit = "nats"
-    version = ""
+    kind = "set"
+    noun = "sets"
     side: ClassVar[int]
 
     def __init__(
         self,
         name: str,
-        event_shape: Sequence[int],
-        width: float,
-        root: str | None = None,
+        event_shape: Sequence[int] = (50, 2),
+        width: float | None = None,
         points_seed: int = 0,
-        train_size: int | None = None,
-        valid_size: int | None = None,
-        test_size: int | None = None,
-        batch_size: int = 128,
         eval_batch_size: int = 512,
-        seed: int = 0,
+        **others: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed)
-        shape = tuple(event_shape)
-        if len(shape) != 2 or shape[1] != 2 or not _whole(shape[0], 2):
+        super().__init__(name, event_shape, eval_batch_size=eval_batch_size, **others)
+        shape = self.event_shape
+        if len(shape) != 2 or shape[1] != 2 or not is_whole(shape[0], least=2):
             raise ValueError(f"data.event_shape: expected [N, 2] with N >= 2, got {list(shape)}")
-        if width != self.side:
+        if width not in (None, self.side):
             raise ValueError(f"data.width: {name} is {self.side} pixels wide, got {width}")
-        if not _whole(points_seed, 0):
-            raise ValueError(f"data.points_seed: expected a whole number >= 0, got {points_seed}")
-        sizes = {"train": train_size, "valid": valid_size, "test": test_size}
-        for split, size in sizes.items():
-            if size is not None and not _whole(size, 1):
-                raise ValueError(
-                    f"data.{split}_size: expected a positive whole number or null, got {size}"
-                )
-        self.name = name
-        self.event_shape = shape
+        check_whole("data.points_seed", points_seed, least=0)
         self.num_points = shape[0]
-        self.width = float(width)
-        self.root = data_root(root)
+        self.width = float(self.side)
         self.points_seed = points_seed
-        self.sizes = sizes
 
     @property
     def box(self) -> tuple[list[float], list[float]]:
         """Edges that hold every set, flattened."""
-        count = math.prod(self.event_shape)
-        return [0.0] * count, [self.width] * count
+        return [0.0] * self.num_dims, [self.width] * self.num_dims
 
     def provenance(self) -> dict[str, Any]:
-        """What to write beside a score: how points were drawn, rows and checksum of every split."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "points": {"number": self.num_points, "seed": self.points_seed, "unit": "pixels"},
-            "splits": {s: _described(x.numpy()) for s, x in self.splits.items()},
-        }
+        """As of other data, and how points were drawn."""
+        points = {"number": self.num_points, "seed": self.points_seed, "unit": "pixels"}
+        return {**super().provenance(), "points": points}
 
-    def load(self) -> dict[str, np.ndarray]:
-        """Whole splits: train, valid, test, float32 (M, N, 2)."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.splits:
-            return
-        whole = self.load()
-        splits = {
-            s: spaced_rows(torch.from_numpy(whole[s]), self.sizes[s], f"{s} sets of {self.name}", s)
-            for s in SPLITS
-        }
-        if self.batch_size > len(splits["train"]):
-            raise ValueError(
-                f"data.batch_size: expected at most the {len(splits['train'])} training sets of "
-                f"{self.name}, got {self.batch_size}"
-            )
-        self.splits = splits
-
-    def _points_of(self, images: Tensor, part: int) -> np.ndarray:
+    def _points_of(self, images: Tensor, part: int) -> Tensor:
         pictures = images.numpy().reshape(-1, self.side, self.side)
-        return draw_points(pictures, self.num_points, (self.points_seed, part))
+        points = draw_points(pictures, self.num_points, (self.points_seed, part))
+        return torch.from_numpy(points)
 
 
 class SpatialMNIST(PointSets):
@@ -281,28 +235,29 @@ class SpatialMNIST(PointSets):
     version = "MNIST, LeCun et al. 1998"
     side = 28
     valid_rows: ClassVar[int] = 10_000
+    runtime = PointSets.runtime | {"cache", "download"}
 
-    def __init__(self, cache: str | None = None, download: bool = True, **others: Any) -> None:
-        super().__init__(**others)
+    def __init__(
+        self,
+        name: str = "spatial_mnist",
+        cache: str | None = None,
+        download: bool = True,
+        **others: Any,
+    ) -> None:
+        super().__init__(name=name, **others)
         self.cache = Path(cache).expanduser() if cache else self.root / "spatial_mnist"
         self.download = download
 
     def images(self) -> MNIST:
         """The pictures that points are drawn from."""
-        return MNIST(
-            name="mnist",
-            event_shape=[1, 28, 28],
-            root=str(self.root),
-            download=self.download,
-            valid_size=self.valid_rows,
-        )
+        return MNIST(root=str(self.root), download=self.download)
 
     @property
     def file(self) -> Path:
-        """The cache; its recipe lies beside it."""
+        """The cache; its recipe is in the same folder."""
         return self.cache / f"points{self.num_points}-seed{self.points_seed}.npz"
 
-    def load(self) -> dict[str, np.ndarray]:
+    def load(self) -> dict[str, Tensor]:
         kept = _read(self.file, self.recipe())
         if kept is not None:
             return kept
@@ -331,25 +286,21 @@ class SpatialMNIST(PointSets):
             "unit": "pixels; x to the right, y upwards",
         }
 
-    def _make(self) -> dict[str, np.ndarray]:
+    def _make(self) -> dict[str, Tensor]:
         images = self.images().read()
         print(f"drawing points into {self.file}, once", file=sys.stderr)
         train, test = (self._points_of(images[s], i) for i, s in enumerate(("train", "test")))
         cut = len(train) - self.valid_rows
         splits = {"train": train[:cut], "valid": train[cut:], "test": test}
-        buffer = io.BytesIO()
-        np.savez(buffer, **splits)
-        recipe = {**self.recipe(), "splits": {s: _described(x) for s, x in splits.items()}}
-        _replace(self.file, buffer.getvalue())
-        text = json.dumps(recipe, indent=2) + "\n"
-        _replace(self.file.with_suffix(".json"), text.encode())
+        write_npz(self.file, compressed=False, **{k: x.numpy() for k, x in splits.items()})
+        write_json(self.file.with_suffix(".json"), {**self.recipe(), "splits": _described(splits)})
         return splits
 
 
 class SpatialDigits(PointSets):
     """scikit-learn's 8x8 digits as clouds of points, embedded: for smoke runs.
 
-    Splits are those of :class:`~surflow.data.images.Digits`: 1,297 + 200 + 300.
+    Splits are those of :class:`~surflow.data.embedded.Digits`: 1,297 + 200 + 300.
 
     Args:
         others: see :class:`PointSets`.
@@ -358,39 +309,26 @@ class SpatialDigits(PointSets):
     version = Digits.version
     side = 8
 
-    def load(self) -> dict[str, np.ndarray]:
-        whole = Digits(name=self.name, event_shape=[1, 8, 8], num_levels=17).load()
+    def __init__(
+        self, name: str = "spatial_digits", event_shape: Sequence[int] = (16, 2), **others: Any
+    ) -> None:
+        super().__init__(name=name, event_shape=event_shape, **others)
+
+    def load(self) -> dict[str, Tensor]:
+        whole = Digits().load()
         return {s: self._points_of(whole[s], i) for i, s in enumerate(SPLITS)}
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _described(splits: dict[str, Tensor]) -> dict[str, Any]:
+    return {s: {"rows": len(x), "sha256": fingerprint(x)} for s, x in splits.items()}
 
 
-def _described(points: np.ndarray) -> dict[str, Any]:
-    """Rows, and SHA-256 of shape and values as little-endian float32."""
-    digest = hashlib.sha256(repr(tuple(points.shape)).encode())
-    digest.update(np.ascontiguousarray(points, "<f4"))
-    return {"rows": len(points), "sha256": digest.hexdigest()}
-
-
-def _read(file: Path, recipe: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The splits of a cache that is what its recipe, and this one, say; None for any other."""
+def _read(file: Path, recipe: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The splits of a cache that agrees with its recipe and with this one; None for any other."""
     try:
         told = json.loads(file.with_suffix(".json").read_text())
         with np.load(file, allow_pickle=False) as arrays:
-            splits = {s: arrays[s] for s in SPLITS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            splits = {s: torch.from_numpy(arrays[s]) for s in SPLITS}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         return None
-    found = {**recipe, "splits": {s: _described(x) for s, x in splits.items()}}
-    return splits if told == found else None
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file that is whole or not there."""
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    return splits if told == {**recipe, "splits": _described(splits)} else None

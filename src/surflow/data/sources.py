@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surflow.data.downloads import locked
 from surflow.errors import UserError
+from surflow.files import locked, replacing
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _BLOCK = 1024  # image files decoded at a time
@@ -198,7 +198,7 @@ def pack(
     """The images of many files as one memory-mapped tensor, read once and kept in a cache.
 
     The cache is ``.surflow`` in ``root``, or ``surflow`` in the user's cache folder where that
-    cannot be written to. It is made anew when a file changes.
+    cannot be written to. It is rebuilt when a file changes.
 
     Args:
         files: in order.
@@ -223,9 +223,8 @@ def pack(
         kept = _mapped(path, (total, *shape))
         if kept is not None:
             return kept
-        part = path.with_suffix(".part")
         print(f"reading {total} images into {path}, once", file=sys.stderr)
-        try:
+        with replacing(path) as part:
             array = np.lib.format.open_memmap(part, "w+", np.uint8, (total, *shape))
             start = 0
             for images in _read_in_order(files, read):
@@ -233,9 +232,6 @@ def pack(
                 start += len(images)
             array.flush()
             del array
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         packed = _mapped(path, (total, *shape))
         if packed is None:
             raise UserError(f"data.root: the cache {path} cannot be read back; delete it")

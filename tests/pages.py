@@ -1,0 +1,57 @@
+"""Pages of docs/ whose blocks are run: files, and commands in processes of their own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+class Page:
+    """A page's blocks.
+
+    Attributes:
+        text: the page.
+        blocks: (language, content) in order.
+        files: the blocks that are files, by the name in their first line.
+        commands: the other blocks in Python and bash.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.text = (DOCS / name).read_text(encoding="utf-8")
+        self.blocks = re.findall(r"^```(\w+)\n(.*?)^```$", self.text, re.M | re.S)
+        named = ((re.match(r"# (\S+\.(?:py|yaml))\n", body), body) for _, body in self.blocks)
+        self.files = {match[1]: body for match, body in named if match}
+        self.commands = [
+            (language, body)
+            for language, body in self.blocks
+            if language in ("bash", "python") and body not in self.files.values()
+        ]
+
+    def write(self, folder: Path) -> Path:
+        """The page's files in a folder."""
+        for name, body in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(body, encoding="utf-8")
+        return folder
+
+
+def run(
+    language: str, body: str, folder: Path, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """One block in a process of its own; nothing of the environment but the interpreter's place."""
+    quiet = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SURFLOW_", "WANDB_", "PYTHON"))
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{quiet.get('PATH', '')}"
+    line = ["bash", "-e", "-c", body] if language == "bash" else [sys.executable, "-c", body]
+    return subprocess.run(
+        line,
+        cwd=folder,
+        env={**quiet, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
