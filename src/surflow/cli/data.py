@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from surflow.cli.common import build_data, guarded
-from surflow.config import compose
+from surflow.cli.command import guarded
+from surflow.config import build, compose
 from surflow.errors import UserError
 from surflow.files import relative
 
@@ -24,7 +24,8 @@ def prepare(name: str, overrides: Sequence[str] = (), picture: str | None = None
     """
     if "=" in name:
         raise UserError(f"expected the name of a dataset first, got {name!r}")
-    data = build_data(compose([f"data={name}", *overrides]))
+    data = build(compose([f"data={name}", *overrides]).data)
+    data.setup()
     for split, rows in data.splits.items():
         event = " x ".join(map(str, rows.shape[1:]))
         print(f"{name} {split}: {len(rows):,} rows of {event}, {rows.dtype}"[:200])
