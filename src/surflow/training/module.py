@@ -8,38 +8,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from surflow.checks import check_values
+from surflow.draws import seed_draws
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
+from surflow.training.running import RunningMean
 from surflow.variational import annealed_elbo, has_vae_layer, linear_warm_up
 
 _START, _TRAINING, _VALIDATION = range(3)  # what random numbers are drawn for
-
-
-def seed_draws(device: torch.device, *key: int) -> None:
-    """Begin the random numbers of the CPU and of a device anew, at a hash of numbers >= 0.
-
-    The hash mixes all bits of the key into the low 32, which are all that torch's generator on
-    the CPU looks at.
-
-    >>> cpu = torch.device("cpu")
-    >>> seed_draws(cpu, 3, 0, 7)
-    >>> first = torch.rand(3)
-    >>> seed_draws(cpu, 3, 0, 7)
-    >>> torch.equal(torch.rand(3), first)
-    True
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes ten times as long
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -163,10 +145,8 @@ class FlowModule(pl.LightningModule):
         self.train_key = f"train/{changed}{estimator}_{self.objective.unit}"
         self.val_key = f"val/{estimator}_{self.objective.unit}"
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._val_sum: Tensor | None = None
-        self._val_count = 0
+        self.train_mean = RunningMean()  # since the last log line
+        self.val_mean = RunningMean(torch.float64)
         self._checked_values = False
         self.last_train: float | None = None
         self.last_val: float | None = None
@@ -212,7 +192,7 @@ class FlowModule(pl.LightningModule):
         return self.flow.parameters() if groups is None or lr is None else groups(lr)
 
     def on_train_epoch_start(self) -> None:
-        self._sum, self._count = None, 0
+        self.train_mean.reset()
 
     def _laid_out(self, batch: Tensor) -> Tensor:
         if self.channels_last and batch.dim() == 4:
@@ -267,23 +247,20 @@ class FlowModule(pl.LightningModule):
         seed_draws(self.device, _TRAINING, *place)
         with check_values(False):
             loss = self._loss(batch, *self._beta())
-        detached = loss.detach()
-        self._sum = detached if self._sum is None else self._sum.to(detached.device) + detached
-        self._count += 1
-        every = 1 if detached.device.type == "cpu" else self.finite_check_every
-        if (batch_idx + 1) % every == 0 and not math.isfinite(self._sum.item()):
+        self.train_mean.update(loss.detach())
+        every = 1 if loss.device.type == "cpu" else self.finite_check_every
+        if (batch_idx + 1) % every == 0 and not math.isfinite(self.train_mean.total.item()):
             self._stop(batch, batch_idx)
         if (batch_idx + 1) % self.log_every == 0:
             self.log_train(self.global_step + 1)  # this batch's step is still to come
         return loss * (self.objective.scale * self._group_share(batch_idx))
 
     def log_train(self, step: int) -> None:
-        if self._count:
-            total = self.trainer.strategy.reduce(self._sum, reduce_op="mean")  # over processes
-            self.last_train = total.item() / self._count * self.objective.scale
+        if self.train_mean.update_called:
+            self.last_train = self.train_mean.compute() * self.objective.scale
             lr = self.optimizers().param_groups[0]["lr"]
             self._log({self.train_key: self.last_train, "lr": lr}, step)
-        self._sum, self._count = None, 0
+        self.train_mean.reset()
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
@@ -310,7 +287,7 @@ class FlowModule(pl.LightningModule):
     # Validation --------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sum, self._val_count = None, 0
+        self.val_mean.reset()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if len(batch) == 0:  # this process's share of the last blocks may be none
@@ -318,16 +295,11 @@ class FlowModule(pl.LightningModule):
         block = batch_idx * self.trainer.world_size + self.global_rank
         seed_draws(self.device, _VALIDATION, self.seed, block)
         score = iwbo(self.flow, self._laid_out(batch), num_samples=self.objective.num_samples)
-        total = score.double().sum()
-        self._val_sum = total if self._val_sum is None else self._val_sum + total
-        self._val_count += len(batch)
+        self.val_mean.update(score.double().sum(), len(batch))
 
     def on_validation_epoch_end(self) -> None:
-        none = torch.zeros((), dtype=torch.float64, device=self.device)
-        total = none if self._val_sum is None else self._val_sum
-        both = torch.stack([total, none + self._val_count])
-        total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
-        self.last_val = (-total / count * self.objective.scale).float().item()
+        mean = -self.val_mean.compute() * self.objective.scale
+        self.last_val = torch.tensor(mean, dtype=torch.float32).item()
         # for the choice of the best checkpoint; Lightning's loggers would name an earlier step
         self.log(self.val_key, self.last_val, logger=False)
         if not self.trainer.sanity_checking:
@@ -337,8 +309,10 @@ class FlowModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own: dict[str, Any] = {"config_hash": self.config_hash, "seed": self.seed}
-        if self._sum is not None:  # within an epoch: every process's sum since the last log line
-            own["running"] = {"sums": self._gathered(self._sum).cpu(), "count": self._count}
+        mean = self.train_mean
+        if mean.update_called:  # within an epoch: every process's sum since the last log line
+            sums = self._gathered(mean.total)
+            own["running"] = {"sums": sums.cpu(), "count": int(mean.count)}
         checkpoint["surflow"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,9 +321,10 @@ class FlowModule(pl.LightningModule):
         check_same_config(checkpoint, self.config_hash, "the checkpoint to resume from")
         running = checkpoint["surflow"].get("running")
         if running is not None:
-            sums, self._count = running["sums"], int(running["count"])
+            sums = running["sums"].to(self.device)
             same = len(sums) == self.trainer.world_size
-            self._sum = sums[self.global_rank] if same else sums.mean()
+            total = sums[self.global_rank] if same else sums.mean()
+            self.train_mean.update(total, int(running["count"]))
 
 
 def can_compile() -> bool:
