@@ -80,7 +80,7 @@ class Decoded(nn.Module):
 
     @property
     def shows_means(self) -> bool:
-        """Whether a decoder's mean is shown: no layer in front takes a mean of integers."""
+        """Whether a decoder's mean is shown; a mean of integers fits no layer in front."""
         known = mean_of.dispatch(type(self.vae.decoder)) is not mean_of.dispatch(object)
         return known and not (self.front and self.vae.decoder.discrete)
 
