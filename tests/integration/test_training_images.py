@@ -25,6 +25,7 @@ from surflow.data.embedded import Digits  # noqa: E402
 from surflow.data.module import block_rows  # noqa: E402
 from surflow.distributions import DiagonalNormal, StandardNormal  # noqa: E402
 from surflow.distributions.base import Distribution  # noqa: E402
+from surflow.draws import seed_draws  # noqa: E402
 from surflow.flow import Flow  # noqa: E402
 from surflow.models import pool_flow, realnvp  # noqa: E402
 from surflow.nets import GlowNet  # noqa: E402
@@ -35,7 +36,7 @@ from surflow.training.checkpoint import (  # noqa: E402
     resume_point,
 )
 from surflow.training.logging import CSVMetrics  # noqa: E402
-from surflow.training.module import FlowModule, Objective, can_compile, seed_draws  # noqa: E402
+from surflow.training.module import FlowModule, Objective, can_compile  # noqa: E402
 from surflow.training.schedules import staged  # noqa: E402
 from surflow.transforms import AffineCoupling, Transform  # noqa: E402
 

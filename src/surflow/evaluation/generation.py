@@ -274,13 +274,8 @@ def generation_scores(
             return features(drawn)
 
     words = _protocol(flow, protocol, images, extract, num_levels)
-    shared = [extract.sha256, num_levels, words["library"]]
-    key = fingerprint("reference", 1, words["reference"]["sha256"], *shared)
+    key, mark = _marks(flow, protocol, words, extract, num_levels)
     kept = None if cache is None else Path(cache) / f"{kind.name}-{key[:16]}.npz"
-    draws = [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT]
-    mark = fingerprint(
-        "samples", 1, flow_sha256(flow), draws, [*shared, device.type, torch.__version__]
-    )
     real = FeaturePass(kind.dim, key, kept, save_interval)
     fake = FeaturePass(kind.dim, mark, resume, save_interval)
     with full_float32(), torch.autocast(device.type, enabled=False):
@@ -302,6 +297,23 @@ def generation_scores(
     if resume is not None:
         Path(resume).unlink(missing_ok=True)
     return {score.name: score for score in scores}, missing
+
+
+def _marks(
+    flow: Flow,
+    protocol: GenerationProtocol,
+    words: dict[str, Any],
+    extract: Any,
+    num_levels: int,
+) -> tuple[str, str]:
+    """Fingerprints of all that the features of the reference and of the samples follow from."""
+    shared = [extract.sha256, num_levels, words["library"]]
+    draws = [protocol.n, protocol.seed, protocol.temperature, IMAGE_UNIT]
+    where = [*shared, words["device"], torch.__version__]
+    return (
+        fingerprint("reference", 1, words["reference"]["sha256"], *shared),
+        fingerprint("samples", 1, flow_sha256(flow), draws, where),
+    )
 
 
 class _Features:

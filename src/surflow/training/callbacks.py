@@ -98,7 +98,7 @@ class RunProgress(Callback):
             return ""
         estimator = module.train_key.split("/")[1].rsplit("_", 1)[0]
         val = "" if module.last_val is None else f" (val {module.last_val:.4f})"
-        return f"{estimator} {module.last_train:.4f}{val} {module.objective.unit}"
+        return f"{estimator} {module.last_train:.4f}{val} {module.unit}"
 
 
 class EMA(WeightAveraging):

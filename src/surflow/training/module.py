@@ -2,102 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from surflow.checks import check_values
+from surflow.draws import seed_draws
 from surflow.errors import UserError
 from surflow.flow import Flow
 from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
-from surflow.variational import annealed_elbo, has_vae_layer, linear_warm_up
+from surflow.training.checkpoint import check_same_run
+from surflow.training.objective import Objective, scale_of
+from surflow.training.running import RunningMean
+from surflow.variational import annealed_elbo, has_vae_layer
 
 _START, _TRAINING, _VALIDATION = range(3)  # what random numbers are drawn for
-
-
-def seed_draws(device: torch.device, *key: int) -> None:
-    """Begin the random numbers of the CPU and of a device anew, at a hash of numbers >= 0.
-
-    The hash mixes all bits of the key into the low 32, which are all that torch's generator on
-    the CPU looks at.
-
-    >>> cpu = torch.device("cpu")
-    >>> seed_draws(cpu, 3, 0, 7)
-    >>> first = torch.rand(3)
-    >>> seed_draws(cpu, 3, 0, 7)
-    >>> torch.equal(torch.rand(3), first)
-    True
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes ten times as long
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
-@dataclass(frozen=True)
-class Annealing:
-    """How the ELBO of a VAE is changed in training; see :func:`surflow.variational.annealed_elbo`.
-
-    Attributes:
-        annealed: what β is a factor of: divergence or joint.
-        beta_start, beta_steps: of :func:`surflow.variational.linear_warm_up`.
-        free_bits: nats a group of latents.
-    """
-
-    annealed: str = "divergence"
-    beta_start: float = 1.0
-    beta_steps: int = 0
-    free_bits: float = 0.0
-
-    def __bool__(self) -> bool:
-        return bool(self.beta_steps or self.free_bits)
-
-    def beta(self, step: int) -> float:
-        """β at an optimizer step."""
-        return linear_warm_up(step, self.beta_start, self.beta_steps)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is maximised, and in which unit it is shown.
-
-    Attributes:
-        num_samples: K draws a point in training; 1 is the ELBO, more the IWBO. Of no effect on an
-            exact flow.
-        unit: "nats" (per data point) or "bpd" (bits per dimension).
-        num_dims: D, for bits per dimension.
-        annealing: of the training loss alone; validation has the bound itself.
-    """
-
-    num_samples: int = 1
-    unit: str = "nats"
-    num_dims: int = 1
-    annealing: Annealing = Annealing()
-
-    def __post_init__(self) -> None:
-        if self.unit not in ("nats", "bpd"):
-            raise ValueError(f"objective.unit: expected nats or bpd, got {self.unit!r}")
-        if self.num_samples < 1:
-            raise ValueError(f"objective.num_samples: expected >= 1, got {self.num_samples}")
-
-    @property
-    def scale(self) -> float:
-        """Nats of one data point times this is the unit."""
-        return 1.0 if self.unit == "nats" else 1.0 / (self.num_dims * math.log(2.0))
-
-    def estimator(self, flow: Flow) -> str:
-        """nll, elbo or iwbo<K>: what the number is. All are shown negated: lower is better."""
-        if not flow.lower_bound:
-            return "nll"
-        return "elbo" if self.num_samples == 1 else f"iwbo{self.num_samples}"
 
 
 class FlowModule(pl.LightningModule):
@@ -121,12 +46,14 @@ class FlowModule(pl.LightningModule):
         schedule: (optimizer, total_steps, steps_per_epoch) -> learning-rate scheduler, stepped
             once per optimizer step.
         objective: what is maximised.
+        unit: of what is logged: nats (a data point) or bpd (bits a dimension).
+        num_dims: D, for bits a dimension.
         seed: of what the layers draw, >= 0.
         config_hash: names the config in checkpoints.
+        data_digest: SHA-256 of each split, for checkpoints; empty where the config says all.
         compile: compile the loss with ``torch.compile``.
         finite_check_every: steps between checks of the loss on an accelerator, where reading it
             makes the device wait; on a CPU every step is checked.
-        log_every: batches between logged training losses.
         channels_last: lay out images, and the weights of convolutions, with the channels last.
     """
 
@@ -136,37 +63,38 @@ class FlowModule(pl.LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Callable[..., Any],
         objective: Objective | None = None,
+        unit: str = "nats",
+        num_dims: int = 1,
         seed: int = 0,
         config_hash: str = "",
+        data_digest: Mapping[str, str] | None = None,
         compile: bool = False,
         finite_check_every: int = 50,
-        log_every: int = 50,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if objective is not None and objective.annealing and not has_vae_layer(flow):
+        self.objective = objective or Objective()
+        if self.objective.anneals and not has_vae_layer(flow):
             raise ValueError(
                 "objective.beta_steps, objective.free_bits: expected a model with a VAE layer, got "
                 "one without"
             )
         self.flow = use_channels_last(flow) if channels_last else flow
         self.channels_last = channels_last
-        self.objective = objective or Objective()
+        self.unit, self.scale = unit, scale_of(unit, num_dims)
         self.make_optimizer = optimizer
         self.make_schedule = schedule
         self.seed = seed
         self.config_hash = config_hash
         self.finite_check_every = finite_check_every
-        self.log_every = log_every
+        self.data_digest = dict(data_digest or {})
         estimator = self.objective.estimator(flow)
-        changed = "annealed_" if self.objective.annealing else ""
-        self.train_key = f"train/{changed}{estimator}_{self.objective.unit}"
-        self.val_key = f"val/{estimator}_{self.objective.unit}"
+        changed = "annealed_" if self.objective.anneals else ""
+        self.train_key = f"train/{changed}{estimator}_{self.unit}"
+        self.val_key = f"val/{estimator}_{self.unit}"
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._val_sum: Tensor | None = None
-        self._val_count = 0
+        self.train_mean = RunningMean()  # since the last log line
+        self.val_mean = RunningMean(torch.float64)
         self._checked_values = False
         self.last_train: float | None = None
         self.last_val: float | None = None
@@ -174,7 +102,7 @@ class FlowModule(pl.LightningModule):
     def _eager_loss(self, x: Tensor, beta: Tensor | None = None) -> Tensor:
         if beta is None:
             return -iwbo(self.flow, x, num_samples=self.objective.num_samples).mean()
-        how = self.objective.annealing
+        how = self.objective
         return -annealed_elbo(
             self.flow, x, beta=beta, free_bits=how.free_bits, annealed=how.annealed
         ).mean()
@@ -182,9 +110,9 @@ class FlowModule(pl.LightningModule):
     def _beta(self) -> tuple[Tensor, ...]:
         """The loss's second argument, none where nothing is annealed: a tensor, so that one
         compiled loss does for all steps."""
-        if not self.objective.annealing:
+        if not self.objective.anneals:
             return ()
-        value = self.objective.annealing.beta(self.global_step)
+        value = self.objective.beta(self.global_step)
         return (torch.full((), value, device=self.device),)
 
     # Training ----------------------------------------------------------------------------------
@@ -208,11 +136,12 @@ class FlowModule(pl.LightningModule):
     def _parameters_with_rates(self) -> Iterable[Any]:
         """The flow's parameters, in groups where its parts have learning rates of their own."""
         groups = getattr(self.flow, "parameter_groups", None)
-        lr = getattr(self.make_optimizer, "keywords", {}).get("lr")
-        return self.flow.parameters() if groups is None or lr is None else groups(lr)
+        option = inspect.signature(self.make_optimizer).parameters.get("lr")
+        known = option is not None and isinstance(option.default, int | float)
+        return groups(option.default) if groups is not None and known else self.flow.parameters()
 
     def on_train_epoch_start(self) -> None:
-        self._sum, self._count = None, 0
+        self.train_mean.reset()
 
     def _laid_out(self, batch: Tensor) -> Tensor:
         if self.channels_last and batch.dim() == 4:
@@ -267,23 +196,20 @@ class FlowModule(pl.LightningModule):
         seed_draws(self.device, _TRAINING, *place)
         with check_values(False):
             loss = self._loss(batch, *self._beta())
-        detached = loss.detach()
-        self._sum = detached if self._sum is None else self._sum.to(detached.device) + detached
-        self._count += 1
-        every = 1 if detached.device.type == "cpu" else self.finite_check_every
-        if (batch_idx + 1) % every == 0 and not math.isfinite(self._sum.item()):
+        self.train_mean.update(loss.detach())
+        every = 1 if loss.device.type == "cpu" else self.finite_check_every
+        if (batch_idx + 1) % every == 0 and not math.isfinite(self.train_mean.total.item()):
             self._stop(batch, batch_idx)
-        if (batch_idx + 1) % self.log_every == 0:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             self.log_train(self.global_step + 1)  # this batch's step is still to come
-        return loss * (self.objective.scale * self._group_share(batch_idx))
+        return loss * (self.scale * self._group_share(batch_idx))
 
     def log_train(self, step: int) -> None:
-        if self._count:
-            total = self.trainer.strategy.reduce(self._sum, reduce_op="mean")  # over processes
-            self.last_train = total.item() / self._count * self.objective.scale
+        if self.train_mean.update_called:
+            self.last_train = self.train_mean.compute() * self.scale
             lr = self.optimizers().param_groups[0]["lr"]
             self._log({self.train_key: self.last_train, "lr": lr}, step)
-        self._sum, self._count = None, 0
+        self.train_mean.reset()
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
@@ -310,7 +236,7 @@ class FlowModule(pl.LightningModule):
     # Validation --------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sum, self._val_count = None, 0
+        self.val_mean.reset()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if len(batch) == 0:  # this process's share of the last blocks may be none
@@ -318,16 +244,11 @@ class FlowModule(pl.LightningModule):
         block = batch_idx * self.trainer.world_size + self.global_rank
         seed_draws(self.device, _VALIDATION, self.seed, block)
         score = iwbo(self.flow, self._laid_out(batch), num_samples=self.objective.num_samples)
-        total = score.double().sum()
-        self._val_sum = total if self._val_sum is None else self._val_sum + total
-        self._val_count += len(batch)
+        self.val_mean.update(score.double().sum(), len(batch))
 
     def on_validation_epoch_end(self) -> None:
-        none = torch.zeros((), dtype=torch.float64, device=self.device)
-        total = none if self._val_sum is None else self._val_sum
-        both = torch.stack([total, none + self._val_count])
-        total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
-        self.last_val = (-total / count * self.objective.scale).float().item()
+        mean = -self.val_mean.compute() * self.scale
+        self.last_val = torch.tensor(mean, dtype=torch.float32).item()
         # for the choice of the best checkpoint; Lightning's loggers would name an earlier step
         self.log(self.val_key, self.last_val, logger=False)
         if not self.trainer.sanity_checking:
@@ -336,25 +257,24 @@ class FlowModule(pl.LightningModule):
     # Checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own: dict[str, Any] = {"config_hash": self.config_hash, "seed": self.seed}
-        if self._sum is not None:  # within an epoch: every process's sum since the last log line
-            own["running"] = {"sums": self._gathered(self._sum).cpu(), "count": self._count}
+        own: dict[str, Any] = {
+            "config_hash": self.config_hash,
+            "data": self.data_digest,
+            "seed": self.seed,
+        }
+        mean = self.train_mean
+        if mean.update_called:  # within an epoch: every process's sum since the last log line
+            sums = self._gathered(mean.total)
+            own["running"] = {"sums": sums.cpu(), "count": int(mean.count)}
         checkpoint["surflow"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        from surflow.training.checkpoint import check_same_config
-
-        check_same_config(checkpoint, self.config_hash, "the checkpoint to resume from")
+        check_same_run(
+            checkpoint, self.config_hash, self.data_digest, "the checkpoint to resume from"
+        )
         running = checkpoint["surflow"].get("running")
         if running is not None:
-            sums, self._count = running["sums"], int(running["count"])
+            sums = running["sums"].to(self.device)
             same = len(sums) == self.trainer.world_size
-            self._sum = sums[self.global_rank] if same else sums.mean()
-
-
-def can_compile() -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler, for code that runs on a CPU."""
-    import os
-
-    compiler = os.environ.get("CXX", "g++")
-    return any(shutil.which(name) for name in (compiler, "g++", "clang++", "cl"))
+            total = sums[self.global_rank] if same else sums.mean()
+            self.train_mean.update(total, int(running["count"]))
