@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,19 @@ class Ledger(Sequence[LedgerRow]):
                 LedgerRow(first.layer, first.kind, first.bound, mean, error, finite, first.estimate)
             )
         return cls(tuple(rows), count)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ledger of a record; a single point has no standard error."""
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            if row["standard_error"] != row["standard_error"]:  # NaN
+                row["standard_error"] = None
+        return {
+            "unit": "nats per data point, mean",
+            "rows": rows,
+            "total": self.total,
+            "lower_bound": self.lower_bound,
+        }
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(r.layer) for r in self.rows))

@@ -165,6 +165,20 @@ class Samples:
             if extractor == InceptionFeatures.name and weights is not None:
                 load_inception_weights(weights)
 
+    @property
+    def wanted(self) -> dict[str, dict[str, Any]]:
+        """The protocol of each score, by name, as far as the options set it."""
+        protocol = self.protocol
+        if protocol is None:
+            return {}
+        kind = EXTRACTORS[protocol.extractor]
+        told = {
+            "n": protocol.n,
+            "temperature": protocol.temperature,
+            "reference.splits": list(protocol.reference),
+        }
+        return {name: told for name in (kind.inception_score, kind.distance) if name is not None}
+
     def __call__(self, trained: Trained) -> list[Metric]:
         """The scores; the reasons of missing ones go to ``trained.missing``.
 

@@ -1,6 +1,7 @@
 """The papers' architectures."""
 
 from surflow.models.autoregressive_flow import autoregressive_flow
+from surflow.models.contract import takes
 from surflow.models.coupling_flow import coupling_flow, coupling_net
 from surflow.models.glow import glow
 from surflow.models.interpolation import all_latents, from_latents, latent_interpolation
@@ -12,6 +13,7 @@ from surflow.models.priors import PRIORS, VampPrior
 from surflow.models.pronf import PyramidFlow, pronf
 from surflow.models.realnvp import realnvp
 from surflow.models.set_flow import ORDERS, set_flow
+from surflow.models.surjections import symmetry, with_net
 from surflow.models.vae import vae_flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 
@@ -38,7 +40,10 @@ __all__ = [
     "read_tensors",
     "realnvp",
     "set_flow",
+    "symmetry",
+    "takes",
     "vae_flow",
     "vae_of_images",
     "vae_of_vectors",
+    "with_net",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from surflow.distributions import Distribution, HalfNormal, StandardNormal, Uniform
 from surflow.errors import close_match
 from surflow.flow import Flow
+from surflow.models.contract import takes
 from surflow.nets import MLP, FourierFeatures
 from surflow.transforms import (
     ActNorm,
@@ -94,12 +95,13 @@ def support_of(
     return SUPPORTS[support](*surjection.image(low, high), sharpness)
 
 
+@takes("points", "table", "image", facts=("features", "low", "high"), surjection="surjection")
 def coupling_flow(
     features: int,
     map: ElementwiseMap,
     net: Callable[..., nn.Module],
     num_couplings: int,
-    support: str,
+    support: str = "unmapped",
     sharpness: float = 1.0,
     actnorm: bool = False,
     rotation: float | None = None,

@@ -9,6 +9,7 @@ import torch
 from surflow.distributions.base import Distribution, as_shape
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution
+from surflow.models.contract import takes
 from surflow.models.downsampling import Shape, max_pool
 from surflow.models.split_priors import channel_normal
 from surflow.nets import DenseNet, ImageEmbedding
@@ -121,6 +122,7 @@ def _smaller(layers: Sequence[Transform], shape: Shape) -> Shape:
     return tuple(after)
 
 
+@takes("image", facts=("shape", "num_levels"), surjection="downsampling", between=True)
 def pool_flow(
     shape: Sequence[int] = (3, 32, 32),
     downsampling: Downsampling = max_pool,
