@@ -155,7 +155,7 @@ def options_of(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 def nodes(config: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every `_target_` node of a plain config with its key, outer nodes first."""
     if isinstance(config, dict):
-        if "_target_" in config:
+        if config.get("_target_"):
             yield where, config
         items: Any = config.items()
     elif isinstance(config, list):
@@ -203,7 +203,7 @@ def build(node: Any, **given: Any) -> Any:
     from hydra.utils import instantiate
 
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not plain or "_target_" not in plain:
+    if not plain or not plain.get("_target_"):
         return None
     return instantiate(_without_labels(plain), _convert_="all", **given)
 
@@ -214,7 +214,7 @@ def _without_labels(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     node = {key: _without_labels(value) for key, value in node.items()}
-    if "_target_" in node and "name" in node and "name" not in options_of(target_of(node))[0]:
+    if node.get("_target_") and "name" in node and "name" not in options_of(target_of(node))[0]:
         del node["name"]
     return node
 
@@ -244,7 +244,7 @@ def _computed(node: Any) -> Any:
         return [_computed(value) for value in node]
     if not isinstance(node, dict):
         return node
-    if "_target_" not in node:
+    if not node.get("_target_"):
         parts = {key: _computed(value) for key, value in node.items()}
         return {key: value for key, value in parts.items() if value is not None}
     target = target_of(node)

@@ -97,7 +97,7 @@ class Run:
     def _check_surjection(self) -> None:
         takes, node = self.builder_takes, self.config["surjection"]
         name, model = node["name"], self.config["model"]["name"]
-        chosen = node["_target_"] is not None
+        chosen = "_target_" in node
         between = chosen and getattr(target_of(node), "between", False)
         if takes.between and not between:
             raise UserError(
