@@ -282,7 +282,7 @@ def run_of(
             *cfg.overrides,
             *cfg.run,
             f"data.module._target_={__name__}.Noise",
-            f"trainer.compile={str(compiled).lower()}",
+            f"compute.compile={str(compiled).lower()}",
             f"run.root={folder}",
         ]
     )

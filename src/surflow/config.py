@@ -31,6 +31,9 @@ OPEN_GROUPS = (
 )
 """Groups of `_target_` nodes: an option of the target is set without it standing in the YAML."""
 
+NODE_GROUPS = ("callbacks", "measures", "logger")
+"""Groups that hold several nodes by name."""
+
 HASHED_GROUPS = (
     "data",
     "model",
@@ -172,6 +175,13 @@ def check_options(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: one line: the key, its target, the nearest known options.
     """
+    for group in NODE_GROUPS:
+        for key, node in config[group].items():
+            if node and not node.get("_target_"):
+                raise UserError(
+                    f"{group}.{key}: expected a node with _target_, got {node}; {group}={key} "
+                    "chooses one where there is such an option"
+                )
     for where, node in nodes({group: config.get(group) for group in OPEN_GROUPS}):
         known, others = options_of(target_of(node, where))
         for key in node:

@@ -17,10 +17,10 @@ TINY = (
     "data.batch_size=128",
     "model.net.hidden_features=[16]",
     "trainer.max_epochs=2",
-    "trainer.log_every=2",
+    "trainer.log_every_n_steps=2",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )

@@ -90,7 +90,7 @@ def test_the_numbers_that_the_page_quotes(folder, surjection, quoted):
     done = run(
         "bash",
         "python -m surflow.cli.train --config-dir conf data=eight_gaussians data.train_size=64000 "
-        f"surjection={surjection} trainer.max_epochs=4 trainer.compile=false trainer.threads=1 "
+        f"surjection={surjection} trainer.max_epochs=4 compute.compile=false compute.threads=1 "
         "logger=csv run.pictures=false",
         folder,
     )

@@ -101,8 +101,8 @@ REQUESTS = {
         ["trainer.precision=16-mixed", "bf16-mixed"],
     ),
     "unknown strategy": (["trainer.strategy=nope"], ["strategy", "'nope'", "ddp"]),
-    "threads 0": (["trainer.threads=0"], ["trainer.threads:", "positive", "got 0"]),
-    "compile perhaps": (["trainer.compile=perhaps"], ["trainer.compile:", "'perhaps'"]),
+    "threads 0": (["compute.threads=0"], ["compute.threads:", "positive", "got 0"]),
+    "compile perhaps": (["compute.compile=perhaps"], ["compute.compile:", "'perhaps'"]),
 }
 
 

@@ -31,10 +31,10 @@ DIGITS = (
     "model.context_channels=4",
     "objective.iwbo_samples=5",
     "trainer.max_epochs=1",
-    "trainer.log_every=1",
+    "trainer.log_every_n_steps=1",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )

@@ -34,8 +34,8 @@ SMALL = (
     "data.batch_size=16",
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "logger=csv",
 )
 
@@ -86,7 +86,7 @@ def test_scores_of_samples_are_added_to_a_complete_run(call, tmp_path):
     assert call("train", *overrides).code == 0
     folder = run_dir(compose(overrides))
     before, trained = record_of(folder), (folder / "last.ckpt").stat().st_mtime_ns
-    wanted = [*overrides, "metrics.n=32", "metrics.extractor=random_features"]
+    wanted = [*overrides, "measures.samples.n=32", "measures.samples.extractor=random_features"]
     assert run_dir(compose(wanted)) == folder  # the same run
     assert scores_due(compose(wanted), load_record(folder))
     done = call("train", *wanted)
@@ -101,7 +101,7 @@ def test_scores_of_samples_are_added_to_a_complete_run(call, tmp_path):
     assert score["value"] > 0
     assert not scores_due(compose(wanted), load_record(folder))
     assert "already complete" in call("train", *wanted).out
-    other = compose([*wanted, "metrics.temperature=0.5"])
+    other = compose([*wanted, "measures.samples.temperature=0.5"])
     assert scores_due(other, load_record(folder))  # of another protocol
 
 
@@ -111,7 +111,7 @@ def test_without_inception_weights_the_rest_is_scored(call, tmp_path, monkeypatc
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    overrides = small(tmp_path / "runs", "surjection=slice", "metrics.n=8")
+    overrides = small(tmp_path / "runs", "surjection=slice", "measures.samples.n=8")
     done = call("train", *overrides)
     assert done.code == 0, done.err
     folder = run_dir(compose(overrides))
@@ -123,7 +123,7 @@ def test_without_inception_weights_the_rest_is_scored(call, tmp_path, monkeypatc
         assert "\n" not in reason
     assert "sample/fid: missing: " in done.out
     # named, and not there: a mistake, before anything is computed
-    named = call("train", *overrides, f"metrics.inception_weights={tmp_path}/no.pth", "seed=1")
+    named = call("train", *overrides, f"measures.samples.weights={tmp_path}/no.pth", "seed=1")
     assert named.code == 2
     assert named.err.startswith("surflow: error: measures.samples.weights: expected a file")
     assert named.err.count("\n") == 1

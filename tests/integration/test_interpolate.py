@@ -21,8 +21,8 @@ TINY = (
     "data.batch_size=16",
     "trainer.max_epochs=1",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )

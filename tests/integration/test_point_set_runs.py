@@ -28,10 +28,10 @@ SETS = (
     "data.batch_size=64",
     "objective.iwbo_samples=3",
     "trainer.max_epochs=2",
-    "trainer.log_every=2",
+    "trainer.log_every_n_steps=2",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )
@@ -132,7 +132,7 @@ def test_data_command(call, tmp_path):
 
 
 def test_nets_and_not_the_loss_are_compiled():
-    cfg = compose([*SETS, "trainer.compile=auto"])
+    cfg = compose([*SETS, "compute.compile=auto"])
     assert what_to_compile(cfg) in ("nets", None)  # None: no compiler here
     assert what_to_compile(compose([*SETS])) is None
 

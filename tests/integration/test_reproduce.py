@@ -36,7 +36,7 @@ SMALL = (
     "data.test_size=500",
     "trainer.max_epochs=2",
     "model.net.hidden_features=[16]",
-    "trainer.compile=false",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )
@@ -620,13 +620,13 @@ def test_columns_of_another_profile_cannot_be_chosen(image_cells):
 
 def test_inception_weights_are_passed_on(image_cells):
     _, _, cells = image_cells("inception='/w/it is.pth'")
-    assert cells.configs[KEY].metrics.inception_weights == "/w/it is.pth"
+    assert cells.configs[KEY].measures.samples.weights == "/w/it is.pth"
     assert cells.hashes == image_cells()[2].hashes
 
 
 def test_paper_profile_refuses_other_scores(image_cells):
     with pytest.raises(UserError, match="change what the published protocol computes"):
-        image_cells(quoted(["metrics.n=100"]))
+        image_cells(quoted(["measures.samples.n=100"]))
 
 
 # Sweeps

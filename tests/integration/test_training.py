@@ -14,7 +14,7 @@ from surflow.data.batches import TensorBatches
 from surflow.errors import UserError
 from surflow.training.logging import Elapsed
 
-LONG = ("trainer.max_epochs=8", "data.batch_size=16", "trainer.log_every=7")
+LONG = ("trainer.max_epochs=8", "data.batch_size=16", "trainer.log_every_n_steps=7")
 
 
 def assert_same_weights(a, b, tolerance=0.0):
@@ -212,9 +212,9 @@ def test_interrupted_run_says_how_to_go_on(start, tiny, config):
 
 
 def test_accumulation_is_a_larger_batch(train, rows, weights):
-    _, one, a = train("data.batch_size=128", "trainer.log_every=1")
+    _, one, a = train("data.batch_size=128", "trainer.log_every_n_steps=1")
     _, two, b = train(
-        "data.batch_size=64", "trainer.accumulate_grad_batches=2", "trainer.log_every=2"
+        "data.batch_size=64", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2"
     )
     assert one != two
     first, second = rows(one), rows(two)
@@ -230,7 +230,7 @@ def test_accumulation_is_a_larger_batch(train, rows, weights):
 
 
 def test_schedule_moves_the_rate(train, rows):
-    _, folder, _ = train("schedule=cosine", "schedule.warmup_steps=4", "trainer.log_every=1")
+    _, folder, _ = train("schedule=cosine", "schedule.warmup_steps=4", "trainer.log_every_n_steps=1")
     got = [float(r["lr"]) for r in rows(folder) if r["lr"]]
     wanted = [
         1e-3 * min(1, (step + 1) / 4) * 0.5 * (1 + math.cos(math.pi * step / 10))
@@ -241,7 +241,7 @@ def test_schedule_moves_the_rate(train, rows):
 
 def test_average_is_what_is_scored(train, config, weights):
     decay = 0.8
-    _, plain, raw_metrics = train("trainer.log_every=1")
+    _, plain, raw_metrics = train("trainer.log_every_n_steps=1")
     steps = []
     from surflow.training.module import FlowModule
 
@@ -380,7 +380,7 @@ def test_compiled_agrees_with_eager(config, tmp_path, weights):
     got = {}
     for value in ("true", "false"):
         cfg = config(
-            f"trainer.compile={value}",
+            f"compute.compile={value}",
             f"run.root={tmp_path / value}",
             "surjection=abs",
             "model.support=real_line",

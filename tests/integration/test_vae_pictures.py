@@ -22,8 +22,8 @@ TINY = (
     "data.batch_size=64",
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "logger=csv",
     "seed=3",
 )

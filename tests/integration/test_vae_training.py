@@ -19,10 +19,10 @@ VAE = (
     "data.test_size=100",
     "data.batch_size=64",
     "trainer.max_epochs=2",
-    "trainer.log_every=2",
+    "trainer.log_every_n_steps=2",
     "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "trainer.compile=false",
+    "compute.threads=1",
+    "compute.compile=false",
     "run.pictures=false",
     "logger=csv",
 )
@@ -120,7 +120,7 @@ def test_compiled_annealing_agrees_with_eager(config, tmp_path, weights):
     found = []
     for name in ("false", "true"):
         cfg = config(
-            f"trainer.compile={name}",
+            f"compute.compile={name}",
             f"run.root={tmp_path / name}",
             "objective.beta_start=0.25",
             "objective.beta_steps=4",

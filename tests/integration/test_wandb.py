@@ -130,7 +130,7 @@ def test_offline_run(command, tiny, config, rows):
 
 
 def test_images_can_be_left_out(command, tiny, config):
-    arguments = ("logger=wandb", "logger.images=false", "run.pictures=true")
+    arguments = ("logger=wandb", "logger.wandb.images=false", "run.pictures=true")
     done = command("train", *tiny(*arguments))
     assert done.code == 0, done.err
     (path,) = files_of(run_dir(config(*arguments)))
@@ -170,13 +170,13 @@ def test_scores_added_later_reach_the_summary(command, tmp_path):
         *("model.num_scales=1", "model.num_steps=1", "model.mid_channels=4", "model.depth=1"),
         *("model.growth=4", "model.dequant_steps=1", "model.context_channels=2"),
         *("data.train_size=64", "data.valid_size=16", "data.test_size=24"),
-        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.compile=false"),
+        *("trainer.max_epochs=1", "trainer.accelerator=cpu", "compute.compile=false"),
         *("run.pictures=false", f"run.root={tmp_path}/runs"),
     )
     first = command("train", *arguments)
     assert first.code == 0, first.err
     assert "pool_flow-slice digits seed 0  epoch 1/1" in first.err
-    done = command("train", *arguments, "metrics.n=16", "metrics.extractor=random_features")
+    done = command("train", *arguments, "measures.samples.n=16", "measures.samples.extractor=random_features")
     assert done.code == 0, done.err
     (record,) = tmp_path.rglob("record.json")
     metrics = json.loads(record.read_text())["metrics"]

@@ -269,7 +269,7 @@ def test_estimators_that_differ_within_a_column_are_warned_of(tmp_path):
 
 
 def test_a_missing_metric_gives_its_reason(tmp_path):
-    reason = "no Inception weights: metrics.inception_weights=<file>, or a network"
+    reason = "no Inception weights: measures.samples.weights=<file>, or a network"
     put(tmp_path, metrics={"test/iwbo_bpd": bound(3.1)}, missing={"sample/fid": reason})
     table = fill(tmp_path, "table5")
     cell = table.cells["slice", "fid"]

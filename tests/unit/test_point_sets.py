@@ -373,7 +373,7 @@ def test_the_place_of_the_cache_makes_no_other_run():
             "model=coupling_flow is not for sets of points",
         ),
         (["data=spatial_digits", "model=pool_flow"], "model=pool_flow is not for sets of points"),
-        (["data=spatial_digits", "model=set_flow", "metrics.n=5"], "metrics.n: scores of samples"),
+        (["data=spatial_digits", "model=set_flow", "measures.samples.n=5"], "measures.samples.n: scores of samples"),
     ],
 )
 def test_what_does_not_fit_together(overrides, message):

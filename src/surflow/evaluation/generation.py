@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surflow.data.module import SPLITS, TensorDataModule
 from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.draws import device_of, full_float32
 from surflow.errors import UserError, check_choice
@@ -58,6 +59,10 @@ class GenerationProtocol:
 
     def __post_init__(self) -> None:
         check_choice("measures.samples.extractor", self.extractor, EXTRACTORS)
+        if not self.reference:
+            raise ValueError("measures.samples.reference: expected some splits, got []")
+        for split in self.reference:
+            check_choice("measures.samples.reference", split, SPLITS)
         for key, least in (("n", 2), ("batch_size", 1), ("splits", 1)):
             if getattr(self, key) < least:
                 raise ValueError(
@@ -179,6 +184,17 @@ class Samples:
         }
         return {name: told for name in (kind.inception_score, kind.distance) if name is not None}
 
+    def check(self, data: TensorDataModule) -> None:
+        """Refuse data of which samples have no such scores, before anything is trained.
+
+        Raises:
+            UserError: for data that are no images.
+        """
+        if self.protocol is not None and len(data.event_shape) != 3:
+            raise UserError(
+                f"measures.samples.n: scores of samples are for images, not data={data.name}"
+            )
+
     def __call__(self, trained: Trained) -> list[Metric]:
         """The scores; the reasons of missing ones go to ``trained.missing``.
 
@@ -188,12 +204,7 @@ class Samples:
         data, protocol = trained.data, self.protocol
         if protocol is None:
             return []
-        if len(data.event_shape) != 3:
-            raise UserError(
-                f"measures.samples.n: scores of samples are for images, not data={data.name}"
-            )
-        for split in protocol.reference:
-            check_choice("measures.samples.reference", split, data.splits, UserError)
+        self.check(data)
         watch = Stopwatch()
         with shown_progress() as progress:
             scores, missing = generation_scores(

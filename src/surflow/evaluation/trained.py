@@ -114,7 +114,7 @@ def check_finite(metric: Metric) -> None:
     advice = ""
     if metric.kind != "score":
         advice = (
-            ": the weights give some points no likelihood; try trainer.scored=best, a smaller "
+            ": the weights give some points no likelihood; try objective.scored=best, a smaller "
             "optimizer.lr or trainer.gradient_clip_val"
         )
     raise UserError(f"{metric.name}: not finite ({metric.value}){advice}")

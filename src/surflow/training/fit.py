@@ -120,7 +120,7 @@ def make_trainer(run: Run, module: FlowModule, times: Elapsed, csv: CSVMetrics) 
         RunProgress(f"{row} {data} seed {run.seed}"),
         times,
         # those of the config come first: a checkpoint holds this epoch's average
-        *(build(node) for node in run.config["callbacks"].values()),
+        *(build(node) for node in run.config["callbacks"].values() if node),
         # its own save_last skips the epochs that are not the best: so two of them, best first
         ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
         ModelCheckpoint(filename="last", **saving),

@@ -71,6 +71,8 @@ class Run:
             if (measure := build(node)) is not None
         }
         self.builder_takes.check(self.config["model"]["name"], self.data)
+        for measure in self.measures.values():
+            getattr(measure, "check", lambda data: None)(self.data)
         self._check_surjection()
         self.hash = config_hash(self.config)
         self.folder = run_dir(cfg)
@@ -276,7 +278,7 @@ class Run:
     def loggers(self) -> list[Any]:
         """The loggers that the config names; metrics.csv is written without them."""
         name = RunName(self.folder, self.config, self.hash)
-        return [build(node, run=name) for node in self.config["logger"].values()]
+        return [build(node, run=name) for node in self.config["logger"].values() if node]
 
     def train(self) -> Flow | None:
         """Train to the last epoch, from the last checkpoint where there is one.
