@@ -21,7 +21,7 @@ from torch import Tensor
 from surflow.data.module import SPLITS, TensorDataModule
 from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.draws import device_of, full_float32
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, check_whole
 from surflow.evaluation.inception import InceptionFeatures, Unavailable, load_inception_weights
 from surflow.evaluation.moments import FeaturePass
 from surflow.evaluation.random_features import RandomFeatures
@@ -64,11 +64,8 @@ class GenerationProtocol:
         for split in self.reference:
             check_choice("measures.samples.reference", split, SPLITS)
         for key, least in (("n", 2), ("batch_size", 1), ("splits", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(
-                    f"measures.samples.{key}: expected at least {least}, got {getattr(self, key)}"
-                )
-        if not self.temperature > 0:
+            check_whole(f"measures.samples.{key}", getattr(self, key), least)
+        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
             raise ValueError(
                 f"measures.samples.temperature: expected a positive number, got {self.temperature}"
             )
@@ -160,15 +157,14 @@ class Samples:
         batch_size: int = 256,
         weights: str | None = None,
     ) -> None:
-        self.protocol = None
+        reference = (reference,) if isinstance(reference, str) else tuple(reference)
+        protocol = GenerationProtocol(
+            n or 2, extractor, reference, temperature, batch_size=batch_size
+        )
+        self.protocol = protocol if n else None
         self.weights = weights
-        if n:
-            reference = (reference,) if isinstance(reference, str) else tuple(reference)
-            self.protocol = GenerationProtocol(
-                n, extractor, reference, float(temperature), batch_size=batch_size
-            )
-            if extractor == InceptionFeatures.name and weights is not None:
-                load_inception_weights(weights)
+        if n and extractor == InceptionFeatures.name and weights is not None:
+            load_inception_weights(weights)
 
     @property
     def wanted(self) -> dict[str, dict[str, Any]]:
@@ -179,7 +175,7 @@ class Samples:
         kind = EXTRACTORS[protocol.extractor]
         told = {
             "n": protocol.n,
-            "temperature": protocol.temperature,
+            "temperature": float(protocol.temperature),
             "reference.splits": list(protocol.reference),
         }
         return {name: told for name in (kind.inception_score, kind.distance) if name is not None}
