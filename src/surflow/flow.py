@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import (
-    Sequential,
-    Transform,
-    has_estimates,
-    number_of,
-    repeat_rows,
-)
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Transform, has_estimates, number_of
+from surflow.transforms.sequential import Sequential
 
 
 @dataclass(frozen=True)
@@ -416,8 +412,6 @@ class FlowDistribution(Distribution):
     1902.00275 (as a dequantizer).
     """
 
-    embeds_context = True  # layers then ask for several draws a row by ``num_samples``
-
     def __init__(
         self,
         flow: Flow,
@@ -454,19 +448,11 @@ class FlowDistribution(Distribution):
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return self.flow.sample(n, self._embed(context), temperature)
 
-    def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        """Events and their log-probabilities, (K n, *event) and (K n,), nats.
-
-        Args:
-            n: rows; may be left out with a context.
-            context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
-            num_samples: K draws a row, sample k of row b at k n + b.
-        """
-        n = self._rows(n, context, "sample_and_log_prob")
-        context = self._embed(self._context(context, n, "sample_and_log_prob"))
-        context = repeat_rows(context, num_samples)
+        n, context = self._rows(n, context)
+        context = repeat_rows(self._embed(context), num_samples)  # embedded once a row
         z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)
         x, ldj = self.flow.transforms.inverse_and_ldj(z, context)
         return x, log_p + ldj

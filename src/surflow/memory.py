@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surflow.checks import check_values, values_are_checked
 from surflow.nets.lipschitz import LipschitzLinear
+from surflow.numeric import repeat_rows
 from surflow.transforms import (
     ActNorm,
     AdditiveMap,
@@ -54,7 +55,7 @@ from surflow.transforms import (
     Squeeze,
     Transform,
 )
-from surflow.transforms.base import repeat_rows, zero_ldj
+from surflow.transforms.base import zero_ldj
 
 MODES = ("stored", "reversible", "checkpoint")
 

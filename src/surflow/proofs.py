@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from surflow.checks import check_values
-from surflow.transforms.base import Example, Inverse, Transform
+from surflow.transforms.base import Example, Transform
+from surflow.transforms.inverse import Inverse
 
 __all__ = [
     "CHECKS",

@@ -20,9 +20,9 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution
-from surflow.scores import close_tape, open_tape
+from surflow.numeric import repeat_rows
+from surflow.score_function import close_tape, open_tape
 from surflow.transforms import VAE, Sequential, Transform
-from surflow.transforms.base import repeat_rows
 
 __all__ = [
     "ANNEALED",
@@ -116,7 +116,7 @@ def _first_vae(layers: list[Transform], where: str) -> int:
 
 def _draw(layer: VAE, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, log q(z|x) and, of a factorised q, its parts by dimension, (B, L)."""
-    given = layer._beside(x, context, "forward")
+    given = layer._given(x, context)
     normal = factorised(layer.encoder)
     if normal is None:
         return *layer.encoder.sample_and_log_prob(context=given), None
@@ -160,7 +160,7 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
             behind.append(part)
             continue
         z, score, by_dimension = _draw(layer, v, context)
-        behind.append(layer.decoder.log_prob(v, layer._beside(z, context, "forward")))
+        behind.append(layer.decoder.log_prob(v, layer._given(z, context)))
         log_q.append(score)
         v = z
     log_prior.append(flow.base.log_prob(v, context))
@@ -358,7 +358,7 @@ def active_units(
         seen = None if context is None else context[start : start + rows]
         for layer in layers[:place]:
             v = layer.latent(v, seen)
-        given = vae._beside(v, seen, "forward")
+        given = vae._given(v, seen)
         if normal is not None:
             means.append(normal.parameters_of(vae.encoder._embed(given))[0].flatten(1).double())
             continue

@@ -17,7 +17,6 @@ from surflow.distributions import Bernoulli, Categorical, DiagonalNormal
 from surflow.distributions.base import Distribution
 from surflow.flow import Flow
 from surflow.transforms import VAE, Transform
-from surflow.transforms.base import repeat_rows
 from surflow.variational import factorised, has_vae_layer, prior_flow
 
 GRID = 256
@@ -263,11 +262,7 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
 
 def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
     """(count, B, 2) draws of q(z|x), float64, on the CPU."""
-    encoder, given = parts.vae.encoder, parts.inner(x)
-    if getattr(encoder, "embeds_context", False):  # its net then runs once a row
-        z, _ = encoder.sample_and_log_prob(context=given, num_samples=count)
-    else:
-        z = encoder.sample(context=repeat_rows(given, count))
+    z, _ = parts.vae.encoder.sample_and_log_prob(context=parts.inner(x), num_samples=count)
     return z.cpu().double().unflatten(0, (count, len(x)))
 
 

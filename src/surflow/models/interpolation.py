@@ -18,7 +18,7 @@ from surflow.distributions.location_scale import LocationScale
 from surflow.errors import close_match
 from surflow.flow import Flow, FlowDistribution
 from surflow.transforms import VAE, Dequantization, Sequential, Slice, Transform
-from surflow.transforms.conditioning import beside
+from surflow.transforms.conditioning import concatenate_context
 from surflow.transforms.surjections.max import _Max, insert_one, remove_one
 
 PATHS = ("spherical", "linear")
@@ -172,7 +172,7 @@ def _(layer: Dequantization, x: Tensor, context: Tensor | None, tape: _Tape) -> 
 
 def _beside(layer: Slice | VAE, z: Tensor, context: Tensor | None) -> Tensor:
     """What the decoder of a layer is given."""
-    return beside(z, context, layer.context_features, layer.where("inverse"))
+    return concatenate_context(z, context, layer.context_features)
 
 
 @_infer.register

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import Example, Transform, sum_event
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import as_shape, register_value, sum_event
+from surflow.nets import MLP
+from surflow.transforms.base import Example, Transform
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -172,11 +175,8 @@ class Affine(Transform):
                 f"got shapes {tuple(shift.shape)} and {tuple(scale.shape)}"
             ) from None
         self.register_buffer("sign", scale.sign())
-        if learn:
-            self.shift, self.log_scale = nn.Parameter(shift), nn.Parameter(scale.abs().log())
-        else:
-            self.register_buffer("shift", shift)
-            self.register_buffer("log_scale", scale.abs().log())
+        register_value(self, "shift", shift, learn)
+        register_value(self, "log_scale", scale.abs().log(), learn)
         self.net = net
 
     @property
@@ -187,12 +187,12 @@ class Affine(Transform):
         if self.net is None:
             return self.log_scale, self.shift
         if context is None:
-            raise ValueError("Affine: expected a context, got none")
+            raise InputError("expected a context, got none")
         out = self.net(context).to(self.shift.dtype)
         expected = (2 * self.event_shape[0], *self.event_shape[1:])
         if not net_output_fits(out, context.shape[0], expected):
-            raise ValueError(
-                f"Affine: expected the net to give shape (batch, "
+            raise InputError(
+                f"expected the net to give shape (batch, "
                 f"{', '.join(map(str, expected))}), got {tuple(out.shape)}"
             )
         extra = out.unflatten(1, (self.event_shape[0], 2))
@@ -209,9 +209,6 @@ class Affine(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         transform = cls((3,), [0.5, 0.0, -1.0], [1.3, -0.6, 2.0], learn=True, net=MLP(2, 6, [8]))
         return Example(
             transform,

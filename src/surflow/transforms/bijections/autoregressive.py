@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import sum_event
 from surflow.nets.made import MADE
-from surflow.transforms.base import Example, Transform, run_net, sum_event
+from surflow.transforms.base import Example, Transform, run_net
 from surflow.transforms.bijections.affine import AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
@@ -62,7 +64,7 @@ class Autoregressive(Transform):
         self.event_shape = (net.features,)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = run_net(self.net, x, context, self.where("forward")).to(x.dtype)
+        out = run_net(self.net, x, context).to(x.dtype)
         z, log_derivative = self.map.forward(x, out.unflatten(1, (-1, self.map.num_params)))
         return z, sum_event(log_derivative)
 
@@ -74,7 +76,7 @@ class Autoregressive(Transform):
             return self.net.sequential(lambda d, p: solve(columns[d], p.to(z.dtype)), z, context)
 
         unmasked.context_features = self.net.context_features  # for the check of the context
-        return run_net(unmasked, z, context, self.where("inverse"))
+        return run_net(unmasked, z, context)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._feature_by_feature(z, context, self.map.inverse)
@@ -207,8 +209,6 @@ class MaskedLogisticMixtureAutoregressive(Autoregressive):
 
 def _example(transform: Autoregressive, context: Callable[[int], Tensor] | None = None) -> Example:
     """Wide normal inputs, a standard normal base."""
-    from surflow.distributions import DiagonalNormal, StandardNormal
-
     wide = DiagonalNormal(transform.event_shape, scale=1.8)
     base = StandardNormal(transform.event_shape)
     return Example(transform, wide.sample_and_log_prob, base, context=context)

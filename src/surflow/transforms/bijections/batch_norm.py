@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.numeric import at_least_float32
 from surflow.transforms.base import Example, Transform, zero_ldj
-from surflow.transforms.bijections.linear import at_least_float, require_channels
+from surflow.transforms.bijections.linear import require_channels
 
 
 class BatchNorm(Transform):
@@ -77,12 +80,11 @@ class BatchNorm(Transform):
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of the batch, (C,) each; the running ones take their share."""
-        values = at_least_float(x).movedim(1, 0).flatten(1)
+        values = at_least_float32(x).movedim(1, 0).flatten(1)
         count = values.shape[1]
         if count < 2:
-            raise ValueError(
-                f"{self.where('forward')}: expected at least 2 values a channel in training, "
-                f"got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected at least 2 values a channel in training, got shape {tuple(x.shape)}"
             )
         var, mean = torch.var_mean(values, dim=1, correction=0)
         with torch.no_grad():
@@ -95,20 +97,20 @@ class BatchNorm(Transform):
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The mean, log-scale and shift of z = (x - mean) exp(log_scale) + shift, shaped as x."""
-        log_scale = -0.5 * torch.log(at_least_float(var) + self.eps)
+        log_scale = -0.5 * torch.log(at_least_float32(var) + self.eps)
         shift = torch.zeros_like(log_scale)
         if self.log_gamma is not None:
             log_scale = log_scale + self.log_gamma
             shift = shift + self.beta
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return tuple(t.view(shape) for t in (at_least_float(mean), log_scale, shift))
+        return tuple(t.view(shape) for t in (at_least_float32(mean), log_scale, shift))
 
     def _ldj(self, log_scale: Tensor, x: Tensor) -> Tensor:
         zero = zero_ldj(x)
         return zero + (math.prod(x.shape[2:]) * log_scale.sum()).to(zero.dtype)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(self, x, self.num_channels, "forward")
+        require_channels(x, self.num_channels)
         if self.training:
             mean, var = self._batch_statistics(x)
         else:
@@ -121,15 +123,13 @@ class BatchNorm(Transform):
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(self, z, self.num_channels, "inverse")
+        require_channels(z, self.num_channels)
         mean, log_scale, shift = self._scale_and_shift(self.running_mean, self.running_var, z)
         x = (z - shift) * torch.exp(-log_scale) + mean
         return x.to(z.dtype), self._ldj(log_scale, z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         transform = cls(2)
         with torch.no_grad():
             transform.running_mean.copy_(torch.tensor([0.4, -0.3]))

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.transforms.base import Example, Transform, require, sum_event
+from surflow.checks import require
+from surflow.distributions import StandardNormal
+from surflow.distributions.base import sum_event
+from surflow.transforms.base import Example, Transform
 
 
 class BoxToReal(Transform):
@@ -78,7 +81,7 @@ class BoxToReal(Transform):
         self._derive()
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require((x > self.low) & (x < self.high), self.where("forward"), self._support, x)
+        require((x > self.low) & (x < self.high), self._support, x)
         z, ldj = x, torch.zeros_like(x)
         y = (x - self.origin) * self.direction / self.width
         if self._boxed:
@@ -106,8 +109,6 @@ class BoxToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         low, high = [-1.0, 0.5, -math.inf, -math.inf], [2.0, math.inf, 1.0, math.inf]
         transform = cls(low, high, sharpness=2.0)
         normal = StandardNormal((4,))

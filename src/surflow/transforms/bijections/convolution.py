@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import InputError
+from surflow.numeric import working_dtype
 from surflow.transforms.base import Example, Transform, zero_ldj
 from surflow.transforms.bijections.linear import (
     HouseholderLinear,
@@ -16,9 +18,9 @@ from surflow.transforms.bijections.linear import (
     QRLinear,
     _example,
     _perturbed,
-    at_least_float,
     dense_inverse,
     dense_log_abs_det,
+    identity_like,
     initial_matrix,
     per_position,
 )
@@ -80,9 +82,7 @@ class Conv1x1(Transform):
     def _inverse_matrix(self) -> Tensor:
         if self.linear is None:
             return dense_inverse(self.weight)
-        like = at_least_float(self._like)
-        eye = torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
-        return self.linear._solve(eye)
+        return self.linear._solve(identity_like(self._like, self.event_shape[0]))
 
     @property
     def _like(self) -> Tensor:
@@ -99,7 +99,7 @@ class Conv1x1(Transform):
         memory, so does the result."""
         dtype = torch.promote_types(x.dtype, self._like.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(dtype, torch.float32))
+            x = x.to(working_dtype(x, self._like))
             factor = matrix().to(x.dtype)
             if self.channels_last or x.stride(1) == 1:
                 out = (x.permute(0, 2, 3, 1) @ factor.T).permute(0, 3, 1, 2)
@@ -170,18 +170,18 @@ class PeriodicConv2d(Transform):
         weight[:, :, middle, middle] = initial_matrix(channels, "orthogonal", "PeriodicConv2d")
         self.weight = nn.Parameter(weight)
 
-    def _response(self, x: Tensor, method: str) -> Tensor:
+    def _response(self, x: Tensor) -> Tensor:
         """The kernel at the frequencies of a real transform of x, (H, W // 2 + 1, C, C)."""
         height, width = x.shape[2:]
         size = self.kernel_size
         if min(height, width) < size:
-            raise ValueError(
-                f"{self.where(method)}: expected an image of at least {size} x {size}, the size "
+            raise InputError(
+                f"expected an image of at least {size} x {size}, the size "
                 f"of the kernel, got shape {tuple(x.shape)}"
             )
         # the tap at (u, v) reads x at an offset of (u, v) - middle, and is the value of the
         # convolution's kernel at minus that offset
-        weight = at_least_float(self.weight).to(_real_dtype(x, self.weight))
+        weight = self.weight.to(working_dtype(x, self.weight))
         kernel = F.pad(weight.flip(-2, -1), (0, width - size, 0, height - size))
         shift = -(size - 1 - size // 2)
         kernel = kernel.roll((shift, shift), dims=(-2, -1))
@@ -197,29 +197,25 @@ class PeriodicConv2d(Transform):
         return zero + total.to(zero.dtype)
 
     def _filter(self, x: Tensor, response: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(x.to(_real_dtype(x, self.weight))).permute(2, 3, 1, 0)
+        spectrum = torch.fft.rfft2(x.to(working_dtype(x, self.weight))).permute(2, 3, 1, 0)
         out = torch.fft.irfft2((response @ spectrum).permute(3, 2, 0, 1), s=x.shape[2:])
         return out.to(torch.promote_types(x.dtype, self.weight.dtype))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            response = self._response(x, "forward")
+            response = self._response(x)
             return self._filter(x, response), self._log_abs_det(response, x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            return self._filter(z, torch.linalg.inv_ex(self._response(z, "inverse"))[0])
+            return self._filter(z, torch.linalg.inv_ex(self._response(z))[0])
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            response = self._response(z, "inverse")
+            response = self._response(z)
             x = self._filter(z, torch.linalg.inv_ex(response)[0])
             return x, self._log_abs_det(response, z)
 
     @classmethod
     def example(cls) -> Example:
         return _example(_perturbed(cls(2, kernel_size=2), 0.05), (2, 2, 3))
-
-
-def _real_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)

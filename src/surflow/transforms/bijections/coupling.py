@@ -8,7 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, run_net, sum_event
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import sum_event
+from surflow.nets import MLP
+from surflow.transforms.base import Example, Transform, require_output, run_net
 from surflow.transforms.bijections.affine import AdditiveMap, AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
@@ -87,17 +91,17 @@ class Coupling(Transform):
 
     # Parting x and putting it together ---------------------------------------------------------
 
-    def _parts(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        dim = self._dim_of(x, method)
-        channels = x.shape[dim]
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._require_dim(x)
+        dim, channels = self.dim, x.shape[self.dim]
         if self.split == "alternate":
             first, second = (_every_other(x, dim, start) for start in (0, 1))
         else:
             size = min(channels // 2 if self.split == "half" else self.split, channels)
             first, second = x.split([size, channels - size], dim)
         if first.shape[dim] == 0 or second.shape[dim] == 0:
-            raise ValueError(
-                f"{self.where(method)}: expected channels that split {self.split!r} parts in two, "
+            raise InputError(
+                f"expected channels that split {self.split!r} parts in two, "
                 f"got shape {tuple(x.shape)}"
             )
         return (second, first) if self.swap else (first, second)
@@ -116,32 +120,23 @@ class Coupling(Transform):
             like = torch.slice_scatter(like, conditioning, dim=self.dim, start=start, step=2)
         return self._merge(like, conditioning, changed)
 
-    def _params(self, seen: Tensor, like: Tensor, context: Tensor | None, method: str) -> Tensor:
-        out = run_net(self.net, seen, context, self.where(method))
+    def _params(self, seen: Tensor, like: Tensor, context: Tensor | None) -> Tensor:
         count, dim = self.map.num_params, self.dim
         expected = (*like.shape[:dim], like.shape[dim] * count, *like.shape[dim + 1 :])
-        if tuple(out.shape) != expected:
-            raise ValueError(
-                f"{self.where(method)}: expected the net to give shape {expected}, "
-                f"got {tuple(out.shape)}"
-            )
+        out = require_output(run_net(self.net, seen, context), expected)
         return out.to(like.dtype).unflatten(dim, (like.shape[dim], count)).movedim(dim + 1, -1)
 
-    def _dim_of(self, x: Tensor, method: str) -> int:
+    def _require_dim(self, x: Tensor) -> None:
         if x.dim() <= self.dim:
-            raise ValueError(
-                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
-        return self.dim
+            raise InputError(f"expected a dimension {self.dim}, got shape {tuple(x.shape)}")
 
-    def _mask_for(self, x: Tensor, method: str) -> Tensor:
-        self._dim_of(x, method)
+    def _mask_for(self, x: Tensor) -> Tensor:
+        self._require_dim(x)
         try:
             return self.mask.expand(x.shape[1:])
         except RuntimeError:
-            raise ValueError(
-                f"{self.where(method)}: expected a mask that broadcasts to "
-                f"{tuple(x.shape[1:])}, got {tuple(self.mask.shape)}"
+            raise InputError(
+                f"expected a mask that broadcasts to {tuple(x.shape[1:])}, got {tuple(self.mask.shape)}"
             ) from None
 
     # Both directions ---------------------------------------------------------------------------
@@ -150,34 +145,33 @@ class Coupling(Transform):
         self,
         x: Tensor,
         context: Tensor | None,
-        method: str,
         function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         if self.mask is not None:
-            mask = self._mask_for(x, method)
-            params = self._params(torch.where(mask, x, 0.0), x, context, method)
+            mask = self._mask_for(x)
+            params = self._params(torch.where(mask, x, 0.0), x, context)
             changed, log_derivative = function(x, params)
             return (
                 torch.where(mask, x, changed),
                 sum_event(torch.where(mask, 0.0, log_derivative)),
             )
-        conditioning, second = self._parts(x, method)
-        params = self._params(conditioning, second, context, method)
+        conditioning, second = self._parts(x)
+        params = self._params(conditioning, second, context)
         changed, log_derivative = function(second, params)
         return self._merge(x, conditioning, changed), sum_event(log_derivative)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(x, context, "forward", self.map.forward)
+        return self._apply_map(x, context, self.map.forward)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         def inverse(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
             x = self.map.inverse(value, params)
             return x, x
 
-        return self._apply_map(z, context, "inverse", inverse)[0]
+        return self._apply_map(z, context, inverse)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(z, context, "inverse", self.map.inverse_and_ldj)
+        return self._apply_map(z, context, self.map.inverse_and_ldj)
 
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
@@ -198,11 +192,10 @@ class Coupling(Transform):
             gradients too); the output and the contribution as the graph gives them.
         """
         function = self.map.inverse_and_ldj if turned else self.map.forward
-        method = "inverse" if turned else "forward"
         if self.mask is not None:
-            mask = self._mask_for(value, method)
+            mask = self._mask_for(value)
             kept = torch.where(mask, value, 0.0).detach().requires_grad_()
-            params = self._params(kept, value, context, method)
+            params = self._params(kept, value, context)
             moved = torch.where(mask, 0.0, self._undo(value, params, turned)).requires_grad_()
             whole = torch.where(mask, kept, moved)
             changed, log_derivative = function(whole, params)
@@ -212,9 +205,9 @@ class Coupling(Transform):
                 torch.where(mask, whole, changed),
                 sum_event(torch.where(mask, 0.0, log_derivative)),
             )
-        kept, changed = self._parts(value, method)
+        kept, changed = self._parts(value)
         kept = kept.detach().requires_grad_()
-        params = self._params(kept, changed, context, method)
+        params = self._params(kept, changed, context)
         moved = self._undo(changed, params, turned).requires_grad_()
         changed, log_derivative = function(moved, params)
         return (
@@ -233,8 +226,6 @@ class Coupling(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         net = MLP(2, 2 * 14, [16], "tanh", context_features=1)
         return _example(
             cls(RationalQuadraticSpline(5, bound=3.0), net, split="alternate", swap=True),
@@ -276,8 +267,6 @@ class AffineCoupling(Coupling):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 4, [16], "tanh"), scale="softplus"))
 
 
@@ -312,8 +301,6 @@ class AdditiveCoupling(Coupling):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         mask = torch.tensor([True, False, True, False])
         return _example(cls(MLP(4, 4, [16], "tanh"), mask=mask))
 
@@ -357,8 +344,6 @@ class RationalQuadraticSplineCoupling(Coupling):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 2 * 17, [16], "tanh"), num_bins=6))
 
 
@@ -396,8 +381,6 @@ class LogisticMixtureCoupling(Coupling):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 2 * 11, [16], "tanh"), num_components=3))
 
 
@@ -408,7 +391,5 @@ def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
 
 def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
     """Four dimensions, wide normal inputs, a standard normal base."""
-    from surflow.distributions import DiagonalNormal, StandardNormal
-
     wide = DiagonalNormal((4,), scale=1.5)
     return Example(transform, wide.sample_and_log_prob, StandardNormal((4,)), context=context)

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import Example, Inverse, Transform, require, sum_event
+from surflow.checks import require
+from surflow.distributions import DiagonalNormal, HalfNormal, Logistic, StandardNormal, Uniform
+from surflow.distributions.base import as_shape, sum_event
+from surflow.transforms.base import Example, Transform, output_of_context
+from surflow.transforms.bijections.splines import RationalQuadraticSpline
+from surflow.transforms.inverse import Inverse
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -73,12 +77,10 @@ class Exp(_ElementwiseBijection):
         return x
 
     def _check_range(self, z: Tensor) -> None:
-        require(z > 0, self.where("inverse"), "values > 0", z)
+        require(z > 0, "values > 0", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, Logistic
-
         return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
 
 
@@ -104,8 +106,6 @@ class Log(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((2,), scale=1.5)
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
@@ -144,12 +144,10 @@ class Sigmoid(_ElementwiseBijection):
         return F.logsigmoid(x) + F.logsigmoid(-x)
 
     def _check_range(self, z: Tensor) -> None:
-        require((z > 0) & (z < 1), self.where("inverse"), "values in (0, 1)", z)
+        require((z > 0) & (z < 1), "values in (0, 1)", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Logistic, Uniform
-
         return Example(cls(), Logistic((2,)).sample_and_log_prob, Uniform((2,)))
 
 
@@ -176,8 +174,6 @@ class Logit(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal, Uniform
-
         return Example(cls(), Uniform((2,)).sample_and_log_prob, StandardNormal((2,)))
 
 
@@ -208,12 +204,10 @@ class Softplus(_ElementwiseBijection):
         return F.logsigmoid(x)
 
     def _check_range(self, z: Tensor) -> None:
-        require(z > 0, self.where("inverse"), "values > 0", z)
+        require(z > 0, "values > 0", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, Logistic
-
         return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
 
 
@@ -239,8 +233,6 @@ class SoftplusInverse(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, StandardNormal
-
         half = HalfNormal((2,), scale=2.0)
         return Example(cls(), half.sample_and_log_prob, StandardNormal((2,)))
 
@@ -275,12 +267,10 @@ class Tanh(_ElementwiseBijection):
         return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
     def _check_range(self, z: Tensor) -> None:
-        require(z.abs() < 1, self.where("inverse"), "values in (-1, 1)", z)
+        require(z.abs() < 1, "values in (-1, 1)", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal, Uniform
-
         return Example(cls(), StandardNormal((2,)).sample_and_log_prob, Uniform((2,), -1.0, 1.0))
 
 
@@ -322,8 +312,6 @@ class LeakyReLU(_ElementwiseBijection):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((2,), scale=2.5)
         return Example(cls(0.4), wide.sample_and_log_prob, StandardNormal((2,)))
 
@@ -375,14 +363,8 @@ class Elementwise(Transform):
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
             return self.params.expand(*x.shape, -1)
-        if context is None:
-            raise ValueError("Elementwise: expected a context, got none")
-        out = self.net(context).to(x.dtype)
         expected = (x.shape[0], x.shape[1] * self.map.num_params, *x.shape[2:])
-        if tuple(out.shape) != expected:
-            raise ValueError(
-                f"Elementwise: expected the net to give shape {expected}, got {tuple(out.shape)}"
-            )
+        out = output_of_context(self.net, context, expected).to(x.dtype)
         return out.unflatten(1, (self.event_shape[0], self.map.num_params)).movedim(2, -1)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -394,9 +376,6 @@ class Elementwise(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.transforms.bijections.splines import RationalQuadraticSpline
-
         wide = DiagonalNormal((3,), scale=2.0)
         transform = cls((3,), RationalQuadraticSpline(num_bins=5, bound=3.0))
         nn.init.normal_(transform.params, std=0.5)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -47,8 +48,7 @@ class LogisticMixtureMap(ElementwiseMap):
         self.num_params = 3 * num_components + 2
 
     def _unpack(self, params: Tensor) -> tuple[Tensor, ...]:
-        if params.dtype in (torch.float16, torch.bfloat16):
-            params = params.float()
+        params = at_least_float32(params)
         k, limit = self.num_components, self.max_log_scale
         logits, loc, log_scale, affine = params.split([k, k, k, 2], dim=-1)
         log_scale = limit * torch.tanh(log_scale / limit)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.distributions.order import feature_index
 from surflow.transforms.base import Example, Transform
@@ -42,7 +43,7 @@ class OrderedToReal(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         steps = x.diff(dim=1)
-        require(steps > 0, self.where("forward"), "values that ascend along dimension 1", steps)
+        require(steps > 0, "values that ascend along dimension 1", steps)
         logs = steps.log()
         return torch.cat([x[:, :1], logs], dim=1), -sum_event(logs)
 
@@ -54,8 +55,6 @@ class OrderedToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((3,), loc=[0.0, -0.3, 0.2], scale=[1.3, 1.2, 1.2])
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +127,7 @@ class RunningMaxToReal(Transform):
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         key = self._key(x)
         steps = key.diff(dim=1)
-        require(steps > 0, self.where("forward"), "values that ascend along dimension 1", steps)
+        require(steps > 0, "values that ascend along dimension 1", steps)
         logs = torch.log(-torch.expm1(-steps / self.softness))
         z = torch.cat([key[:, :1], key[:, 1:] + self.softness * logs], dim=1)
         return self._with_key(x, z), -sum_event(logs)
@@ -146,8 +145,6 @@ class RunningMaxToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         transform = cls(softness=0.8, by=1)
         wide = DiagonalNormal((3, 2), loc=[[0, -0.2], [0.1, 0.2], [0, 0.1]], scale=1.4)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal, StandardNormal, Uniform
+from surflow.distributions.base import register_value
+from surflow.numeric import working_dtype
 from surflow.transforms.base import Example, Transform, zero_ldj
 
 
@@ -59,26 +63,23 @@ class Permute(Transform):
         super()._load_from_state_dict(*args, **kwargs)
         self.inverse_permutation = torch.argsort(self.permutation)
 
-    def _check_size(self, x: Tensor, method: str) -> None:
+    def _check_size(self, x: Tensor) -> None:
         size = len(self.permutation)
         if x.dim() <= self.dim or x.shape[self.dim] != size:
-            raise ValueError(
-                f"{self.where(method)}: expected size {size} along dimension {self.dim}, "
-                f"got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected size {size} along dimension {self.dim}, got shape {tuple(x.shape)}"
             )
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check_size(x, "forward")
+        self._check_size(x)
         return x.index_select(self.dim, self.permutation), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        self._check_size(z, "inverse")
+        self._check_size(z)
         return z.index_select(self.dim, self.inverse_permutation)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         normal = StandardNormal((4, 2))
         return Example(cls([2, 0, 3, 1]), normal.sample_and_log_prob, normal)
 
@@ -114,22 +115,18 @@ class Reverse(Transform):
         self.dim = dim
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._flip(x, "forward"), zero_ldj(x)
+        return self._flip(x), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self._flip(z, "inverse")
+        return self._flip(z)
 
-    def _flip(self, x: Tensor, method: str) -> Tensor:
+    def _flip(self, x: Tensor) -> Tensor:
         if x.dim() <= self.dim:
-            raise ValueError(
-                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
+            raise InputError(f"expected a dimension {self.dim}, got shape {tuple(x.shape)}")
         return x.flip(self.dim)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         normal = StandardNormal((3,))
         return Example(cls(), normal.sample_and_log_prob, normal)
 
@@ -184,10 +181,7 @@ class Rotation(Transform):
             values = torch.zeros(count)
         else:
             values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-        if learn:
-            self.values = nn.Parameter(values)
-        else:
-            self.register_buffer("values", values)
+        register_value(self, "values", values, learn)
         rows, columns = torch.triu_indices(features, features, 1).unbind()
         basis = torch.zeros(count, features, features)
         basis[torch.arange(count), rows, columns] = 1.0
@@ -196,7 +190,7 @@ class Rotation(Transform):
 
     def matrix(self) -> Tensor:
         """R, (D, D), float32 or better: in half precision it would be no rotation."""
-        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        dtype = working_dtype(self.values)
         if self.event_shape == (2,):  # the closed form, many times cheaper than the exponential
             cosine, sine = torch.cos(self.values.to(dtype)), torch.sin(self.values.to(dtype))
             return torch.stack([cosine, sine, -sine, cosine], dim=-1).view(2, 2)
@@ -218,8 +212,6 @@ class Rotation(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Uniform
-
         box = Uniform((3,), -3.0, 3.0)
         base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
         return Example(cls(3, seed=1), box.sample_and_log_prob, base)

@@ -7,26 +7,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import (
-    Example,
-    Transform,
-    require,
-    run_net,
-    sum_event,
-    values_are_checked,
-)
+from surflow.checks import require, values_are_checked
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import as_shape, sum_event
+from surflow.nets.lipschitz import LipschitzMLP
+from surflow.numeric import at_least_float32, working_dtype
+from surflow.transforms.base import Example, Transform, require_output, run_net
 
 TRACES = ("exact", "power_series", "russian_roulette")
 GRADIENTS = ("neumann", "series")
 CHECK_EVERY = 8  # iterations of the inverse between two looks at its convergence
 
 Function = Callable[[Tensor], Tensor]
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a solver keeps its state: float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def value_and_jacobian(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,20 +157,14 @@ class Residual(Transform):
         """Whether the contribution is a random estimate of the log-determinant."""
         return self.trace != "exact"
 
-    def _function(self, like: Tensor, context: Tensor | None, method: str) -> Function:
+    def _function(self, like: Tensor, context: Tensor | None) -> Function:
         """g on flat rows in the solver's dtype; its weights are bounded here, once."""
         net = self.net.prepared() if hasattr(self.net, "prepared") else self.net
-        where, shape, dtype, work = self.where(method), like.shape[1:], like.dtype, work_dtype(like)
 
         def function(rows: Tensor) -> Tensor:
-            x = rows.to(dtype).unflatten(1, shape)
-            out = run_net(net, x, context, where)
-            if out.shape != x.shape:
-                raise ValueError(
-                    f"{where}: expected the net to give shape {tuple(x.shape)}, "
-                    f"got {tuple(out.shape)}"
-                )
-            return out.flatten(1).to(work)
+            x = rows.to(like.dtype).unflatten(1, like.shape[1:])
+            out = require_output(run_net(net, x, context), tuple(x.shape))
+            return out.flatten(1).to(working_dtype(like))
 
         return function
 
@@ -230,8 +216,8 @@ class Residual(Transform):
     # Both directions ----------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = x.flatten(1).to(work_dtype(x))
-        value, ldj = self._value_and_ldj(self._function(x, context, "forward"), rows)
+        rows = at_least_float32(x.flatten(1))
+        value, ldj = self._value_and_ldj(self._function(x, context), rows)
         return (rows + value).to(x.dtype).view(x.shape), ldj
 
     @torch.no_grad()
@@ -270,8 +256,8 @@ class Residual(Transform):
         return x
 
     def _find(self, z: Tensor, context: Tensor | None) -> tuple[Function, Tensor]:
-        rows = z.flatten(1).to(work_dtype(z))
-        function = self._function(z, context, "inverse")
+        rows = at_least_float32(z.flatten(1))
+        function = self._function(z, context)
         x = self._preimage(function, rows)
         if values_are_checked():
             with torch.no_grad():
@@ -279,7 +265,6 @@ class Residual(Transform):
             half = z.dtype.itemsize == 2 or torch.is_autocast_enabled(z.device.type)
             require(
                 rest <= (0.1 if half else 1e-3) * (1 + rows.abs()),
-                self.where("inverse"),
                 f"a contraction whose iterations converge within {self.max_iterations} steps "
                 "(what is left of the equation)",
                 rest,
@@ -295,9 +280,6 @@ class Residual(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets.lipschitz import LipschitzMLP
-
         net = LipschitzMLP(3, 3, [8], "tanh", coefficient=0.9, context_features=2)
         with torch.no_grad():  # up to the bound, so that the example is far from the identity
             for layer in net.linears:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surflow.checks import require
+from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -173,13 +174,12 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     def _prepare(self, value: Tensor, params: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Lift to float32, and clamp what lies outside into the interval."""
-        if value.dtype in (torch.float16, torch.bfloat16):
-            value = value.float()
+        value = at_least_float32(value)
         params = params.to(value.dtype)
         inside = (value >= self.low) & (value <= self.high)
         if not self.tails:
-            where = f"RationalQuadraticSpline.{method}"
-            require(inside, where, f"values in [{self.low:g}, {self.high:g}]", value)
+            expected = f"values in [{self.low:g}, {self.high:g}]"
+            require(inside, expected, value, f"RationalQuadraticSpline.{method}")
         return value.clamp(self.low, self.high), params, inside
 
     def _with_tails(self, result: Tensor, inside: Tensor, outside: Tensor | float) -> Tensor:

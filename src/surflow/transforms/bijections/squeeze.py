@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.checks import InputError
+from surflow.distributions import StandardNormal
+from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.inverse import Inverse
 
 
 def to_channels(x: Tensor, factor: int) -> Tensor:
@@ -65,17 +68,15 @@ class Squeeze(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
-                f"{self.where('forward')}: expected height and width divisible by "
-                f"{self.factor}, got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected height and width divisible by {self.factor}, got shape {tuple(x.shape)}"
             )
         return to_channels(x, self.factor), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         if z.shape[1] % self.factor**2:
-            raise ValueError(
-                f"{self.where('inverse')}: expected channels divisible by {self.factor**2}, "
-                f"got shape {tuple(z.shape)}"
+            raise InputError(
+                f"expected channels divisible by {self.factor**2}, got shape {tuple(z.shape)}"
             )
         return to_pixels(z, self.factor)
 
@@ -84,8 +85,6 @@ class Squeeze(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         x, z = StandardNormal((1, 2, 4)), StandardNormal((4, 1, 2))
         return Example(cls(), x.sample_and_log_prob, z)
 
@@ -121,7 +120,5 @@ class Unsqueeze(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         x, z = StandardNormal((4, 2, 1)), StandardNormal((1, 4, 2))
         return Example(cls(), x.sample_and_log_prob, z)

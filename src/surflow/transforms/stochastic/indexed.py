@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.distributions.discrete import Categorical
+from surflow.nets import MLP
 from surflow.transforms.base import Example, Transform
+from surflow.transforms.bijections.affine import Affine
 
 
 class DiscretelyIndexed(Transform):
@@ -121,10 +124,6 @@ class DiscretelyIndexed(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-        from surflow.transforms.bijections.affine import Affine
-
         transforms = [
             Affine((2,), shift, scale, learn=True)
             for shift, scale in (([0.5, 0.0], 1.2), ([-0.4, 0.3], [0.9, -1.1]), ([0.0, -0.5], 0.8))

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, sum_event
+from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal
+from surflow.distributions.base import as_shape, register_value, sum_event
+from surflow.nets import MLP
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Transform, net_output
+from surflow.transforms.inverse import Inverse
 
 
 class AbsInference(Transform):
@@ -86,35 +88,32 @@ class AbsInference(Transform):
             shape = (len(self.element), *self.event_shape[1:])
             logit = torch.full(shape, probability, dtype=torch.float64).logit()
             logit = logit.to(torch.get_default_dtype())
-            if learn:
-                self.logit = nn.Parameter(logit)
-            else:
-                self.register_buffer("logit", logit)
+            register_value(self, "logit", logit, learn)
 
-    def _logits(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _logits(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Logits of P(x >= 0) at the folded coordinates, (B, C_folded, ...)."""
         if self.net is None:
             return self.logit.expand(z.shape[0], *self.logit.shape)
         expected = (z.shape[0], len(self.element), *z.shape[2:])
-        return net_output(self, self.net, z, context, expected, method)
+        return net_output(self.net, z, context, expected)
 
-    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
-        logits = self._logits(z, context, method)
+    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        logits = self._logits(z, context)
         return sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         chosen = x if self.folds_all else x.index_select(1, self.index)
         z = x.abs() if self.folds_all else torch.where(self.folded, x.abs(), x)
-        return z, self._score(chosen >= 0, z, context, "forward")
+        return z, self._score(chosen >= 0, z, context)
 
-    def _check_support(self, z: Tensor, method: str) -> None:
+    def _check_support(self, z: Tensor) -> None:
         ok = (z >= 0) | ~self.folded
-        require(ok, self.where(method), "values >= 0 at the folded coordinates", z)
+        require(ok, "values >= 0 at the folded coordinates", z)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A signed x for z; whether each folded sign is positive; the logits it came from."""
-        self._check_support(z, "inverse")
-        logits = self._logits(z, context, "inverse")
+        self._check_support(z)
+        logits = self._logits(z, context)
         positive = torch.rand_like(logits) < torch.sigmoid(logits)
         signs = torch.where(positive, 1.0, -1.0).to(z.dtype)
         if self.folds_all:
@@ -133,9 +132,6 @@ class AbsInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, StandardNormal
-        from surflow.nets import MLP
-
         normal = StandardNormal((2,))
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
@@ -182,8 +178,6 @@ class AbsGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, HalfNormal
-
         base = DiagonalNormal((2,), loc=[0.4, -0.3], scale=[0.8, 1.1])
         return Example(
             cls((2,), probability=0.3, learn=True),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, HalfNormal
+from surflow.numeric import working_dtype
 from surflow.transforms.base import Example, Transform
 
 LOG_8 = math.log(8.0)
@@ -50,11 +52,11 @@ class DihedralFold(Transform):
         floor = torch.finfo(x.dtype).eps * torch.maximum(a, b)
         difference = torch.maximum((a - b).abs(), floor)
         z = torch.stack([difference / ROOT_2, ROOT_2 * torch.minimum(a, b)], dim=1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = working_dtype(x)
         return z, torch.full((len(x),), -LOG_8, dtype=dtype, device=x.device)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        require(z >= 0, self.where("inverse"), "values >= 0", z)
+        require(z >= 0, "values >= 0", z)
         difference, smaller = ROOT_2 * z[:, 0], z[:, 1] / ROOT_2
         x = torch.stack([smaller + difference, smaller], dim=1)
         coins = torch.randint(2, (len(z), 3), device=z.device).bool()
@@ -63,7 +65,5 @@ class DihedralFold(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, HalfNormal
-
         wide = DiagonalNormal((2,), scale=2.0)
         return Example(cls(), wide.sample_and_log_prob, HalfNormal((2,)))

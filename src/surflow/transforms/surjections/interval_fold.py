@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape, draw_index
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Transform
+from surflow.distributions import Uniform
+from surflow.distributions.base import as_shape, draw_index, register_value
+from surflow.nets import MLP
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Transform, net_output
 
 
 class IntervalFold(Transform):
@@ -91,22 +92,19 @@ class IntervalFold(Transform):
         self.register_buffer("turned", odd & zigzag, persistent=False)
         self.net = net
         if net is None:
-            if learn:
-                self.logits = nn.Parameter(torch.zeros(num_intervals))
-            else:
-                self.register_buffer("logits", torch.zeros(num_intervals))
+            register_value(self, "logits", torch.zeros(num_intervals), learn)
 
     def edges(self) -> tuple[Tensor, Tensor]:
         """Left edges and widths of the intervals, (K,) each."""
         width = (self.high - self.low) * torch.softmax(self.widths, 0)
         return self.low + F.pad(width.cumsum(0)[:-1], (1, 0)), width
 
-    def log_gate(self, z: Tensor, context: Tensor | None, method: str = "forward") -> Tensor:
+    def log_gate(self, z: Tensor, context: Tensor | None) -> Tensor:
         """log p(k|z), (B, K), nats."""
         if self.net is None:
             return F.log_softmax(self.logits, 0).expand(z.shape[0], -1)
         shape = (z.shape[0], self.num_intervals)
-        return F.log_softmax(net_output(self, self.net, z, context, shape, method), 1)
+        return F.log_softmax(net_output(self.net, z, context, shape), 1)
 
     def _replace(self, value: Tensor, column: Tensor) -> Tensor:
         e = self.element
@@ -116,7 +114,7 @@ class IntervalFold(Transform):
         value = x[:, self.element]
         inside = (value >= self.low) & (value <= self.high)
         expected = f"coordinate {self.element} in [{self.low:g}, {self.high:g}]"
-        require(inside, self.where("forward"), expected, value)
+        require(inside, expected, value)
         left, width = (part.to(x.dtype) for part in self.edges())
         index = (value.unsqueeze(1) >= left[1:]).sum(1)
         place = ((value - left[index]) / width[index]).clamp(0.0, 1.0)
@@ -128,8 +126,8 @@ class IntervalFold(Transform):
         value = z[:, self.element]
         inside = (value >= 0) & (value <= 1)
         expected = f"coordinate {self.element} in [0, 1]"
-        require(inside, self.where("inverse"), expected, value)
-        log_gate = self.log_gate(z, context, "inverse")
+        require(inside, expected, value)
+        log_gate = self.log_gate(z, context)
         index = draw_index(log_gate.exp())
         log_probability = log_gate.gather(1, index).squeeze(1)
         record_score(log_probability)
@@ -148,9 +146,6 @@ class IntervalFold(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Uniform
-        from surflow.nets import MLP
-
         transform = cls(
             (2,), 1, 3, -1.0, 2.0, learn_edges=True, net=MLP(2, 3, [8], "tanh", context_features=1)
         )

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape, sum_event
 from surflow.distributions.location_scale import HalfNormal
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Transform, net_output, zero_ldj
+from surflow.transforms.inverse import Inverse
 
 
 def remove_one(values: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -95,13 +98,13 @@ class _Max(Transform):
 
     # ---------------------------------------------------------------------------------------------
 
-    def _log_index(self, z: Tensor, context: Tensor | None, method: str) -> Tensor | None:
+    def _log_index(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Log-probability of each of the K places, like blocks; None for uniform."""
         if self.net is not None:
             shape = (z.shape[0], *self.logits_shape)
-            logits = net_output(self, self.net, z, context, shape, method)
+            logits = net_output(self.net, z, context, shape)
         elif self.logits is not None:
-            logits = self.logits.to(torch.promote_types(z.dtype, torch.float32)).unsqueeze(0)
+            logits = self.logits.to(working_dtype(z)).unsqueeze(0)
         else:
             return None
         return F.log_softmax(self._blocks_of_logits(logits), dim=self.dim)
@@ -128,7 +131,7 @@ class _Max(Transform):
         z = self._squeeze(top)
         rest = remove_one(blocks, index, self.dim)
         event = self._pack(top - rest if self.differences else rest)
-        ldj = self._score_index(self._log_index(z, context, "forward"), index, z)
+        ldj = self._score_index(self._log_index(z, context), index, z)
         return z, ldj + self.decoder.log_prob(event, z)
 
     def _draw(self, z: Tensor, event: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,15 +147,15 @@ class _Max(Transform):
         rest = top - rest if self.differences else rest
         slack = 8 * torch.finfo(z.dtype).eps * (1 + top.abs())  # for a decoder's rounding
         drawn = "a decoder whose draws lie at or below the max (how far above they lie)"
-        require(rest <= top + slack, self.where("inverse"), drawn, rest - top)
+        require(rest <= top + slack, drawn, rest - top)
         return self._join(insert_one(top, rest, index, self.dim)), index
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        table = self._log_index(z, context, "inverse")
+        table = self._log_index(z, context)
         return self._draw(z, self.decoder.sample(z.shape[0], z), table)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        table = self._log_index(z, context, "inverse")
+        table = self._log_index(z, context)
         event, log_p = self.decoder.sample_and_log_prob(z.shape[0], z)
         x, index = self._draw(z, event, table)
         log_index = self._score_index(table, index, z)
@@ -214,9 +217,6 @@ class MaxInference(_Max):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-        from surflow.nets import MLP
-
         net = MLP(1, 3, [8], "tanh", context_features=1)
         decoder = Exponential((2,), net=MLP(1, 2, [8], "tanh"))
         with torch.no_grad():
@@ -273,8 +273,6 @@ class MaxGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         transform = cls((3,), Exponential((2,), [1.5, 1.2], learn=True), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1]))

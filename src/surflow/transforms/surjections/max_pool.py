@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape
-from surflow.transforms.base import Example, Inverse
+from surflow.transforms.base import Example
+from surflow.transforms.inverse import Inverse
 from surflow.transforms.surjections.max import _Max
 
 
@@ -119,8 +121,6 @@ class MaxPool2d(_Max):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         transform = cls((1, 2, 2), decoder=Exponential((3, 1, 1), 0.6, learn=True), learn=True)
         with torch.no_grad():
             transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1))
@@ -175,8 +175,6 @@ class MaxPool2dGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         decoder = Exponential((3, 1, 1), scale=1.4, learn=True)
         return Example(
             cls((1, 2, 2), decoder=decoder),

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape, expand_to, sum_event
+from surflow.distributions import DiagonalNormal, ZeroInflated
+from surflow.distributions.base import as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.transforms.base import Example, Transform, net_output
+from surflow.transforms.inverse import Inverse
 
 
 class ReLUInference(Transform):
@@ -72,15 +75,12 @@ class ReLUInference(Transform):
         if net is not None:
             return
         log_scale = scale.log()
-        if learn:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        register_value(self, "log_scale", log_scale, learn)
 
-    def _log_scale(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _log_scale(self, z: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
-            return self.log_scale.to(torch.promote_types(z.dtype, torch.float32))
-        return net_output(self, self.net, z, context, tuple(z.shape), method)
+            return self.log_scale.to(working_dtype(z))
+        return net_output(self.net, z, context, tuple(z.shape))
 
     @staticmethod
     def _score(eps: Tensor, below: Tensor, log_scale: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ class ReLUInference(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z = F.relu(x)
-        log_scale = self._log_scale(z, context, "forward")
+        log_scale = self._log_scale(z, context)
         return z, self._score(F.relu(-x) * torch.exp(-log_scale), x <= 0, log_scale)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        require(z >= 0, self.where("inverse"), "values >= 0", z)
-        log_scale = self._log_scale(z, context, "inverse")
+        require(z >= 0, "values >= 0", z)
+        log_scale = self._log_scale(z, context)
         eps = torch.randn(z.shape, device=z.device, dtype=log_scale.dtype).abs()
         below = z <= 0
         x = torch.where(below, (-eps * log_scale.exp()).to(z.dtype), z)
@@ -109,9 +109,6 @@ class ReLUInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, ZeroInflated
-        from surflow.nets import MLP
-
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
             cls((2,), net=net),
@@ -161,8 +158,6 @@ class ReLUGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, ZeroInflated
-
         return Example(
             cls((2,), scale=[1.1, 0.9], learn=True),
             ZeroInflated((2,), 0.4, 1.3).sample_and_log_prob,

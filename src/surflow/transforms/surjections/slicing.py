@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
-from surflow.transforms.base import Example, Inverse, Transform, repeat_rows
-from surflow.transforms.conditioning import check_distribution, draw, insist, score
+from surflow.nets import MLP
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Example, Transform, require_context
+from surflow.transforms.conditioning import check_distribution, draw, score
+from surflow.transforms.inverse import Inverse
 
 
 class Slice(Transform):
@@ -82,11 +86,10 @@ class Slice(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z, rest = self.cut(x)
-        where = self.where("forward")
-        return z, score(self.decoder, rest, z, context, self.context_features, where)
+        return z, score(self.decoder, rest, z, context, self.context_features)
 
     def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
-        insist(context, self.context_features, self.where("forward"))
+        require_context(context, self.context_features)
         return x.narrow(self.dim, 0, self.keep)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -98,16 +101,12 @@ class Slice(Transform):
     def _inverse_and_ldj_samples(
         self, z: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        where = self.where("inverse")
-        rest, log_p = draw(self.decoder, z, context, self.context_features, where, num_samples)
+        rest, log_p = draw(self.decoder, z, context, self.context_features, num_samples)
         z = repeat_rows(z, num_samples)
         return torch.cat([z, rest.to(z.dtype)], dim=self.dim), log_p
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         decoder = DiagonalNormal((1,), net=MLP(2 + 1, 2, [8], "tanh"))
         wide = DiagonalNormal((3,), scale=[1.3, 1.3, 2.0])
         return Example(
@@ -156,14 +155,11 @@ class Augment(Inverse):
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         # the cut alone: generation does not score the encoder
-        insist(context, self.transform.context_features, self.where("inverse"))
+        require_context(context, self.transform.context_features)
         return self.transform.cut(z)[0]
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         encoder = DiagonalNormal((1,), net=MLP(2, 2, [8], "tanh"))
         with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
             encoder.net.layers[-1].bias.copy_(torch.tensor([0.1, 0.4]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, OrderStatistics, StandardNormal
 from surflow.distributions.base import as_shape
 from surflow.distributions.order import (
     feature_index,
@@ -18,9 +19,11 @@ from surflow.distributions.order import (
     plackett_luce_sample,
     uniform_order,
 )
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Transform, net_output, zero_ldj
+from surflow.transforms.inverse import Inverse
 
 
 class SortInference(Transform):
@@ -78,13 +81,13 @@ class SortInference(Transform):
     def _key(self, x: Tensor) -> Tensor:
         return x[(slice(None), slice(None), *self.by)]
 
-    def _order_logits(self, z: Tensor, context: Tensor | None, method: str) -> Tensor | None:
+    def _order_logits(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Logits of the ranks, broadcastable to (B, N); None for uniform orders."""
         if self.net is not None:
             shape = (z.shape[0], self.num_elements)
-            return net_output(self, self.net, z, context, shape, method)
+            return net_output(self.net, z, context, shape)
         if self.logits is not None:
-            return self.logits.to(torch.promote_types(z.dtype, torch.float32))
+            return self.logits.to(working_dtype(z))
         return None
 
     def _score(self, logits: Tensor | None, ranks: Tensor, z: Tensor) -> Tensor:
@@ -95,18 +98,17 @@ class SortInference(Transform):
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         order = torch.sort(self._key(x), dim=1, stable=True).indices
         z = permuted(x, order)
-        logits = self._order_logits(z, context, "forward")
+        logits = self._order_logits(z, context)
         return z, self._score(logits, inverse_order(order), z)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         key = self._key(z)
         require(
             key[:, 1:] >= key[:, :-1],
-            self.where("inverse"),
             "elements in ascending order along dimension 1",
             key[:, 1:],
         )
-        logits = self._order_logits(z, context, "inverse")
+        logits = self._order_logits(z, context)
         if logits is None:
             ranks = uniform_order(z.shape[0], self.num_elements, z.device)
         else:
@@ -125,9 +127,6 @@ class SortInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, OrderStatistics, StandardNormal
-        from surflow.nets import MLP
-
         wide = DiagonalNormal((3,), scale=1.3)
         return Example(
             cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
@@ -173,8 +172,6 @@ class SortGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, OrderStatistics
-
         transform = cls((3,), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.4, -0.2, 0.1]))

@@ -1,0 +1,133 @@
+"""A layer in its other direction."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.transforms.base import Example, Transform
+from surflow.transforms.bijections.affine import Affine
+
+
+class Inverse(Transform):
+    r"""A transform turned round: its forward is the other's inverse.
+
+    .. math:: V_{\mathrm{inv}}(x, z) = -V(z, x)
+
+    For a bijection the log-determinant changes its sign. For an inference surjection,
+    V = log p(x|z), the result is the generative surjection with the same right-inverse,
+    -log q(z|x), and the other way round; a stochastic layer swaps encoder and decoder. One class
+    therefore gives the second direction of every layer.
+
+    Args:
+        transform: the layer to turn round.
+
+    Cost: that of the layer, forward and inverse exchanged.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
+
+    >>> from surflow.transforms import AbsInference
+    >>> layer = Inverse(AbsInference(2))
+    >>> layer.kind
+    'surjective (generative)'
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        if not isinstance(transform, Transform):
+            raise TypeError(f"Inverse: expected a Transform, got {type(transform).__name__}")
+        self.transform = transform
+        if type(self) is not Inverse:  # a message of the inner layer then names this one
+            transform._turned_into = type(self).__name__
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return self.transform.bijective
+
+    @property
+    def stochastic_forward(self) -> bool:  # type: ignore[override]
+        return self.transform.stochastic_inverse
+
+    @property
+    def stochastic_inverse(self) -> bool:  # type: ignore[override]
+        return self.transform.stochastic_forward
+
+    @property
+    def conditional(self) -> bool:
+        return self.transform.conditional
+
+    @property
+    def estimated(self) -> bool:  # type: ignore[override]
+        return self.transform.estimated
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return self.transform.compiles
+
+    @property
+    def why_not_compiled(self) -> str:  # type: ignore[override]
+        return self.transform.why_not_compiled
+
+    @property
+    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transform._shape_of_latent()
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transform.event_shape
+
+    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
+        return self.transform.event_shape
+
+    @property
+    def integer_data(self) -> bool:  # type: ignore[override]
+        return self.transform.integer_latent
+
+    @property
+    def integer_latent(self) -> bool:  # type: ignore[override]
+        return self.transform.integer_data
+
+    @property
+    def label(self) -> str:
+        name = type(self).__name__
+        return f"Inverse({self.transform.label})" if name == "Inverse" else name
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, ldj = self.transform.inverse_and_ldj(x, context)
+        return z, -ldj
+
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        z, ldj = self.transform.inverse_and_ldj_samples(x, context, num_samples)
+        return z, -ldj
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.transform.latent(z, context)
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, ldj = self.transform(z, context)
+        return x, -ldj
+
+    def _inverse_and_ldj_samples(
+        self, z: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        x, ldj = self.transform.forward_samples(z, context, num_samples)
+        return x, -ldj
+
+    @classmethod
+    def example(cls) -> Example:
+        wide = DiagonalNormal((3,), scale=[3.0, 1.5, 2.0])
+        affine = Affine((3,), shift=[0.5, -1.0, 0.0], scale=[2.0, 0.5, -1.5])
+        return Example(cls(affine), wide.sample_and_log_prob, StandardNormal((3,)))
+
+
+class _InverseOf(Inverse):
+    """The other direction of one class of layers, made from that class's arguments."""
+
+    of: ClassVar[type[Transform]]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(self.of(*arguments, **options))

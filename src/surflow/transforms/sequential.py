@@ -1,0 +1,183 @@
+"""Layers one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from surflow.distributions import DiagonalNormal, HalfNormal
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.bijections.affine import Affine
+from surflow.transforms.bijections.elementwise import Softplus
+from surflow.transforms.surjections.abs import AbsInference
+
+
+class Sequential(Transform):
+    r"""Transforms in order: x -> f_1 -> f_2 -> ... -> z.
+
+    .. math:: V(x, z) = \sum_i V_i(x_{i-1}, x_i)
+
+    Its kind follows from its parts. ``forward`` runs them first to last, ``inverse`` last to
+    first.
+
+    Args:
+        transforms: the layers, data side first.
+
+    Raises:
+        ValueError: from the layer to which a wrong input came; TypeError if a part is no
+            :class:`Transform`.
+
+    Cost: the sum of its parts'; forward and inverse each run every layer once.
+
+    Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
+
+    >>> from surflow.transforms import AbsInference, Softplus
+    >>> layer = Sequential([AbsInference(2), Inverse(Softplus())])
+    >>> layer.kind
+    'surjective (inference)'
+    """
+
+    def __init__(self, transforms: Iterable[Transform] = ()) -> None:
+        super().__init__()
+        transforms = list(transforms)
+        for i, t in enumerate(transforms):
+            if not isinstance(t, Transform):
+                raise TypeError(
+                    f"Sequential: layer {i} must be a Transform, got {type(t).__name__}"
+                )
+        self.transforms = nn.ModuleList(transforms)
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __iter__(self) -> Iterator[Transform]:
+        return iter(self.transforms)
+
+    def __getitem__(self, index: int) -> Transform:
+        return self.transforms[index]
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(t.bijective for t in self.transforms)
+
+    @property
+    def stochastic_forward(self) -> bool:  # type: ignore[override]
+        return any(t.stochastic_forward for t in self.transforms)
+
+    @property
+    def stochastic_inverse(self) -> bool:  # type: ignore[override]
+        return any(t.stochastic_inverse for t in self.transforms)
+
+    @property
+    def conditional(self) -> bool:
+        return any(t.conditional for t in self.transforms)
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return all(t.compiles for t in self.transforms)
+
+    @property
+    def estimated(self) -> bool:  # type: ignore[override]
+        return any(t.estimated for t in self.transforms)
+
+    @property
+    def why_not_compiled(self) -> str:  # type: ignore[override]
+        return "; ".join(
+            f"{t.label}: {t.why_not_compiled}" for t in self.transforms if not t.compiles
+        )
+
+    @property
+    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transforms[0].event_shape if len(self) else None
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
+        return self.transforms[-1]._shape_of_latent() if len(self) else None
+
+    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
+        # the last layer's own: where that takes any shape, the first layer's says nothing of z
+        return self.latent_shape
+
+    @property
+    def integer_data(self) -> bool:  # type: ignore[override]
+        return self.transforms[0].integer_data if len(self) else False
+
+    @property
+    def integer_latent(self) -> bool:  # type: ignore[override]
+        return self.transforms[-1].integer_latent if len(self) else False
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        for transform in self.transforms:
+            x, part = transform(x, context)
+            ldj = part if ldj is None else ldj + part
+        return x, zero_ldj(x) if ldj is None else ldj
+
+    def _forward_samples(
+        self, x: Tensor, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        repeated = False
+        for transform in self.transforms:
+            if not repeated and (transform.stochastic_forward or transform.estimated):
+                x, part = transform.forward_samples(x, context, num_samples)
+                ldj = repeat_rows(ldj, num_samples)
+                context = repeat_rows(context, num_samples)
+                repeated = True
+            else:
+                x, part = transform(x, context)
+            ldj = part if ldj is None else ldj + part
+        ldj = zero_ldj(x) if ldj is None else ldj
+        if not repeated:
+            x, ldj = repeat_rows(x, num_samples), repeat_rows(ldj, num_samples)
+        return x, ldj
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
+        for transform in reversed(self.transforms):
+            z = transform.inverse(z, context)
+        return z
+
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ldj: Tensor | None = None
+        for transform in reversed(self.transforms):
+            z, part = transform.inverse_and_ldj(z, context)
+            ldj = part if ldj is None else ldj + part
+        return z, zero_ldj(z) if ldj is None else ldj
+
+    def layers(self, prefix: str = "") -> Iterator[tuple[str, Transform]]:
+        """Name (such as ``2.AffineCoupling``) and layer, nested sequences unfolded."""
+        for i, transform in enumerate(self.transforms):
+            if isinstance(transform, Sequential):
+                yield from transform.layers(f"{prefix}{i}.")
+            else:
+                yield f"{prefix}{i}.{transform.label}", transform
+
+    def trace(
+        self, x: Tensor, context: Tensor | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, Transform, Tensor, Tensor]]:
+        """Run forward layer by layer, nested sequences unfolded.
+
+        Yields:
+            name (as in :meth:`layers`), the layer, its output z, its ldj (B,) in nats.
+        """
+        for name, transform in self.layers(prefix):
+            x, ldj = transform(x, context)
+            yield name, transform, x, ldj
+
+    @classmethod
+    def example(cls) -> Example:
+        wide = DiagonalNormal((2,), scale=2.0)
+        return Example(
+            cls(
+                [
+                    Affine((2,), shift=[0.3, -0.2], scale=[1.5, 0.7]),
+                    AbsInference((2,), probability=0.3),
+                    Softplus(),
+                    Affine((2,), shift=-0.6931471805599453),
+                ]
+            ),
+            wide.sample_and_log_prob,
+            HalfNormal((2,)),
+        )
