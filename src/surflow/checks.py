@@ -67,11 +67,8 @@ def require_at_least(owner: str, least: int, **values: float) -> None:
             raise ValueError(f"{owner}: expected {name} >= {least}, got {value}")
 
 
-def require_positive_sizes(owner: str, **sizes: int | list[int]) -> None:
+def require_positive_sizes(owner: str, **sizes: int) -> None:
     """Raise ``ValueError``, which lists all sizes, unless each is positive."""
-    if any(
-        min([0] if size == [] else size if isinstance(size, list) else [size]) < 1
-        for size in sizes.values()
-    ):
+    if min(sizes.values()) < 1:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"{owner}: expected positive sizes, got {given}")

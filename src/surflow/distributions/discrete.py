@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError, require
+from surflow.checks import InputError, require, require_at_least
 from surflow.distributions.base import (
     Distribution,
     draw_index,
@@ -97,8 +97,7 @@ class Categorical(Distribution):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(event_shape, net)
-        if num_classes < 1:
-            raise ValueError(f"Categorical: expected num_classes >= 1, got {num_classes}")
+        require_at_least("Categorical", 1, num_classes=num_classes)
         self.num_classes = num_classes
         if net is not None:
             return

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.distributions.base import Distribution, draw_index, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.score_function import record_score
@@ -92,10 +93,7 @@ class DiagonalNormalMixture(Distribution):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(event_shape, net)
-        if num_components < 1:
-            raise ValueError(
-                f"DiagonalNormalMixture: expected num_components >= 1, got {num_components}"
-            )
+        require_at_least("DiagonalNormalMixture", 1, num_components=num_components)
         self.num_components = num_components
         if net is not None:
             return

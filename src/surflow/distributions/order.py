@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError, require
+from surflow.checks import InputError, require, require_at_least
 from surflow.distributions.base import Distribution, expand_to, register_value
 from surflow.numeric import at_least_float32
 
@@ -105,8 +105,7 @@ class PlackettLuce(Distribution):
         learn: bool = False,
         net: nn.Module | None = None,
     ) -> None:
-        if num_elements < 1:
-            raise ValueError(f"PlackettLuce: expected num_elements >= 1, got {num_elements}")
+        require_at_least("PlackettLuce", 1, num_elements=num_elements)
         super().__init__((num_elements,), net)
         self.num_elements = num_elements
         if net is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from surflow.nets.resnet import WeightNormConv2d
+from surflow.numeric import at_least_float32
 
 
 def concat_elu(x: Tensor) -> Tensor:
@@ -143,4 +144,4 @@ class ConvAttentionNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.outlet(self.blocks(self.inlet(x)))
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return at_least_float32(out)

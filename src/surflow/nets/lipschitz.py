@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.numeric import at_least_float32
+
 NORMS = ("exact", "power")
 
 
@@ -92,7 +94,7 @@ class LipschitzLinear(nn.Linear):
 
     def bounded_weight(self) -> Tensor:
         """The weight within its bound, (out, in), float32 or better; a training call iterates."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = at_least_float32(self.weight)
         with torch.autocast(weight.device.type, enabled=False):
             if self.norm == "power" and self.training:
                 with torch.no_grad():

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_positive_sizes
+from surflow.numeric import at_least_float32
+
 
 class WeightNormConv2d(nn.Conv2d):
     r"""A convolution whose filters have a length of their own: (B, in, H, W) -> (B, out, H, W).
@@ -115,12 +118,13 @@ class ResNet(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        sizes = (in_channels, out_channels, mid_channels, num_blocks)
-        if min(sizes) < 1:
-            raise ValueError(
-                "ResNet: expected positive sizes, got in_channels={}, out_channels={}, "
-                "mid_channels={}, num_blocks={}".format(*sizes)
-            )
+        require_positive_sizes(
+            "ResNet",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            mid_channels=mid_channels,
+            num_blocks=num_blocks,
+        )
         self.register_buffer(
             "mask", None if mask is None else mask.to(torch.get_default_dtype()), persistent=False
         )
@@ -171,7 +175,7 @@ class TanhScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net(x)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = at_least_float32(out)
         log_scale, shift = out.unflatten(1, (-1, 2)).unbind(2)
         factor = self.factor.view(-1, *[1] * (out.dim() - 2))
         return torch.stack([factor * torch.tanh(log_scale), shift], dim=2).flatten(1, 2)

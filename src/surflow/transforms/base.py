@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 
 
@@ -284,8 +284,7 @@ class Transform(nn.Module, ABC):
         return x, at_least_float32(ldj)
 
     def _several(self, num_samples: int, method: str) -> bool:
-        if num_samples < 1:
-            raise ValueError(f"{self.where(method)}: expected num_samples >= 1, got {num_samples}")
+        require_at_least(self.where(method), 1, num_samples=num_samples)
         return num_samples > 1
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.transforms.base import Example, Transform
@@ -44,10 +44,7 @@ class ActNorm(Transform):
 
     def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"ActNorm: expected dim >= 1, got {dim}")
-        if num_channels < 1:
-            raise ValueError(f"ActNorm: expected num_channels >= 1, got {num_channels}")
+        require_at_least("ActNorm", 1, dim=dim, num_channels=num_channels)
         self.num_channels = num_channels
         self.dim = dim
         self.shift = nn.Parameter(torch.zeros(num_channels))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.numeric import at_least_float32
 from surflow.transforms.base import Example, Transform, zero_ldj
@@ -64,8 +64,7 @@ class BatchNorm(Transform):
         self, num_channels: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True
     ) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ValueError(f"BatchNorm: expected num_channels >= 1, got {num_channels}")
+        require_at_least("BatchNorm", 1, num_channels=num_channels)
         if not 0 < momentum <= 1 or not eps > 0:
             raise ValueError(
                 f"BatchNorm: expected 0 < momentum <= 1 and eps > 0, got {momentum} and {eps}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least, require_positive_sizes
 from surflow.numeric import working_dtype
 from surflow.transforms.base import Example, Transform, zero_ldj
 from surflow.transforms.bijections.linear import (
@@ -65,8 +65,7 @@ class Conv1x1(Transform):
                 "Conv1x1: expected parametrisation to be one of "
                 f"{', '.join(['full', *FACTORISED])}, got {parametrisation!r}"
             )
-        if channels < 1:
-            raise ValueError(f"Conv1x1: expected channels >= 1, got {channels}")
+        require_at_least("Conv1x1", 1, channels=channels)
         self.parametrisation = parametrisation
         self.event_shape = (channels, None, None)
         self.linear = None
@@ -155,11 +154,7 @@ class PeriodicConv2d(Transform):
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        if min(channels, kernel_size) < 1:
-            raise ValueError(
-                f"PeriodicConv2d: expected positive sizes, got channels={channels}, "
-                f"kernel_size={kernel_size}"
-            )
+        require_positive_sizes("PeriodicConv2d", channels=channels, kernel_size=kernel_size)
         self.kernel_size = kernel_size
         self.event_shape = (channels, None, None)
         # an orthogonal matrix in the middle, and around it noise whose response stays well below

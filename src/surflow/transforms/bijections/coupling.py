@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.nets import MLP
@@ -72,8 +73,7 @@ class Coupling(Transform):
         dim: int = 1,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
+        require_at_least(type(self).__name__, 1, dim=dim)
         if split not in SPLITS and not (isinstance(split, int) and split > 0):
             raise ValueError(
                 f"{type(self).__name__}: expected split to be one of {', '.join(SPLITS)} or a "
@@ -136,7 +136,8 @@ class Coupling(Transform):
             return self.mask.expand(x.shape[1:])
         except RuntimeError:
             raise InputError(
-                f"expected a mask that broadcasts to {tuple(x.shape[1:])}, got {tuple(self.mask.shape)}"
+                f"expected a mask that broadcasts to {tuple(x.shape[1:])}, "
+                f"got {tuple(self.mask.shape)}"
             ) from None
 
     # Both directions ---------------------------------------------------------------------------
@@ -254,16 +255,8 @@ class AffineCoupling(Coupling):
     True
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        scale: str = "exp",
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(AffineMap(scale), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, scale: str = "exp", **parts: Any) -> None:
+        super().__init__(AffineMap(scale), net, **parts)
 
     @classmethod
     def example(cls) -> Example:
@@ -289,15 +282,8 @@ class AdditiveCoupling(Coupling):
     tensor([0.])
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(AdditiveMap(), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, **parts: Any) -> None:
+        super().__init__(AdditiveMap(), net, **parts)
 
     @classmethod
     def example(cls) -> Example:
@@ -334,13 +320,10 @@ class RationalQuadraticSplineCoupling(Coupling):
         bound: float | Sequence[float] | None = 3.0,
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
+        **parts: Any,
     ) -> None:
         spline = RationalQuadraticSpline(num_bins, bound, min_bin, min_slope)
-        super().__init__(spline, net, split, swap, mask, dim)
+        super().__init__(spline, net, **parts)
 
     @classmethod
     def example(cls) -> Example:
@@ -368,16 +351,8 @@ class LogisticMixtureCoupling(Coupling):
     14
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        num_components: int = 8,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(LogisticMixtureMap(num_components), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, num_components: int = 8, **parts: Any) -> None:
+        super().__init__(LogisticMixtureMap(num_components), net, **parts)
 
     @classmethod
     def example(cls) -> Example:

@@ -14,7 +14,7 @@ from surflow.distributions import DiagonalNormal, HalfNormal, Logistic, Standard
 from surflow.distributions.base import as_shape, sum_event
 from surflow.transforms.base import Example, Transform, output_of_context
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -84,7 +84,7 @@ class Exp(_ElementwiseBijection):
         return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
 
 
-class Log(Inverse):
+class Log(_InverseOf):
     r"""The logarithm, :math:`(0, \infty) \to \mathbb R`.
 
     .. math:: z = \log x, \qquad \mathrm{ldj} = -\sum_d \log x_d
@@ -101,8 +101,7 @@ class Log(Inverse):
     (tensor([[1., 1.]]), tensor([-2.]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Exp())
+    of = Exp
 
     @classmethod
     def example(cls) -> Example:
@@ -151,7 +150,7 @@ class Sigmoid(_ElementwiseBijection):
         return Example(cls(), Logistic((2,)).sample_and_log_prob, Uniform((2,)))
 
 
-class Logit(Inverse):
+class Logit(_InverseOf):
     r"""The inverse of the logistic function, :math:`(0, 1) \to \mathbb R`.
 
     .. math:: z = \log x - \log(1 - x), \qquad
@@ -169,8 +168,7 @@ class Logit(Inverse):
     (tensor([[0., 0.]]), tensor([2.7726]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Sigmoid())
+    of = Sigmoid
 
     @classmethod
     def example(cls) -> Example:
@@ -211,7 +209,7 @@ class Softplus(_ElementwiseBijection):
         return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
 
 
-class SoftplusInverse(Inverse):
+class SoftplusInverse(_InverseOf):
     r"""The inverse of the softplus, :math:`(0, \infty) \to \mathbb R`.
 
     .. math:: z = x + \log(1 - e^{-x}), \qquad \mathrm{ldj} = -\sum_d \log(1 - e^{-x_d})
@@ -228,8 +226,7 @@ class SoftplusInverse(Inverse):
     (tensor([[0.5413, 0.5413]]), tensor([0.9174]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Softplus())
+    of = Softplus
 
     @classmethod
     def example(cls) -> Example:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, Uniform
 from surflow.numeric import at_least_float32, working_dtype
 from surflow.transforms.base import Example, Transform, zero_ldj
@@ -90,8 +90,7 @@ class _LinearBijection(Transform):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"{type(self).__name__}: expected features >= 1, got {features}")
+        require_at_least(type(self).__name__, 1, features=features)
         self.features = features
 
     @property

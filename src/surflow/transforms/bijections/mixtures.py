@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surflow.checks import require_at_least
 from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
@@ -39,10 +40,7 @@ class LogisticMixtureMap(ElementwiseMap):
     """
 
     def __init__(self, num_components: int = 8, max_log_scale: float = 7.0) -> None:
-        if num_components < 1:
-            raise ValueError(
-                f"LogisticMixtureMap: expected num_components >= 1, got {num_components}"
-            )
+        require_at_least("LogisticMixtureMap", 1, num_components=num_components)
         self.num_components = num_components
         self.max_log_scale = max_log_scale
         self.num_params = 3 * num_components + 2

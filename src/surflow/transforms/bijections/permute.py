@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal, Uniform
 from surflow.distributions.base import register_value
 from surflow.numeric import working_dtype
@@ -47,8 +47,7 @@ class Permute(Transform):
                 f"{type(self).__name__}: expected each of 0 to {index.numel() - 1} once, "
                 f"got {index.tolist()}"
             )
-        if dim < 1:
-            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
+        require_at_least(type(self).__name__, 1, dim=dim)
         self.dim = dim
         self.register_buffer("permutation", index)
         self.register_buffer("inverse_permutation", torch.argsort(index), persistent=False)
@@ -110,8 +109,7 @@ class Reverse(Transform):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"Reverse: expected dim >= 1, got {dim}")
+        require_at_least("Reverse", 1, dim=dim)
         self.dim = dim
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -169,8 +167,7 @@ class Rotation(Transform):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if features < 2:
-            raise ValueError(f"Rotation: expected features >= 2, got {features}")
+        require_at_least("Rotation", 2, features=features)
         if angle is not None and features != 2:
             raise ValueError(f"Rotation: an angle is for features = 2, got features = {features}")
         self.event_shape = (features,)

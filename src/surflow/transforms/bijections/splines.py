@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.checks import require
+from surflow.checks import require, require_at_least
 from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
@@ -64,8 +64,7 @@ class RationalQuadraticSpline(ElementwiseMap):
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
     ) -> None:
-        if num_bins < 2:
-            raise ValueError(f"RationalQuadraticSpline: expected num_bins >= 2, got {num_bins}")
+        require_at_least("RationalQuadraticSpline", 2, num_bins=num_bins)
         interval = (-bound, bound) if isinstance(bound, int | float) else tuple(bound or (0.0, 1.0))
         if len(interval) != 2 or not interval[0] < interval[1]:
             raise ValueError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import StandardNormal
 from surflow.transforms.base import Example, Transform, zero_ldj
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 def to_channels(x: Tensor, factor: int) -> Tensor:
@@ -62,8 +62,7 @@ class Squeeze(Transform):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"{type(self).__name__}: expected factor >= 1, got {factor}")
+        require_at_least(type(self).__name__, 1, factor=factor)
         self.factor = factor
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,7 @@ class Squeeze(Transform):
         return Example(cls(), x.sample_and_log_prob, z)
 
 
-class Unsqueeze(Inverse):
+class Unsqueeze(_InverseOf):
     r"""Channels become blocks of pixels: :class:`Squeeze` turned round.
 
     .. math:: z_{c,\, f h + i,\, f w + j} = x_{f^2 c + f i + j,\, h,\, w}, \quad
@@ -113,10 +112,11 @@ class Unsqueeze(Inverse):
     [[[[0.0, 1.0], [2.0, 3.0]]]]
     """
 
+    of = Squeeze
+
     def __init__(self, factor: int = 2) -> None:
-        if factor < 1:
-            raise ValueError(f"Unsqueeze: expected factor >= 1, got {factor}")
-        super().__init__(Squeeze(factor))
+        require_at_least("Unsqueeze", 1, factor=factor)
+        super().__init__(factor)
 
     @classmethod
     def example(cls) -> Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.nets import MLP
@@ -58,8 +59,7 @@ class VAE(Transform):
         for name, part in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, Distribution) or not part.conditional:
                 raise ValueError(f"VAE: expected a conditional distribution as {name}, got {part}")
-        if context_features < 0:
-            raise ValueError(f"VAE: expected context_features >= 0, got {context_features}")
+        require_at_least("VAE", 0, context_features=context_features)
         self.encoder = encoder
         self.decoder = decoder
         self.context_features = context_features

@@ -14,7 +14,7 @@ from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
 from surflow.score_function import record_score
 from surflow.transforms.base import Example, Transform, net_output
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 class AbsInference(Transform):
@@ -142,7 +142,7 @@ class AbsInference(Transform):
         )
 
 
-class AbsGenerative(Inverse):
+class AbsGenerative(_InverseOf):
     r"""The generative surjection x = |z|: inference draws the sign.
 
     .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
@@ -166,15 +166,7 @@ class AbsGenerative(Inverse):
     tensor([[1., 2.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        element: int | Sequence[int] | None = None,
-        probability: float = 0.5,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(AbsInference(event_shape, element, probability, learn, net))
+    of = AbsInference
 
     @classmethod
     def example(cls) -> Example:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from surflow.transforms.conditioning import (
     draw,
     score,
 )
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.rounding import uniform_integers
 
 
@@ -126,8 +127,11 @@ class _Categories(Transform):
         return x.flatten(1, 2), log_p
 
 
-class _Generative(Inverse):
+class _Generative(_InverseOf):
     """The other direction: generation reads the categories alone, and scores nothing."""
+
+    def __init__(self, event_shape: int | Sequence[int], *arguments: Any, **options: Any) -> None:
+        super().__init__(event_shape, *arguments, **options)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         require_context(context, self.transform._context_features)
@@ -286,14 +290,7 @@ class ArgmaxGenerative(_Generative):
     (True, True)
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        noise: Distribution | None = None,
-        context_features: int = 0,
-    ) -> None:
-        super().__init__(ArgmaxInference(event_shape, num_classes, noise, context_features))
+    of = ArgmaxInference
 
     @classmethod
     def example(cls) -> Example:
@@ -439,15 +436,7 @@ class GumbelArgmaxGenerative(_Generative):
     tensor([0.2689, 0.7311])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        logits: Sequence[float] | Tensor | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(GumbelArgmaxInference(event_shape, num_classes, logits, learn, net))
+    of = GumbelArgmaxInference
 
     @classmethod
     def example(cls) -> Example:
@@ -567,14 +556,7 @@ class BinaryArgmaxGenerative(_Generative):
     ((1, 5, 5), True)
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        noise: Distribution | None = None,
-        context_features: int = 0,
-    ) -> None:
-        super().__init__(BinaryArgmaxInference(event_shape, num_classes, noise, context_features))
+    of = BinaryArgmaxInference
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         inner = self.transform

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
+from surflow.checks import require, require_at_least
 from surflow.distributions import Uniform
 from surflow.distributions.base import as_shape, draw_index, register_value
 from surflow.nets import MLP
@@ -77,8 +77,7 @@ class IntervalFold(Transform):
             raise ValueError(
                 f"IntervalFold: expected element in 0 to {self.event_shape[0] - 1}, got {element}"
             )
-        if num_intervals < 2:
-            raise ValueError(f"IntervalFold: expected num_intervals >= 2, got {num_intervals}")
+        require_at_least("IntervalFold", 2, num_intervals=num_intervals)
         if not low < high:
             raise ValueError(f"IntervalFold: expected low < high, got {low} and {high}")
         self.element, self.num_intervals = element, num_intervals

@@ -17,7 +17,7 @@ from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
 from surflow.transforms.base import Example, Transform, net_output, zero_ldj
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 def remove_one(values: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -233,7 +233,7 @@ class MaxInference(_Max):
         return Example(cls((3,), decoder, net=net), sample, base, lambda n: torch.randn(n, 1))
 
 
-class MaxGenerative(Inverse):
+class MaxGenerative(_InverseOf):
     r"""The generative surjection x = max(z) over dimension 1: inference draws the rest.
 
     .. math:: x = \max_k z_k, \quad k \sim \mathrm{Cat}(\pi(x)),\ z_k = x,\
@@ -261,15 +261,7 @@ class MaxGenerative(Inverse):
     tensor([[4.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        decoder: Distribution | None = None,
-        differences: bool = True,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(MaxInference(event_shape, decoder, differences, learn, net))
+    of = MaxInference
 
     @classmethod
     def example(cls) -> Example:

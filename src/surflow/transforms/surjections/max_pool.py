@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape
 from surflow.transforms.base import Example
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.max import _Max
 
 
@@ -71,8 +72,7 @@ class MaxPool2d(_Max):
         if len(self.event_shape) != 3:
             raise ValueError(f"{name}: expected event_shape (C, H, W), got {self.event_shape}")
         c, h, w = self.event_shape
-        if kernel_size < 2:
-            raise ValueError(f"{name}: expected kernel_size >= 2, got {kernel_size}")
+        require_at_least(name, 2, kernel_size=kernel_size)
         if h % kernel_size or w % kernel_size:
             raise ValueError(
                 f"{name}: expected a height and a width that {kernel_size} divides, got {h} x {w}"
@@ -137,7 +137,7 @@ class MaxPool2d(_Max):
         return Example(transform, sample, base)
 
 
-class MaxPool2dGenerative(Inverse):
+class MaxPool2dGenerative(_InverseOf):
     r"""The generative surjection x = maxpool(z): inference unpools by a posterior.
 
     .. math:: x_j = \max_k z_{jk}, \quad k_j \sim \mathrm{Cat}(\pi_j(x)),\
@@ -163,15 +163,7 @@ class MaxPool2dGenerative(Inverse):
     tensor([5.])
     """
 
-    def __init__(
-        self,
-        event_shape: Sequence[int],
-        kernel_size: int = 2,
-        decoder: Distribution | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(MaxPool2d(event_shape, kernel_size, decoder, learn, net))
+    of = MaxPool2d
 
     @classmethod
     def example(cls) -> Example:

@@ -16,7 +16,7 @@ from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.transforms.base import Example, Transform, net_output
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 class ReLUInference(Transform):
@@ -118,7 +118,7 @@ class ReLUInference(Transform):
         )
 
 
-class ReLUGenerative(Inverse):
+class ReLUGenerative(_InverseOf):
     r"""The generative surjection x = max(z, 0): inference draws what lies below a zero.
 
     .. math:: x_d = \max(z_d, 0), \quad
@@ -147,14 +147,7 @@ class ReLUGenerative(Inverse):
     tensor([[1.5000, 0.0000]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        scale: float | Sequence[float] | Tensor = 1.0,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(ReLUInference(event_shape, scale, learn, net))
+    of = ReLUInference
 
     @classmethod
     def example(cls) -> Example:

@@ -19,7 +19,7 @@ from surflow.transforms.conditioning import (
     draw,
     score,
 )
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 MAX_LEVELS = 2**16
 
@@ -171,7 +171,7 @@ class Rounding(Transform):
         return Example(cls(3, _noise((2,))), box.sample_and_log_prob, base)
 
 
-class Dequantization(Inverse):
+class Dequantization(_InverseOf):
     r"""The generative surjection x = ⌊K z⌋: inference adds noise to integers.
 
     .. math:: x_d = \lfloor K z_d \rfloor, \quad z_d = (x_d + u_d)/K,\ u \sim q(u \mid x), \qquad
@@ -226,6 +226,8 @@ class Dequantization(Inverse):
     (True, torch.int64)
     """
 
+    of = Rounding
+
     def __init__(
         self,
         num_levels: int = 256,
@@ -234,8 +236,8 @@ class Dequantization(Inverse):
         clamp: bool = True,
         context_features: int = 0,
     ) -> None:
-        _check_options(type(self).__name__, num_levels, noise, context_features)
-        super().__init__(Rounding(num_levels, noise, scale, context_features))
+        _check_options("Dequantization", num_levels, noise, context_features)
+        super().__init__(num_levels, noise, scale, context_features)
         self.clamp = clamp
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.nets import MLP
 from surflow.numeric import repeat_rows
 from surflow.transforms.base import Example, Transform, require_context
 from surflow.transforms.conditioning import check_distribution, draw, score
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 class Slice(Transform):
@@ -64,8 +67,7 @@ class Slice(Transform):
                 f"{name}: expected dim in 1 to {len(decoder.event_shape)} for a decoder of "
                 f"events {decoder.event_shape}, got {dim}"
             )
-        if keep < 1:
-            raise ValueError(f"{name}: expected keep >= 1, got {keep}")
+        require_at_least(name, 1, keep=keep)
         self.decoder = decoder
         self.keep = keep
         self.dim = dim
@@ -117,7 +119,7 @@ class Slice(Transform):
         )
 
 
-class Augment(Inverse):
+class Augment(_InverseOf):
     r"""The generative surjection that drops channels: inference draws them.
 
     .. math:: x = z_1, \quad z = (x, u),\ u \sim q(u \mid x), \qquad V = -\log q(u \mid x)
@@ -147,11 +149,11 @@ class Augment(Inverse):
     ((5, 3), (5, 2), True)
     """
 
-    def __init__(
-        self, encoder: Distribution, keep: int, dim: int = 1, context_features: int = 0
-    ) -> None:
-        check_distribution(encoder, type(self).__name__, "encoder", context_features)
-        super().__init__(Slice(encoder, keep, dim, context_features))
+    of = Slice
+
+    def __init__(self, encoder: Distribution, *arguments: Any, **options: Any) -> None:
+        check_distribution(encoder, "Augment", "encoder", options.get("context_features", 0))
+        super().__init__(encoder, *arguments, **options)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         # the cut alone: generation does not score the encoder

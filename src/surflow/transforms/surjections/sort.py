@@ -23,7 +23,7 @@ from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
 from surflow.transforms.base import Example, Transform, net_output, zero_ldj
-from surflow.transforms.inverse import Inverse
+from surflow.transforms.inverse import _InverseOf
 
 
 class SortInference(Transform):
@@ -136,7 +136,7 @@ class SortInference(Transform):
         )
 
 
-class SortGenerative(Inverse):
+class SortGenerative(_InverseOf):
     r"""The generative surjection x = sort(z): inference draws the order that sorting forgets.
 
     .. math:: x = \mathrm{sort}(z), \quad z_i = x_{\sigma_i},\ \sigma \sim q(\sigma \mid x), \qquad
@@ -161,14 +161,7 @@ class SortGenerative(Inverse):
     tensor([[1., 3.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        by: int | Sequence[int] | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(SortInference(event_shape, by, learn, net))
+    of = SortInference
 
     @classmethod
     def example(cls) -> Example:
