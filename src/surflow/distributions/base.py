@@ -86,7 +86,7 @@ class Distribution(nn.Module, ABC):
         Raises:
             ValueError: for a wrong shape, or a context that is missing.
         """
-        return self._run("log_prob", self._checked_log_prob, x, context)
+        return self._call("log_prob", self._checked_log_prob, x, context)
 
     def sample(
         self, n: int | None = None, context: Tensor | None = None, temperature: float = 1.0
@@ -102,7 +102,7 @@ class Distribution(nn.Module, ABC):
         Returns:
             (n, *event).
         """
-        return self._run("sample", self._checked_sample, n, context, temperature)
+        return self._call("sample", self._checked_sample, n, context, temperature)
 
     def sample_and_log_prob(
         self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
@@ -117,7 +117,7 @@ class Distribution(nn.Module, ABC):
         Returns:
             Events (K n, *event) and their log-probabilities (K n,), nats.
         """
-        return self._run("sample_and_log_prob", self._sample_and_log_prob, n, context, num_samples)
+        return self._call("sample_and_log_prob", self._sample_and_log_prob, n, context, num_samples)
 
     def _sample_and_log_prob(
         self, n: int | None, context: Tensor | None, num_samples: int
@@ -130,7 +130,7 @@ class Distribution(nn.Module, ABC):
             record_score(log_prob)
         return x, log_prob
 
-    def _run(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``function``; an error gets the name of this class and of the method."""
         try:
             return function(*arguments)

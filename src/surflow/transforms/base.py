@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.checks import InputError, require_at_least
+from surflow.distributions.base import Distribution
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 
 
@@ -96,8 +97,8 @@ class Example:
 
     Attributes:
         transform: the instance.
-        sample: ``sample(n) -> (x, log_r)`` with x (n, *event) drawn from a density r that covers
-            the support of the model, and log_r (n,) its log-density in nats.
+        sample: a density r that covers the support of the model: a distribution, or
+            ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
         context: ``context(n)`` draws a context for n rows, None for an unconditional instance.
         latent: ``latent(n)`` draws points z of the codomain for the round trip that starts there;
@@ -105,10 +106,14 @@ class Example:
     """
 
     transform: Transform
-    sample: Callable[[int], tuple[Tensor, Tensor]]
+    sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
     base: Any
     context: Callable[[int], Tensor] | None = None
     latent: Callable[[int], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sample, Distribution):
+            self.sample = self.sample.sample_and_log_prob
 
 
 class Transform(nn.Module, ABC):
@@ -232,20 +237,20 @@ class Transform(nn.Module, ABC):
         Raises:
             ValueError: for a wrong shape, dtype or value.
         """
-        z, ldj = self._run("forward", self._forward, x, context)
+        z, ldj = self._call("forward", self._forward, x, context)
         return z, at_least_float32(ldj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Generate data from a latent: (B, *latent) -> (B, *event)."""
-        return self._run("inverse", self._inverse, z, context)
+        return self._call("inverse", self._inverse, z, context)
 
     def latent(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of ``forward`` without its contribution: (B, *event) -> (B, *latent)."""
-        return self._run("forward", self._latent, x, context)
+        return self._call("forward", self._latent, x, context)
 
     def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
-        x, ldj = self._run("inverse", self._inverse_and_ldj, z, context)
+        x, ldj = self._call("inverse", self._inverse_and_ldj, z, context)
         return x, at_least_float32(ldj)
 
     def forward_samples(
@@ -271,7 +276,7 @@ class Transform(nn.Module, ABC):
         """
         if not self._several(num_samples, "forward"):
             return self(x, context)
-        z, ldj = self._run("forward", self._forward_samples, x, context, num_samples)
+        z, ldj = self._call("forward", self._forward_samples, x, context, num_samples)
         return z, at_least_float32(ldj)
 
     def inverse_and_ldj_samples(
@@ -280,7 +285,7 @@ class Transform(nn.Module, ABC):
         """Generate several x of each latent, and score the pairs; see :meth:`forward_samples`."""
         if not self._several(num_samples, "inverse"):
             return self.inverse_and_ldj(z, context)
-        x, ldj = self._run("inverse", self._inverse_and_ldj_samples, z, context, num_samples)
+        x, ldj = self._call("inverse", self._inverse_and_ldj_samples, z, context, num_samples)
         return x, at_least_float32(ldj)
 
     def _several(self, num_samples: int, method: str) -> bool:
@@ -330,7 +335,7 @@ class Transform(nn.Module, ABC):
             return f"{self._turned_into}.{method}"
         return f"{type(self).__name__}.{method}"
 
-    def _run(
+    def _call(
         self,
         direction: str,
         function: Callable[..., Any],

@@ -119,9 +119,10 @@ class Inverse(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        wide = DiagonalNormal((3,), scale=[3.0, 1.5, 2.0])
         affine = Affine((3,), shift=[0.5, -1.0, 0.0], scale=[2.0, 0.5, -1.5])
-        return Example(cls(affine), wide.sample_and_log_prob, StandardNormal((3,)))
+        return Example(
+            cls(affine), DiagonalNormal((3,), scale=[3.0, 1.5, 2.0]), StandardNormal((3,))
+        )
 
 
 class _InverseOf(Inverse):

@@ -168,7 +168,6 @@ class Sequential(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        wide = DiagonalNormal((2,), scale=2.0)
         return Example(
             cls(
                 [
@@ -178,6 +177,6 @@ class Sequential(Transform):
                     Affine((2,), shift=-0.6931471805599453),
                 ]
             ),
-            wide.sample_and_log_prob,
+            DiagonalNormal((2,), scale=2.0),
             HalfNormal((2,)),
         )

@@ -95,4 +95,4 @@ class ActNorm(Transform):
         wide = DiagonalNormal((3, 2), scale=2.0)
         transform = cls(3)
         transform.initialise(0.7 * wide.sample(64) + 0.3)
-        return Example(transform, wide.sample_and_log_prob, StandardNormal((3, 2)))
+        return Example(transform, wide, StandardNormal((3, 2)))

@@ -212,7 +212,7 @@ class Affine(Transform):
         transform = cls((3,), [0.5, 0.0, -1.0], [1.3, -0.6, 2.0], learn=True, net=MLP(2, 6, [8]))
         return Example(
             transform,
-            DiagonalNormal((3,), scale=2.5).sample_and_log_prob,
+            DiagonalNormal((3,), scale=2.5),
             StandardNormal((3,)),
             context=lambda n: torch.randn(n, 2),
         )

@@ -135,5 +135,4 @@ class BatchNorm(Transform):
             transform.running_var.copy_(torch.tensor([1.3, 0.7]))
             transform.log_gamma.copy_(torch.tensor([0.2, -0.1]))
             transform.beta.copy_(torch.tensor([-0.2, 0.5]))
-        wide = DiagonalNormal((2, 2), scale=1.8)
-        return Example(transform.eval(), wide.sample_and_log_prob, StandardNormal((2, 2)))
+        return Example(transform.eval(), DiagonalNormal((2, 2), scale=1.8), StandardNormal((2, 2)))

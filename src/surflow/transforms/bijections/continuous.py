@@ -265,10 +265,9 @@ class Continuous(Transform):
     @classmethod
     def example(cls) -> Example:
         net = MLP(3, 2, [8], "tanh", context_features=1)
-        wide = DiagonalNormal((2,), scale=1.8)
         return Example(
             cls(net, solver="rk4", num_steps=6, end_time=0.5),
-            wide.sample_and_log_prob,
+            DiagonalNormal((2,), scale=1.8),
             StandardNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )

@@ -367,4 +367,4 @@ def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
 def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
     """Four dimensions, wide normal inputs, a standard normal base."""
     wide = DiagonalNormal((4,), scale=1.5)
-    return Example(transform, wide.sample_and_log_prob, StandardNormal((4,)), context=context)
+    return Example(transform, wide, StandardNormal((4,)), context=context)

@@ -79,7 +79,8 @@ class Haar(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        wide = DiagonalNormal((1, 2, 4), scale=1.2)
         # the mean of four has half their deviation
         scale = torch.tensor([0.5, 1.0, 1.0, 1.0]).view(4, 1, 1)
-        return Example(cls(), wide.sample_and_log_prob, DiagonalNormal((4, 1, 2), scale=scale))
+        return Example(
+            cls(), DiagonalNormal((1, 2, 4), scale=1.2), DiagonalNormal((4, 1, 2), scale=scale)
+        )

@@ -294,9 +294,8 @@ class HouseholderLinear(_LinearBijection):
 
     @classmethod
     def example(cls) -> Example:
-        box = Uniform((3,), -3.0, 3.0)
         base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
-        return Example(cls(3), box.sample_and_log_prob, base)
+        return Example(cls(3), Uniform((3,), -3.0, 3.0), base)
 
 
 class QRLinear(HouseholderLinear):
@@ -355,5 +354,4 @@ def _perturbed(transform: Transform, std: float = 0.15) -> Transform:
 
 def _example(transform: Transform, shape: tuple[int, ...], loc: float = 0.0) -> Example:
     """Wide normal inputs, a normal base of scale 1; off the origin, it sees a rotation."""
-    wide = DiagonalNormal(shape, scale=1.4)
-    return Example(transform, wide.sample_and_log_prob, DiagonalNormal(shape, loc=loc))
+    return Example(transform, DiagonalNormal(shape, scale=1.4), DiagonalNormal(shape, loc=loc))

@@ -80,7 +80,7 @@ class Permute(Transform):
     @classmethod
     def example(cls) -> Example:
         normal = StandardNormal((4, 2))
-        return Example(cls([2, 0, 3, 1]), normal.sample_and_log_prob, normal)
+        return Example(cls([2, 0, 3, 1]), normal, normal)
 
 
 class Reverse(Transform):
@@ -126,7 +126,7 @@ class Reverse(Transform):
     @classmethod
     def example(cls) -> Example:
         normal = StandardNormal((3,))
-        return Example(cls(), normal.sample_and_log_prob, normal)
+        return Example(cls(), normal, normal)
 
 
 class Rotation(Transform):
@@ -209,6 +209,5 @@ class Rotation(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        box = Uniform((3,), -3.0, 3.0)
         base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
-        return Example(cls(3, seed=1), box.sample_and_log_prob, base)
+        return Example(cls(3, seed=1), Uniform((3,), -3.0, 3.0), base)

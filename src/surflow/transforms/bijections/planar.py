@@ -237,10 +237,9 @@ class Planar(_Stack):
 
 def _example(transform: _FromParameters, scale: float) -> Example:
     """Wide normal inputs of three elements, a context of two, a standard normal base."""
-    wide = DiagonalNormal((3,), scale=scale)
     return Example(
         transform,
-        wide.sample_and_log_prob,
+        DiagonalNormal((3,), scale=scale),
         StandardNormal((3,)),
         context=lambda n: torch.randn(n, 2),
     )

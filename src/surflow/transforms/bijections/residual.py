@@ -284,10 +284,9 @@ class Residual(Transform):
         with torch.no_grad():  # up to the bound, so that the example is far from the identity
             for layer in net.linears:
                 layer.weight.mul_(3.0)
-        wide = DiagonalNormal((3,), scale=1.8)
         return Example(
             cls(net, max_iterations=64),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.8),
             StandardNormal((3,)),
             context=lambda n: torch.randn(n, 2),
         )

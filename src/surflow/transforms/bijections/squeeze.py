@@ -85,7 +85,7 @@ class Squeeze(Transform):
     @classmethod
     def example(cls) -> Example:
         x, z = StandardNormal((1, 2, 4)), StandardNormal((4, 1, 2))
-        return Example(cls(), x.sample_and_log_prob, z)
+        return Example(cls(), x, z)
 
 
 class Unsqueeze(_InverseOf):
@@ -121,4 +121,4 @@ class Unsqueeze(_InverseOf):
     @classmethod
     def example(cls) -> Example:
         x, z = StandardNormal((4, 2, 1)), StandardNormal((1, 4, 2))
-        return Example(cls(), x.sample_and_log_prob, z)
+        return Example(cls(), x, z)

@@ -134,6 +134,6 @@ class DiscretelyIndexed(Transform):
                 gate=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
                 encoder=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
             ),
-            DiagonalNormal((2,), scale=2.2).sample_and_log_prob,
+            DiagonalNormal((2,), scale=2.2),
             StandardNormal((2,)),
         )

@@ -150,7 +150,7 @@ class StochasticPermutation(Transform):
         transform = cls(3, True, MLP(3, 3, [8], "tanh", context_features=1), MLP(3, 3, [8], "tanh"))
         return Example(
             transform,
-            DiagonalNormal((3,), scale=1.4).sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.4),
             DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8]),
             context=lambda n: torch.randn(n, 1),
         )

@@ -105,4 +105,4 @@ class VAE(Transform):
         with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
             encoder.net.layers[-1].bias.copy_(torch.tensor([0.0, 0.4]))
         wide = DiagonalNormal((2,), scale=2.0)
-        return Example(cls(encoder, decoder), wide.sample_and_log_prob, StandardNormal((1,)))
+        return Example(cls(encoder, decoder), wide, StandardNormal((1,)))

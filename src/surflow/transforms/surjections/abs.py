@@ -132,11 +132,10 @@ class AbsInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        normal = StandardNormal((2,))
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
             cls((2,), net=net),
-            normal.sample_and_log_prob,
+            StandardNormal((2,)),
             HalfNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )
@@ -171,8 +170,4 @@ class AbsGenerative(_InverseOf):
     @classmethod
     def example(cls) -> Example:
         base = DiagonalNormal((2,), loc=[0.4, -0.3], scale=[0.8, 1.1])
-        return Example(
-            cls((2,), probability=0.3, learn=True),
-            HalfNormal((2,), scale=1.5).sample_and_log_prob,
-            base,
-        )
+        return Example(cls((2,), probability=0.3, learn=True), HalfNormal((2,), scale=1.5), base)

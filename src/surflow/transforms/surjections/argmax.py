@@ -398,7 +398,7 @@ class GumbelArgmaxInference(_Categories):
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
         return Example(
             cls((2,), 3, net=net),
-            Gumbel((6,), scale=1.4).sample_and_log_prob,
+            Gumbel((6,), scale=1.4),
             base,
             context=lambda n: torch.randn(n, 1),
         )
@@ -520,9 +520,8 @@ class BinaryArgmaxInference(_FromNoise):
 
     @classmethod
     def example(cls) -> Example:
-        wide = Logistic((4,), scale=1.7)
         base = Categorical((2,), 4, [[0.2, -0.3, 0.5, 0.0], [0.0, 0.4, -0.4, 0.1]])
-        return Example(cls((2,), 4, _noise(4, -0.3)), wide.sample_and_log_prob, base)
+        return Example(cls((2,), 4, _noise(4, -0.3)), Logistic((4,), scale=1.7), base)
 
 
 class BinaryArgmaxGenerative(_Generative):

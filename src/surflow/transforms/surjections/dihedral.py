@@ -65,5 +65,4 @@ class DihedralFold(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        wide = DiagonalNormal((2,), scale=2.0)
-        return Example(cls(), wide.sample_and_log_prob, HalfNormal((2,)))
+        return Example(cls(), DiagonalNormal((2,), scale=2.0), HalfNormal((2,)))

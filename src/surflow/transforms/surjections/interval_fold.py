@@ -150,10 +150,9 @@ class IntervalFold(Transform):
         )
         with torch.no_grad():
             transform.widths.copy_(torch.tensor([0.3, -0.2, 0.0]))
-        box = Uniform((2,), [0.0, -1.0], [1.0, 2.0])
         return Example(
             transform,
-            box.sample_and_log_prob,
+            Uniform((2,), [0.0, -1.0], [1.0, 2.0]),
             Uniform((2,)),
             context=lambda n: torch.randn(n, 1),
         )

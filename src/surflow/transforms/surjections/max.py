@@ -225,8 +225,7 @@ class MaxInference(_Max):
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
             # the same structure with wider parts: a normal max, exponentials below, any place
-            wide = DiagonalNormal((1,), 0.2, 1.2)
-            z, log_r = wide.sample_and_log_prob(n)
+            z, log_r = DiagonalNormal((1,), 0.2, 1.2).sample_and_log_prob(n)
             x, ldj = cls((3,), Exponential((2,), 1.5)).inverse_and_ldj(z)
             return x, log_r + ldj
 
@@ -270,6 +269,6 @@ class MaxGenerative(_InverseOf):
             transform.transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1]))
         return Example(
             transform,
-            DiagonalNormal((1,), 0.7, 1.2).sample_and_log_prob,
+            DiagonalNormal((1,), 0.7, 1.2),
             DiagonalNormal((3,), [0.0, 0.2, -0.1], [0.9, 1.0, 0.8]),
         )

@@ -170,6 +170,6 @@ class MaxPool2dGenerative(_InverseOf):
         decoder = Exponential((3, 1, 1), scale=1.4, learn=True)
         return Example(
             cls((1, 2, 2), decoder=decoder),
-            DiagonalNormal((1, 1, 1), 0.8, 1.2).sample_and_log_prob,
+            DiagonalNormal((1, 1, 1), 0.8, 1.2),
             DiagonalNormal((1, 2, 2), scale=0.8),
         )

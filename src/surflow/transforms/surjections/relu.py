@@ -112,7 +112,7 @@ class ReLUInference(Transform):
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
             cls((2,), net=net),
-            DiagonalNormal((2,), -0.3, 2.2).sample_and_log_prob,
+            DiagonalNormal((2,), -0.3, 2.2),
             ZeroInflated((2,), [0.4, 0.6], [1.0, 1.3]),
             context=lambda n: torch.randn(n, 1),
         )
@@ -153,6 +153,6 @@ class ReLUGenerative(_InverseOf):
     def example(cls) -> Example:
         return Example(
             cls((2,), scale=[1.1, 0.9], learn=True),
-            ZeroInflated((2,), 0.4, 1.3).sample_and_log_prob,
+            ZeroInflated((2,), 0.4, 1.3),
             DiagonalNormal((2,), [0.4, -0.3], [0.8, 0.75]),
         )

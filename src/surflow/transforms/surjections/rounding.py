@@ -166,9 +166,8 @@ class Rounding(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        box = Uniform((2,))
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
-        return Example(cls(3, _noise((2,))), box.sample_and_log_prob, base)
+        return Example(cls(3, _noise((2,))), Uniform((2,)), base)
 
 
 class Dequantization(_InverseOf):

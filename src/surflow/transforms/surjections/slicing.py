@@ -110,10 +110,9 @@ class Slice(Transform):
     @classmethod
     def example(cls) -> Example:
         decoder = DiagonalNormal((1,), net=MLP(2 + 1, 2, [8], "tanh"))
-        wide = DiagonalNormal((3,), scale=[1.3, 1.3, 2.0])
         return Example(
             cls(decoder, keep=2, context_features=1),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]),
             StandardNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )
@@ -166,4 +165,4 @@ class Augment(_InverseOf):
         with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
             encoder.net.layers[-1].bias.copy_(torch.tensor([0.1, 0.4]))
         wide = DiagonalNormal((2,), scale=1.5)
-        return Example(cls(encoder, keep=2), wide.sample_and_log_prob, StandardNormal((3,)))
+        return Example(cls(encoder, keep=2), wide, StandardNormal((3,)))

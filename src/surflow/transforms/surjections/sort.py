@@ -127,10 +127,9 @@ class SortInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        wide = DiagonalNormal((3,), scale=1.3)
         return Example(
             cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.3),
             OrderStatistics(StandardNormal((3,))),
             context=lambda n: torch.randn(n, 1),
         )
@@ -168,5 +167,5 @@ class SortGenerative(_InverseOf):
         transform = cls((3,), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.4, -0.2, 0.1]))
-        sample = OrderStatistics(DiagonalNormal((3,), scale=1.4)).sample_and_log_prob
+        sample = OrderStatistics(DiagonalNormal((3,), scale=1.4))
         return Example(transform, sample, DiagonalNormal((3,), [0.3, 0.0, -0.2], [0.8, 1.0, 0.9]))
