@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 
 from surflow.checks import check_values
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example, Surjection, Transform
 from surflow.transforms.bijections.actnorm import ActNorm
 from surflow.transforms.bijections.affine import AdditiveMap, Affine, AffineMap
 from surflow.transforms.bijections.autoregressive import (
@@ -89,6 +89,7 @@ __all__ = [
     "Augment",
     "Autoregressive",
     "BatchNorm",
+    "Bijection",
     "BinaryArgmaxGenerative",
     "BinaryArgmaxInference",
     "BoxToReal",
@@ -146,6 +147,7 @@ __all__ = [
     "SortInference",
     "Squeeze",
     "StochasticPermutation",
+    "Surjection",
     "Sylvester",
     "Tanh",
     "Transform",

@@ -359,6 +359,25 @@ class Transform(nn.Module, ABC):
         return self.latent_shape or self.event_shape
 
 
+class Bijection(Transform):
+    """A layer that is deterministic in both directions, which undo each other."""
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+
+class Surjection(Transform):
+    """An inference surjection: forward is deterministic, generation samples.
+
+    :class:`~surflow.transforms.Inverse` turns it into a generative one.
+    """
+
+    bijective = False
+    stochastic_forward = False
+    stochastic_inverse = True
+
+
 def check_tensor(value: Tensor, shape: tuple[int | None, ...] | None, integer: bool) -> None:
     """Raise an error unless ``value`` is (batch, *shape), of integers or floating-point."""
     if not isinstance(value, Tensor):

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 
 
-class ActNorm(Transform):
+class ActNorm(Bijection):
     r"""A shift and scale per channel, set from the first batch so that z is standardised.
 
     .. math:: z = (x - t)\, e^{-s}, \qquad \mathrm{ldj} = -n \sum_c s_c
@@ -37,10 +37,6 @@ class ActNorm(Transform):
     >>> bool((z.mean(0).abs() < 1e-4).all()), bool(((z.std(0) - 1).abs() < 1e-4).all())
     (True, True)
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from surflow.checks import InputError
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -124,7 +124,7 @@ def net_output_fits(out: Tensor, batch: int, expected: tuple[int, ...]) -> bool:
     )
 
 
-class Affine(Transform):
+class Affine(Bijection):
     r"""An elementwise affine bijection with fixed, learned or context-dependent parameters.
 
     .. math:: z = s \odot x + t, \qquad \mathrm{ldj} = \sum_d \log |s_d|
@@ -148,10 +148,6 @@ class Affine(Transform):
     >>> layer(torch.ones(1, 3))
     (tensor([[3.0000, 1.5000, 0.0000]]), tensor([0.]))
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,

@@ -11,14 +11,14 @@ from torch import Tensor
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.nets.made import MADE
-from surflow.transforms.base import Example, Transform, run_net
+from surflow.transforms.base import Bijection, Example, run_net
 from surflow.transforms.bijections.affine import AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.maps import ElementwiseMap
 
 
-class Autoregressive(Transform):
+class Autoregressive(Bijection):
     r"""An autoregressive bijection with any elementwise map.
 
     .. math:: z_d = f(x_d;\, \theta_d(x_{<d}, c)), \qquad
@@ -47,10 +47,6 @@ class Autoregressive(Transform):
     >>> Autoregressive(AffineMap("softplus"), MADE(3, 2, [16])).inverse(torch.ones(5, 3)).shape
     torch.Size([5, 3])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, map: ElementwiseMap, net: MADE) -> None:
         super().__init__()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.linear import require_channels
 
 
-class BatchNorm(Transform):
+class BatchNorm(Bijection):
     r"""Normalise every channel by the statistics of the batch, or by running ones.
 
     .. math:: z = e^{\gamma}\,\frac{x - m}{\sqrt{v + \epsilon}} + \beta, \qquad
@@ -55,10 +55,6 @@ class BatchNorm(Transform):
     >>> layer(torch.ones(1, 2))[0].round(decimals=4).tolist()
     [[1.0, 1.0]]
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self, num_channels: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True

@@ -12,10 +12,10 @@ from torch import Tensor
 from surflow.checks import require
 from surflow.distributions import StandardNormal
 from surflow.distributions.base import sum_event
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 
 
-class BoxToReal(Transform):
+class BoxToReal(Bijection):
     r"""Map each coordinate's interval onto the real line.
 
     .. math:: z_d = \begin{cases}
@@ -41,10 +41,6 @@ class BoxToReal(Transform):
     >>> layer.inverse(torch.zeros(1, 2))
     tensor([[0.5000, 0.6931]])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, low: Sequence[float], high: Sequence[float], sharpness: float = 1.0) -> None:
         super().__init__()

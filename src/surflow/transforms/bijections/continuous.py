@@ -12,7 +12,7 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, sum_event
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Example, Transform, require_output, run_net
+from surflow.transforms.base import Bijection, Example, require_output, run_net
 from surflow.transforms.bijections.residual import rademacher, value_and_jacobian
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3")  # solvers of torchdiffeq
@@ -57,7 +57,7 @@ def runge_kutta(
     return state
 
 
-class Continuous(Transform):
+class Continuous(Bijection):
     r"""The continuous flow: x is carried along a vector field.
 
     .. math:: \frac{dy}{dt} = f(y, t), \quad y(0) = x, \ y(T) = z, \qquad
@@ -105,10 +105,6 @@ class Continuous(Transform):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-4)
     True
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surflow.checks import InputError, require_at_least, require_positive_sizes
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.linear import (
     HouseholderLinear,
     PLULinear,
@@ -28,7 +28,7 @@ from surflow.transforms.bijections.linear import (
 FACTORISED = {"plu": PLULinear, "qr": QRLinear, "orthogonal": HouseholderLinear}
 
 
-class Conv1x1(Transform):
+class Conv1x1(Bijection):
     r"""An invertible 1×1 convolution: one matrix multiplies the channels of every pixel.
 
     .. math:: z_{hw} = W x_{hw}, \qquad \mathrm{ldj} = H\,W\,\log |\det W|
@@ -53,9 +53,6 @@ class Conv1x1(Transform):
     torch.Size([2, 3, 4, 4])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     channels_last = False  # whether the result lies so in memory even where x does not
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
@@ -120,7 +117,7 @@ class Conv1x1(Transform):
         return _example(_perturbed(cls(2)), (2, 2, 2))
 
 
-class PeriodicConv2d(Transform):
+class PeriodicConv2d(Bijection):
     r"""A convolution of an image that wraps round at its edges, inverted by FFT.
 
     .. math:: \hat z(f) = \hat K(f)\, \hat x(f), \qquad
@@ -147,10 +144,6 @@ class PeriodicConv2d(Transform):
     >>> PeriodicConv2d(3, kernel_size=3).inverse(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 3, 8, 8])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.nets import MLP
-from surflow.transforms.base import Example, Transform, require_output, run_net
+from surflow.transforms.base import Bijection, Example, require_output, run_net
 from surflow.transforms.bijections.affine import AdditiveMap, AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
@@ -22,7 +22,7 @@ from surflow.transforms.maps import ElementwiseMap
 SPLITS = ("half", "alternate")
 
 
-class Coupling(Transform):
+class Coupling(Bijection):
     r"""A coupling with any elementwise map.
 
     .. math:: z_1 = x_1, \quad z_2 = f(x_2;\, \theta(x_1, c)), \qquad
@@ -58,10 +58,6 @@ class Coupling(Transform):
     >>> layer.kind
     'bijective'
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,

@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from surflow.checks import require
 from surflow.distributions import DiagonalNormal, HalfNormal, Logistic, StandardNormal, Uniform
 from surflow.distributions.base import as_shape, sum_event
-from surflow.transforms.base import Example, Transform, output_of_context
+from surflow.transforms.base import Bijection, Example, output_of_context
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.maps import ElementwiseMap
 
 
-class _ElementwiseBijection(Transform):
+class _ElementwiseBijection(Bijection):
     """z_d = f(x_d): a subclass gives f, its inverse and log |f'|, and checks its range."""
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def _map(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -311,7 +307,7 @@ class LeakyReLU(_ElementwiseBijection):
         return Example(cls(0.4), DiagonalNormal((2,), scale=2.5), StandardNormal((2,)))
 
 
-class Elementwise(Transform):
+class Elementwise(Bijection):
     r"""Each element through its own learned monotone map.
 
     .. math:: z_d = f(x_d; \theta_d), \qquad \mathrm{ldj} = \sum_d \log |f'(x_d; \theta_d)|
@@ -336,10 +332,6 @@ class Elementwise(Transform):
     >>> tuple(layer.params.shape)  # K widths, K heights, K - 1 slopes
     (3, 23)
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self, event_shape: int | Sequence[int], map: ElementwiseMap, net: nn.Module | None = None

@@ -10,11 +10,11 @@ from torch import Tensor
 from surflow.checks import InputError
 from surflow.distributions import DiagonalNormal
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 from surflow.transforms.bijections.squeeze import to_channels, to_pixels
 
 
-class Haar(Transform):
+class Haar(Bijection):
     r"""One level of the Haar transform, scaled so that the coarse part is the image at half size.
 
     .. math:: m = \tfrac14 (a + b + c + d), \quad (u, v, w) = \tfrac12 (a - b + c - d,\
@@ -39,9 +39,6 @@ class Haar(Transform):
     ([3.0, -2.0, -3.0, 1.0], -0.6931)
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
     event_shape = (None, None, None)
     latent_shape = (None, None, None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, Uniform
 from surflow.numeric import at_least_float32, working_dtype
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, Transform, zero_ldj
 
 INITS = ("orthogonal", "identity")
 
@@ -81,12 +81,8 @@ def dense_log_abs_det(weight: Tensor) -> Tensor:
     return torch.linalg.slogdet(weight.double())[1]
 
 
-class _LinearBijection(Transform):
+class _LinearBijection(Bijection):
     """z = W x along dimension 1: a subclass multiplies, solves, and knows log |det W|."""
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -12,10 +12,10 @@ from surflow.checks import require
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.distributions.order import feature_index
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 
 
-class OrderedToReal(Transform):
+class OrderedToReal(Bijection):
     r"""Map ascending values onto the whole space: the first one, then logarithms of the steps.
 
     .. math:: z_1 = x_1, \quad z_i = \log(x_i - x_{i-1}), \qquad
@@ -36,10 +36,6 @@ class OrderedToReal(Transform):
     >>> OrderedToReal()(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()
     [[1.0, 0.0, 0.0]]
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         steps = x.diff(dim=1)
@@ -65,7 +61,7 @@ class OrderedToReal(Transform):
         return Example(cls(), sample, StandardNormal((3,)))
 
 
-class RunningMaxToReal(Transform):
+class RunningMaxToReal(Bijection):
     r"""Map ascending values onto the whole space: the inverse of a soft running maximum.
 
     .. math:: z_1 = x_1, \quad z_i = x_i + s \log(1 - e^{-(x_i - x_{i-1}) / s}), \qquad
@@ -97,10 +93,6 @@ class RunningMaxToReal(Transform):
     >>> z, ldj  # log(e - 1) / 10 = 0.0541
     (tensor([[1.0000, 1.0541, 3.0000]]), tensor([0.4587]))
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, softness: float, by: int | Sequence[int] | None = None) -> None:
         super().__init__()

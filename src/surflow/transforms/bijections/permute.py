@@ -11,10 +11,10 @@ from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal, Uniform
 from surflow.distributions.base import register_value
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, zero_ldj
 
 
-class Permute(Transform):
+class Permute(Bijection):
     r"""A fixed permutation along one dimension.
 
     .. math:: z_i = x_{\pi(i)}, \qquad \mathrm{ldj} = 0
@@ -34,10 +34,6 @@ class Permute(Transform):
     >>> layer(torch.tensor([[1.0, 2.0, 3.0]]))[0]
     tensor([[3., 1., 2.]])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, permutation: Sequence[int] | Tensor, dim: int = 1) -> None:
         super().__init__()
@@ -83,7 +79,7 @@ class Permute(Transform):
         return Example(cls([2, 0, 3, 1]), normal, normal)
 
 
-class Reverse(Transform):
+class Reverse(Bijection):
     r"""Reverse the order along one dimension.
 
     .. math:: z_i = x_{D - 1 - i}, \qquad \mathrm{ldj} = 0
@@ -102,10 +98,6 @@ class Reverse(Transform):
     >>> layer(torch.tensor([[1.0, 2.0, 3.0]]))[0]
     tensor([[3., 2., 1.]])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
@@ -129,7 +121,7 @@ class Reverse(Transform):
         return Example(cls(), normal, normal)
 
 
-class Rotation(Transform):
+class Rotation(Bijection):
     r"""A rotation, learned or fixed: the exponential of a skew-symmetric matrix.
 
     .. math:: z = R x, \quad R = \exp(A - A^\top), \qquad \mathrm{ldj} = \log\det R = 0
@@ -154,10 +146,6 @@ class Rotation(Transform):
     >>> layer(torch.tensor([[1.0, 0.0]]))[0].detach().round(decimals=3).abs()
     tensor([[0., 1.]])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,

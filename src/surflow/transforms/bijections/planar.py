@@ -15,7 +15,7 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Example, Transform, output_of_context
+from surflow.transforms.base import Bijection, Example, output_of_context
 
 MARGIN = 1e-4  # the least slope of the map along its own direction
 NEWTON_STEPS = 18  # of solve_tanh; 15 reach rounding for every slope from MARGIN to 1e6
@@ -68,16 +68,12 @@ def solve_tanh(c: Tensor, slope: Tensor) -> Tensor:
     return y - (y + (slope - 1) * torch.tanh(y) - c) / derivative
 
 
-class _FromParameters(Transform):
+class _FromParameters(Bijection):
     """A bijection of vectors whose P parameters are free, or come from a net of the context.
 
     A subclass gives the initial values of its parameters to ``_declare`` and works on flat rows:
     ``_map`` (B, D) -> (B, D), ldj (B,) and ``_solve`` (B, D) -> (B, D), ldj (B,).
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, event_shape: int | Sequence[int], net: nn.Module | None = None) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, sum_event
 from surflow.nets.lipschitz import LipschitzMLP
 from surflow.numeric import at_least_float32, working_dtype
-from surflow.transforms.base import Example, Transform, require_output, run_net
+from surflow.transforms.base import Bijection, Example, require_output, run_net
 
 TRACES = ("exact", "power_series", "russian_roulette")
 GRADIENTS = ("neumann", "series")
@@ -43,7 +43,7 @@ def rademacher(like: Tensor) -> Tensor:
     return torch.where(torch.rand_like(like) < 0.5, -1.0, 1.0).to(like.dtype)
 
 
-class Residual(Transform):
+class Residual(Bijection):
     r"""The residual flow: an identity and a contraction.
 
     .. math:: z = x + g(x), \quad \mathrm{Lip}(g) < 1, \qquad
@@ -101,10 +101,6 @@ class Residual(Transform):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
     True
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from surflow.checks import InputError, require_at_least
 from surflow.distributions import StandardNormal
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.inverse import _InverseOf
 
 
@@ -30,7 +30,7 @@ def to_pixels(z: Tensor, factor: int) -> Tensor:
     return z.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-class Squeeze(Transform):
+class Squeeze(Bijection):
     r"""Blocks of pixels become channels.
 
     .. math:: z_{f^2 c + f i + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \quad
@@ -54,9 +54,6 @@ class Squeeze(Transform):
     [0.0, 1.0, 2.0, 3.0]
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     event_shape = (None, None, None)
     latent_shape = (None, None, None)
 

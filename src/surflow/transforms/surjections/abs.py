@@ -13,11 +13,11 @@ from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal
 from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Transform, net_output
+from surflow.transforms.base import Example, Surjection, net_output
 from surflow.transforms.inverse import _InverseOf
 
 
-class AbsInference(Transform):
+class AbsInference(Surjection):
     r"""The inference surjection z = |x|, with a distribution of the sign to undo it.
 
     .. math:: z_d = |x_d|, \quad x_d = s_d z_d,\ s_d \sim \mathrm{sign}(\pi_d(z)), \qquad
@@ -48,10 +48,6 @@ class AbsInference(Transform):
     >>> z, ldj  # log 1/2 for each sign
     (tensor([[1., 2.]]), tensor([-1.3863]))
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,

@@ -24,7 +24,13 @@ from surflow.distributions.base import Distribution, as_shape, expand_to, regist
 from surflow.distributions.location_scale import Logistic
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Example, Transform, require_context, require_output, run_net
+from surflow.transforms.base import (
+    Example,
+    Surjection,
+    require_context,
+    require_output,
+    run_net,
+)
 from surflow.transforms.conditioning import (
     check_distribution,
     draw,
@@ -51,12 +57,9 @@ def _below(threshold: Tensor, distance: Tensor) -> Tensor:
     return threshold - torch.maximum(distance, least)
 
 
-class _Categories(Transform):
+class _Categories(Surjection):
     """Scores x (C * width, ...) to categories z (C, ...): a subclass gives p(x|z)."""
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     integer_latent = True
 
     def __init__(self, latent_shape: int | Sequence[int], num_classes: int, width: int) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from surflow.checks import require
 from surflow.distributions import DiagonalNormal, HalfNormal
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Example, Surjection
 
 LOG_8 = math.log(8.0)
 ROOT_2 = math.sqrt(2.0)
 
 
-class DihedralFold(Transform):
+class DihedralFold(Surjection):
     r"""The inference surjection of the plane onto one eighth of it, by the square's symmetries.
 
     .. math:: a = |x_1|,\ b = |x_2|,\quad z = (|a - b|/\sqrt2,\ \sqrt2\,\min(a, b)),
@@ -41,9 +41,6 @@ class DihedralFold(Transform):
             [1.4142, 1.4142]]), tensor([-2.0794, -2.0794]))
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     event_shape = (2,)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

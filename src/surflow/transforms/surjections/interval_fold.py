@@ -13,10 +13,10 @@ from surflow.distributions import Uniform
 from surflow.distributions.base import as_shape, draw_index, register_value
 from surflow.nets import MLP
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Transform, net_output
+from surflow.transforms.base import Example, Surjection, net_output
 
 
-class IntervalFold(Transform):
+class IntervalFold(Surjection):
     r"""The inference surjection that lays K intervals of one coordinate upon one another.
 
     .. math:: x_d \in [b_k, b_{k+1}]:\quad z_d = \frac{x_d - b_k}{b_{k+1} - b_k}, \qquad
@@ -50,10 +50,6 @@ class IntervalFold(Transform):
     >>> IntervalFold(2, element=0, num_intervals=4, low=-4.0, high=4.0).kind
     'surjective (inference)'
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,

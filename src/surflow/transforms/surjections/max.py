@@ -16,7 +16,7 @@ from surflow.distributions.location_scale import HalfNormal
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Transform, net_output, zero_ldj
+from surflow.transforms.base import Example, Surjection, net_output, zero_ldj
 from surflow.transforms.inverse import _InverseOf
 
 
@@ -42,12 +42,8 @@ def insert_one(value: Tensor, others: Tensor, index: Tensor, dim: int) -> Tensor
     return torch.where(place == index, value, torch.where(place < index, before, after))
 
 
-class _Max(Transform):
+class _Max(Surjection):
     """The max over K elements along one dimension of blocks into which a subclass cuts x."""
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     dim: int  # of a block's K elements
 

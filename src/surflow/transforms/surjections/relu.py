@@ -15,11 +15,11 @@ from surflow.distributions.base import as_shape, expand_to, register_value, sum_
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Transform, net_output
+from surflow.transforms.base import Example, Surjection, net_output
 from surflow.transforms.inverse import _InverseOf
 
 
-class ReLUInference(Transform):
+class ReLUInference(Surjection):
     r"""The inference surjection z = max(x, 0), with a half-normal of what falls below zero.
 
     .. math:: z_d = \max(x_d, 0), \quad
@@ -53,10 +53,6 @@ class ReLUInference(Transform):
     >>> layer(torch.tensor([[1.5, -1.0]]))  # log 2 N(-1; 0, 1)
     (tensor([[1.5000, 0.0000]]), tensor([-0.7258]))
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,

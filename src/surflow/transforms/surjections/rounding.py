@@ -13,7 +13,7 @@ from surflow.distributions import Categorical, LogitLogistic, Uniform
 from surflow.distributions.base import Distribution
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
-from surflow.transforms.base import Example, Transform, require_context, zero_ldj
+from surflow.transforms.base import Example, Surjection, require_context, zero_ldj
 from surflow.transforms.conditioning import (
     check_distribution,
     draw,
@@ -24,7 +24,7 @@ from surflow.transforms.inverse import _InverseOf
 MAX_LEVELS = 2**16
 
 
-class Rounding(Transform):
+class Rounding(Surjection):
     r"""The inference surjection that rounds down, with a density within a cell to undo it.
 
     .. math:: z_d = \lfloor K x_d \rfloor, \quad x_d = (z_d + u_d)/K,\ u \sim p(u \mid z), \qquad
@@ -65,9 +65,6 @@ class Rounding(Transform):
     ([[0, 1, 3]], 4.1589)
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     integer_latent = True
 
     def __init__(

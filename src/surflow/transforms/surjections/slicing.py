@@ -12,12 +12,12 @@ from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.nets import MLP
 from surflow.numeric import repeat_rows
-from surflow.transforms.base import Example, Transform, require_context
+from surflow.transforms.base import Example, Surjection, require_context
 from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 
 
-class Slice(Transform):
+class Slice(Surjection):
     r"""The inference surjection that keeps the first channels and lets a density give the others.
 
     .. math:: x = (x_1, x_2), \quad z = x_1, \quad x_2 \sim p(x_2 \mid z), \qquad
@@ -51,10 +51,6 @@ class Slice(Transform):
     >>> tuple(z.shape), round(ldj.item(), 4)  # 32 dropped values at the mode of N(0, 1)
     ((1, 2, 4, 4), -29.406)
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self, decoder: Distribution, keep: int, dim: int = 1, context_features: int = 0

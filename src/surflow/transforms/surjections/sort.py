@@ -22,11 +22,11 @@ from surflow.distributions.order import (
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Transform, net_output, zero_ldj
+from surflow.transforms.base import Example, Surjection, net_output, zero_ldj
 from surflow.transforms.inverse import _InverseOf
 
 
-class SortInference(Transform):
+class SortInference(Surjection):
     r"""The inference surjection z = sort(x), ascending, with a distribution of the order.
 
     .. math:: z = \mathrm{sort}(x), \quad x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
@@ -58,10 +58,6 @@ class SortInference(Transform):
     >>> z, ldj  # -log 3!
     (tensor([[-1.0000,  0.3000,  2.0000]]), tensor([-1.7918]))
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,
