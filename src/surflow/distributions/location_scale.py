@@ -32,6 +32,8 @@ class LocationScale(Distribution):
         ValueError: for a scale that is not positive, or parameters that do not broadcast.
     """
 
+    learns_loc = True  # whether ``learn`` includes the location
+
     def __init__(
         self,
         event_shape: int | Sequence[int],
@@ -57,7 +59,7 @@ class LocationScale(Distribution):
                 f"{type(self).__name__}: loc {tuple(loc.shape)}, scale {tuple(scale.shape)} and "
                 f"parameters {tuple(shape)} must broadcast to the event {self.event_shape}"
             ) from None
-        register_value(self, "loc", loc, learn)
+        register_value(self, "loc", loc, learn and self.learns_loc)
         register_value(self, "log_scale", log_scale, learn)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,8 @@ class Exponential(LocationScale):
     tensor([-0.6931, -1.6931,    -inf])
     """
 
+    learns_loc = False  # the edge of the support stays at 0
+
     def __init__(
         self,
         event_shape: int | Sequence[int],
@@ -58,11 +60,7 @@ class Exponential(LocationScale):
         parameter_shape: Sequence[int] | None = None,
         net: nn.Module | None = None,
     ) -> None:
-        super().__init__(event_shape, 0.0, scale, False, parameter_shape, net)
-        if learn and net is None:  # the scale alone: the edge of the support stays at 0
-            log_scale = self.log_scale
-            del self.log_scale
-            self.log_scale = nn.Parameter(log_scale)
+        super().__init__(event_shape, 0.0, scale, learn, parameter_shape, net)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.conditional:

@@ -36,6 +36,18 @@ def zero_ldj(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], device=x.device, dtype=working_dtype(x))
 
 
+def require_size(x: Tensor, size: int, dim: int = 1) -> None:
+    """Raise an error unless x has this size along a dimension."""
+    if x.dim() <= dim or x.shape[dim] != size:
+        raise InputError(f"expected size {size} along dimension {dim}, got shape {tuple(x.shape)}")
+
+
+def require_dim(x: Tensor, dim: int) -> None:
+    """Raise an error for an x without this dimension."""
+    if x.dim() <= dim:
+        raise InputError(f"expected a dimension {dim}, got shape {tuple(x.shape)}")
+
+
 def takes_context(module: nn.Module | None) -> bool:
     """Whether a net reads the context: it says so with ``context_features > 0``."""
     return bool(getattr(module, "context_features", 0))
@@ -305,7 +317,7 @@ class Transform(nn.Module, ABC):
     @property
     def conditional(self) -> bool:
         """Whether this layer reads the context."""
-        return any(takes_context(m) for m in self.children())
+        return takes_context(self) or any(takes_context(m) for m in self.children())
 
     @property
     def label(self) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Bijection, Example, zero_ldj
-from surflow.transforms.bijections.linear import require_channels
+from surflow.transforms.base import Bijection, Example, require_size
+from surflow.transforms.bijections.linear import per_position
 
 
 class BatchNorm(Bijection):
@@ -100,28 +98,24 @@ class BatchNorm(Bijection):
         shape = (1, -1, *[1] * (x.dim() - 2))
         return tuple(t.view(shape) for t in (at_least_float32(mean), log_scale, shift))
 
-    def _ldj(self, log_scale: Tensor, x: Tensor) -> Tensor:
-        zero = zero_ldj(x)
-        return zero + (math.prod(x.shape[2:]) * log_scale.sum()).to(zero.dtype)
-
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(x, self.num_channels)
+        require_size(x, self.num_channels)
         if self.training:
             mean, var = self._batch_statistics(x)
         else:
             mean, var = self.running_mean, self.running_var
         mean, log_scale, shift = self._scale_and_shift(mean, var, x)
         z = (x - mean) * torch.exp(log_scale) + shift
-        return z.to(x.dtype), self._ldj(log_scale, x)
+        return z.to(x.dtype), per_position(log_scale.sum(), x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(z, self.num_channels)
+        require_size(z, self.num_channels)
         mean, log_scale, shift = self._scale_and_shift(self.running_mean, self.running_var, z)
         x = (z - shift) * torch.exp(-log_scale) + mean
-        return x.to(z.dtype), self._ldj(log_scale, z)
+        return x.to(z.dtype), per_position(log_scale.sum(), z)
 
     @classmethod
     def example(cls) -> Example:

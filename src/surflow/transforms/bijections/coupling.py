@@ -13,7 +13,7 @@ from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.nets import MLP
-from surflow.transforms.base import Bijection, Example, require_output, run_net
+from surflow.transforms.base import Bijection, Example, require_dim, require_output, run_net
 from surflow.transforms.bijections.affine import AdditiveMap, AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
@@ -88,7 +88,7 @@ class Coupling(Bijection):
     # Parting x and putting it together ---------------------------------------------------------
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._require_dim(x)
+        require_dim(x, self.dim)
         dim, channels = self.dim, x.shape[self.dim]
         if self.split == "alternate":
             first, second = (_every_other(x, dim, start) for start in (0, 1))
@@ -122,12 +122,8 @@ class Coupling(Bijection):
         out = require_output(run_net(self.net, seen, context), expected)
         return out.to(like.dtype).unflatten(dim, (like.shape[dim], count)).movedim(dim + 1, -1)
 
-    def _require_dim(self, x: Tensor) -> None:
-        if x.dim() <= self.dim:
-            raise InputError(f"expected a dimension {self.dim}, got shape {tuple(x.shape)}")
-
     def _mask_for(self, x: Tensor) -> Tensor:
-        self._require_dim(x)
+        require_dim(x, self.dim)
         try:
             return self.mask.expand(x.shape[1:])
         except RuntimeError:

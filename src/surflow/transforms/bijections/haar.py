@@ -9,8 +9,7 @@ from torch import Tensor
 
 from surflow.checks import InputError
 from surflow.distributions import DiagonalNormal
-from surflow.numeric import working_dtype
-from surflow.transforms.base import Bijection, Example
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.squeeze import to_channels, to_pixels
 
 
@@ -45,9 +44,7 @@ class Haar(Bijection):
 
     @staticmethod
     def _ldj(elements: int, like: Tensor) -> Tensor:
-        dtype = working_dtype(like)
-        value = -0.25 * elements * math.log(2.0)
-        return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+        return zero_ldj(like) - 0.25 * elements * math.log(2.0)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[2] % 2 or x.shape[3] % 2:

@@ -12,18 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError, require_at_least
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, Uniform
 from surflow.numeric import at_least_float32, working_dtype
-from surflow.transforms.base import Bijection, Example, Transform, zero_ldj
+from surflow.transforms.base import Bijection, Example, Transform, require_size, zero_ldj
 
 INITS = ("orthogonal", "identity")
-
-
-def require_channels(x: Tensor, channels: int) -> None:
-    """Raise an error unless dimension 1 of x has size ``channels``."""
-    if x.shape[1] != channels:
-        raise InputError(f"expected size {channels} along dimension 1, got shape {tuple(x.shape)}")
 
 
 def initial_matrix(size: int, init: str, where: str) -> Tensor:
@@ -111,12 +105,12 @@ class _LinearBijection(Bijection):
         return self._multiply(identity_like(self._like, self.features))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(x, self.features)
+        require_size(x, self.features)
         z = along_channels(x, self._like, self._multiply)
         return z, per_position(self._log_abs_det(), x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        require_channels(z, self.features)
+        require_size(z, self.features)
         return along_channels(z, self._like, self._solve)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surflow.checks import InputError, require_at_least
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal, Uniform
 from surflow.distributions.base import register_value
 from surflow.numeric import working_dtype
-from surflow.transforms.base import Bijection, Example, zero_ldj
+from surflow.transforms.base import Bijection, Example, require_dim, require_size, zero_ldj
 
 
 class Permute(Bijection):
@@ -58,19 +58,12 @@ class Permute(Bijection):
         super()._load_from_state_dict(*args, **kwargs)
         self.inverse_permutation = torch.argsort(self.permutation)
 
-    def _check_size(self, x: Tensor) -> None:
-        size = len(self.permutation)
-        if x.dim() <= self.dim or x.shape[self.dim] != size:
-            raise InputError(
-                f"expected size {size} along dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
-
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check_size(x)
+        require_size(x, len(self.permutation), self.dim)
         return x.index_select(self.dim, self.permutation), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        self._check_size(z)
+        require_size(z, len(self.permutation), self.dim)
         return z.index_select(self.dim, self.inverse_permutation)
 
     @classmethod
@@ -105,15 +98,11 @@ class Reverse(Bijection):
         self.dim = dim
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._flip(x), zero_ldj(x)
+        return self._inverse(x, context), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self._flip(z)
-
-    def _flip(self, x: Tensor) -> Tensor:
-        if x.dim() <= self.dim:
-            raise InputError(f"expected a dimension {self.dim}, got shape {tuple(x.shape)}")
-        return x.flip(self.dim)
+        require_dim(z, self.dim)
+        return z.flip(self.dim)
 
     @classmethod
     def example(cls) -> Example:

@@ -68,10 +68,6 @@ class VAE(Transform):
         self.integer_data = decoder.integer
         self.integer_latent = encoder.integer
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
     def _given(self, seen: Tensor, context: Tensor | None) -> Tensor:
         return concatenate_context(seen, context, self.context_features)
 

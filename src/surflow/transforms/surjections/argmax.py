@@ -164,10 +164,6 @@ class _FromNoise(_Categories):
         self.context_features = context_features
 
     @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
-    @property
     def _context_features(self) -> int:
         return self.context_features
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from surflow.checks import require
 from surflow.distributions import DiagonalNormal, HalfNormal
-from surflow.numeric import working_dtype
-from surflow.transforms.base import Example, Surjection
+from surflow.transforms.base import Example, Surjection, zero_ldj
 
 LOG_8 = math.log(8.0)
 ROOT_2 = math.sqrt(2.0)
@@ -49,8 +48,7 @@ class DihedralFold(Surjection):
         floor = torch.finfo(x.dtype).eps * torch.maximum(a, b)
         difference = torch.maximum((a - b).abs(), floor)
         z = torch.stack([difference / ROOT_2, ROOT_2 * torch.minimum(a, b)], dim=1)
-        dtype = working_dtype(x)
-        return z, torch.full((len(x),), -LOG_8, dtype=dtype, device=x.device)
+        return z, zero_ldj(x) - LOG_8
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         require(z >= 0, "values >= 0", z)

@@ -85,10 +85,6 @@ class Rounding(Surjection):
         # its dtype follows .to(), and says in which dtype to draw for an integer tensor
         self.register_buffer("unit", torch.ones(()), persistent=False)
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
     def _code(self, level: Tensor) -> Tensor:
         """What the noise is conditioned on: levels scaled to [-1, 1]."""
         level = level.to(working_dtype(self.unit))

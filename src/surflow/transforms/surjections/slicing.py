@@ -73,10 +73,6 @@ class Slice(Surjection):
         self.event_shape = (*before, keep + self.dropped, *after)
         self.latent_shape = (*before, keep, *after)
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
     def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the dropped channels."""
         kept, rest = x.split([self.keep, self.dropped], dim=self.dim)
