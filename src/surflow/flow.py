@@ -305,7 +305,7 @@ class Flow(nn.Module):
         Args:
             n: how many; may be left out with a context, whose rows then give one sample each.
             context: (n, ...) or (1, ...).
-            temperature: of the base distribution; the layers' own randomness keeps its own.
+            temperature: of the base distribution; layers are unaffected.
 
         Returns:
             (n, *event).
@@ -396,8 +396,8 @@ class FlowDistribution(Distribution):
 
     .. math:: \log q(x \mid c) = \log p(z \mid c) + \sum_i V_i
 
-    Sampling scores the very draw it made, so an autoregressive or planar flow whose other
-    direction is slow, or has no closed form, is never asked for it.
+    Sampling scores its own draw, so that the other direction of an autoregressive or planar flow,
+    which is slow or has no closed form, is not needed.
 
     Args:
         flow: an exact flow (not a lower bound), conditional or not.

@@ -20,8 +20,8 @@ class ChannelAutoregressive(Distribution):
     .. math:: \log p(x \mid c) = \sum_t \sum_{hw} \log \mathcal N(x_{thw};\ \mu_{thw},
               e^{2 \lambda_{thw}}), \qquad (\mu_t, \lambda_t) = f_t(x_{<t}, c)
 
-    Step t of the LSTM sees channel t - 1 (zeros for the first) beside an embedding of the context,
-    by which one linear convolution goes into it; a 3×3 convolution, zero at the start, gives μ and
+    Step t of the LSTM sees channel t - 1 (zeros for the first) and an embedding of the context,
+    through one linear convolution; a 3×3 convolution, zero at the start, gives μ and
     λ. So the density begins as a standard normal. With an image as the context (what a
     :class:`~surflow.transforms.Slice` keeps, say) two k×k convolutions with a rectifier between
     embed it, once a row. Without, the density is unconditional, and can be the base of a flow.

@@ -73,7 +73,7 @@ class PlackettLuce(Distribution):
 
     .. math:: \log p(\pi) = \sum_{i=1}^{N} \ell_{\pi_i} - \log \sum_{j \ge i} e^{\ell_{\pi_j}}
 
-    An event is an integer row: the element in the first place, the second, ... Equal logits give
+    An event is an integer row: the first element, the second, ... Equal logits give
     the uniform distribution, -log N!.
 
     Args:

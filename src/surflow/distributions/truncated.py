@@ -102,7 +102,7 @@ class TruncatedNormal(Distribution):
             alone, (B, C, ...), where ``learn_loc`` is False.
 
     Raises:
-        ValueError: for a scale that is not positive, low >= high, a lower edge beside
+        ValueError: for a scale that is not positive, low >= high, a lower edge with
             ``high="context"``, or parameters that do not broadcast.
 
     Cost: O(D) to draw (5 Newton steps) and to score.
@@ -332,7 +332,7 @@ class _Frame:
 
 
 class ZeroInflated(Distribution):
-    r"""A mass at zero beside a half-normal above it, coordinate by coordinate.
+    r"""A mass at zero and a half-normal above it, coordinate by coordinate.
 
     .. math:: P(x_d = 0) = \pi_d, \qquad p(x_d) = (1 - \pi_d)\, \tfrac{2}{\sigma_d}
               \varphi(x_d / \sigma_d), \quad x_d > 0

@@ -32,7 +32,7 @@ class GatedConv2d(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    r"""New channels beside those there are: (B, C, H, W) -> (B, C + growth, H, W).
+    r"""New channels, concatenated to the input's: (B, C, H, W) -> (B, C + growth, H, W).
 
     .. math:: y = (x,\ h(V * h(U x + u) + v))
 
@@ -104,7 +104,7 @@ class DenseNet(nn.Module):
         gated: whether a block ends with a :class:`GatedConv2d`.
         num_blocks: number of blocks.
         context_features: channels of a context of the input's height and width, which is
-            concatenated behind the input; 0 for none.
+            concatenated to the input; 0 for none.
         zero_init: start the output layer at zero, so that a coupling starts as the identity.
 
     Raises:

@@ -14,7 +14,7 @@ from surflow.numeric import at_least_float32
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    """Exponential linear units of x and of -x, channels one behind the other."""
+    """Exponential linear units of x and of -x, concatenated along the channels."""
     return F.elu(torch.cat([x, -x], dim=1))
 
 
@@ -35,7 +35,7 @@ def positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
 
 
 class ConvAttentionBlock(nn.Module):
-    r"""A gated convolution and a gated self-attention beside the identity: (B, C, H, W) -> same.
+    r"""A gated convolution and a gated self-attention, both residual: (B, C, H, W) -> same.
 
     .. math:: h = \nu(x + \mathrm{glu}(V * d(e(U * e(x))))), \qquad
               y = \nu(h + \mathrm{glu}(W\, \mathrm{attention}(h + \mathrm{positions})))

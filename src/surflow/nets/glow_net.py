@@ -29,7 +29,7 @@ class StandardisedConv2d(nn.Conv2d):
     Raises:
         ValueError: for an initialising batch of a single value a channel.
 
-    Source: Kingma & Dhariwal 2018, arXiv 1807.03039 (activation normalisation behind the hidden
+    Source: Kingma & Dhariwal 2018, arXiv 1807.03039 (activation normalisation after the hidden
     convolutions; filters from N(0, 0.05²)).
 
     >>> conv = StandardisedConv2d(2, 3, 3)
@@ -118,7 +118,7 @@ class GlowNet(nn.Module):
         in_channels, out_channels: sizes of input and output.
         hidden_channels: of the two hidden layers.
         standardise: whether the first batch standardises the hidden layers.
-        context_features: F of an image that the first convolution sees too, behind x: (B, F, H, W),
+        context_features: F of an image that the first convolution sees too, after x: (B, F, H, W),
             or k times as high and wide, which is averaged over blocks of k × k pixels. 0: none.
 
     Raises:

@@ -99,7 +99,7 @@ class LipschitzLinear(nn.Linear):
             if self.norm == "power" and self.training:
                 with torch.no_grad():
                     self._iterate(weight.detach(), self.num_iterations)
-                # of their own: a later call writes the buffers before this one's backward
+                # copies: a later call writes the buffers before this one's backward
                 left, right = (v.to(weight.dtype, copy=True) for v in (self.left, self.right))
                 norm = left @ (weight @ right)
             else:
@@ -111,7 +111,7 @@ class LipschitzLinear(nn.Linear):
 
 
 class _Prepared:
-    """A :class:`LipschitzMLP` with its bounded weights at hand: no work but the products."""
+    """A :class:`LipschitzMLP` whose bounded weights are computed once."""
 
     def __init__(self, net: LipschitzMLP) -> None:
         self.net = net

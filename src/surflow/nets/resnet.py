@@ -11,7 +11,7 @@ from surflow.numeric import at_least_float32
 
 
 class WeightNormConv2d(nn.Conv2d):
-    r"""A convolution whose filters have a length of their own: (B, in, H, W) -> (B, out, H, W).
+    r"""A convolution with learned filter lengths: (B, in, H, W) -> (B, out, H, W).
 
     .. math:: y_o = \frac{g_o}{\lVert V_o \rVert}\, V_o * x + b_o
 
@@ -52,7 +52,7 @@ def _norm(channels: int, batch_norm: bool) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    r"""Two 3×3 convolutions beside the identity: (B, C, H, W) -> (B, C, H, W).
+    r"""Two residual 3×3 convolutions: (B, C, H, W) -> (B, C, H, W).
 
     .. math:: y = x + V * h(\nu(U * h(\nu(x))))
 
@@ -91,8 +91,8 @@ class ResNet(nn.Module):
         mid_channels: feature maps of a block.
         num_blocks: number of :class:`ResidualBlock`.
         batch_norm: whether there is batch normalisation.
-        mask: (1, H, W), a further input channel m: which places of x are given, so that a zero
-            there is told from a place left out.
+        mask: (1, H, W), a further input channel m: which places of x are given, which tells
+            a zero there from a place left out.
         zero_init: start at the output zero.
 
     Raises:

@@ -138,7 +138,7 @@ class Transform(nn.Module, ABC):
       p the expectation of exp(log p(z) + ldj) over z is the density of x;
     * a row of the result depends on that row of the input only;
     * a layer with a stochastic forward also implements :meth:`_inverse_and_ldj`, which scores the
-      pair (x, z) that it generates, so that :class:`Inverse` can turn it round.
+      pair (x, z) that it generates, which :class:`Inverse` needs.
 
     Attributes:
         bijective: both directions are deterministic and undo each other.
@@ -186,7 +186,7 @@ class Transform(nn.Module, ABC):
 
     @classmethod
     def _several_as_one(cls, several: str, one: str) -> None:
-        """Drop a parent's way to several samples where a class has overridden what it is of."""
+        """Drop a parent's ``several`` where a class has overridden ``one``, which it repeats."""
         place = {name: i for i, c in reversed([*enumerate(cls.__mro__)]) for name in vars(c)}
         if place[one] < place[several]:
             setattr(cls, several, vars(Transform)[several])
@@ -321,7 +321,7 @@ class Transform(nn.Module, ABC):
 
     @property
     def label(self) -> str:
-        """The short name of this layer in a ledger: its own, if it was given one."""
+        """The short name of this layer in a ledger: the class's, unless one was set."""
         return self._label or type(self).__name__
 
     @label.setter

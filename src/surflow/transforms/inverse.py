@@ -12,7 +12,7 @@ from surflow.transforms.bijections.affine import Affine
 
 
 class Inverse(Transform):
-    r"""A transform turned round: its forward is the other's inverse.
+    r"""A transform in its other direction: its forward is the other's inverse.
 
     .. math:: V_{\mathrm{inv}}(x, z) = -V(z, x)
 
@@ -22,7 +22,7 @@ class Inverse(Transform):
     therefore gives the second direction of every layer.
 
     Args:
-        transform: the layer to turn round.
+        transform: the layer.
 
     Cost: that of the layer, forward and inverse exchanged.
 

@@ -116,7 +116,7 @@ class AdditiveMap(ElementwiseMap):
 
 
 def net_output_fits(out: Tensor, batch: int, expected: tuple[int, ...]) -> bool:
-    """Whether a net's output has its batch and channels, and broadcasts over the rest."""
+    """Whether a net's output has the right batch and channels, and broadcasts over the rest."""
     return (
         out.dim() == 1 + len(expected)
         and tuple(out.shape[:2]) == (batch, expected[0])

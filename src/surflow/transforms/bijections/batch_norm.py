@@ -19,16 +19,15 @@ class BatchNorm(Bijection):
               \mathrm{ldj} = N \sum_c \gamma_c - \tfrac12 \log(v_c + \epsilon)
 
     with N the number of positions of a channel. In evaluation mode m and v are the running mean
-    and variance, which are buffers: the layer is exact and bijective, and every row for itself.
+    and variance, which are buffers: the layer is exact and bijective, and independent row by row.
 
-    In training mode ``forward`` takes m and v from the batch at hand (v biased) and moves the
-    running ones towards them (v unbiased). The rows then depend on each other: ldj is that of the
+    In training mode ``forward`` takes m and v from its batch (v biased) and moves the running
+    ones towards them (v unbiased). The rows then depend on each other: ldj is that of the
     map with m and v held fixed, as the authors have it, so a training batch's likelihood is not
     exact, and a likelihood to report is taken in evaluation mode. (Dinh et al. mix the statistics
-    of recent batches into those of the batch at hand; here, as in Papamakarios et al., it stands
-    alone.)
+    of recent batches into those of the batch; Papamakarios et al. do not, nor does this layer.)
 
-    ``inverse`` knows no batch of data and uses the running statistics in both modes, so it undoes
+    ``inverse`` uses the running statistics in both modes, so it undoes
     ``forward`` in evaluation mode only, and ``inverse_and_ldj`` scores its pair as evaluation mode
     does.
 

@@ -80,8 +80,8 @@ class Continuous(Bijection):
         event_shape: the shape of x; None: (net.in_features - 1,) if the net has them, else any.
         solver: rk4, dopri5, dopri8 or bosh3.
         num_steps: steps of rk4.
-        atol, rtol: tolerances of the adaptive solvers, of which no less is asked than 10 units of
-            rounding of x (1e-6 in float32).
+        atol, rtol: tolerances of the adaptive solvers, at least 10 units of rounding of x (1e-6
+            in float32).
         end_time: T, positive.
         trace: "exact", D backward passes at once, or "hutchinson", one.
         adjoint: gradients from the adjoint equation, in memory that does not grow with the number
@@ -165,7 +165,7 @@ class Continuous(Bijection):
     def _solve(
         self, value: Tensor, context: Tensor | None, method: str, with_ldj: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The other end of the path through ``value``, and the ldj of the pair if it is asked for.
+        """The other end of the path through ``value``, and the ldj of the pair ``with_ldj``.
 
         The context goes through the solver as a constant part of the state: the adjoint
         equation then gives its gradient too.

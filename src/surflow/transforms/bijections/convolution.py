@@ -53,7 +53,7 @@ class Conv1x1(Bijection):
     torch.Size([2, 3, 4, 4])
     """
 
-    channels_last = False  # whether the result lies so in memory even where x does not
+    channels_last = False  # the result's memory format, even where x has another
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
         super().__init__()
@@ -91,8 +91,8 @@ class Conv1x1(Bijection):
         return per_position(self.linear._log_abs_det(), x)
 
     def _at_every_pixel(self, x: Tensor, matrix: Callable[[], Tensor]) -> Tensor:
-        """The matrix times the channels, in float32 or better whatever autocast; as x lies in
-        memory, so does the result."""
+        """The matrix times the channels, in float32 or better even under autocast, in the memory
+        format of x."""
         dtype = torch.promote_types(x.dtype, self._like.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(working_dtype(x, self._like))

@@ -28,10 +28,10 @@ class Coupling(Bijection):
     .. math:: z_1 = x_1, \quad z_2 = f(x_2;\, \theta(x_1, c)), \qquad
               \mathrm{ldj} = \sum_d \log |f'(x_{2,d})|
 
-    Two ways to part x. A split along a dimension, by default 1: the net sees the first part,
-    (B, C1, ...), and gives (B, C2 * P, ...), channels alternating over the P parameters of an
-    element. A mask: the net sees the whole of x with the transformed places at zero, and gives
-    (B, C * P, ...).
+    x is split in one of two ways. A split along a dimension, by default 1: the net sees the first
+    part, (B, C1, ...), and gives (B, C2 * P, ...), channels alternating over the P parameters of an
+    element. A mask: the net sees the whole of x with the transformed places at zero, and gives (B,
+    C * P, ...).
 
     Args:
         map: the elementwise map f.
@@ -39,14 +39,14 @@ class Coupling(Bijection):
             ``context_features`` is positive.
         split: "half" (the first floor(C/2) channels condition), "alternate" (the even ones), or
             an int, the number of conditioning channels at the front.
-        swap: exchange the two parts' roles.
+        swap: exchange the roles of the two parts.
         mask: boolean, broadcastable to the event; True conditions, False is transformed. It
-            takes the place of ``split``.
+            replaces ``split``.
         dim: the dimension of the channels, 1 or more.
 
     Raises:
         ValueError: for an unknown split, a split that leaves a part empty, a mask that does not
-            fit, a dimension that x has not, or a net whose output has a wrong shape.
+            fit, a dimension that x does not have, or a net whose output has a wrong shape.
 
     Cost: one pass of the net and one evaluation of the map an element; forward and inverse alike,
     unless the map's differ.
@@ -85,7 +85,7 @@ class Coupling(Bijection):
             mask = ~mask if swap else mask
         self.register_buffer("mask", mask)
 
-    # Parting x and putting it together ---------------------------------------------------------
+    # Splitting x and joining it ---------------------------------------------------------
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         require_dim(x, self.dim)
@@ -109,7 +109,7 @@ class Coupling(Bijection):
         return torch.slice_scatter(x, changed, dim=self.dim, start=0 if self.swap else 1, step=2)
 
     def _join(self, like: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
-        """The same where x is not at hand: it lies in memory as ``like`` does."""
+        """The same without x: the result has the memory format of ``like``."""
         if self.split == "alternate":
             like = torch.empty_like(like, dtype=conditioning.dtype)
             start = 1 if self.swap else 0
@@ -236,7 +236,7 @@ class AffineCoupling(Coupling):
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
         split, swap, mask, dim: see :class:`Coupling`.
 
-    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+    Cost: one pass of the net and O(D) a row; forward and inverse alike.
 
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
 
@@ -264,7 +264,7 @@ class AdditiveCoupling(Coupling):
         net: gives t.
         split, swap, mask, dim: see :class:`Coupling`.
 
-    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+    Cost: one pass of the net and O(D) a row; forward and inverse alike.
 
     Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
 

@@ -33,9 +33,9 @@ def initial_matrix(size: int, init: str, where: str) -> Tensor:
 def along_channels(x: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``function``, which multiplies columns by a matrix, along dimension 1 of x.
 
-    In float32 or better whatever autocast: in half precision no inverse would undo it. Where
-    there are positions behind dimension 1, the matrix is put together first: one product at every
-    position costs less than a product or a solve by each factor.
+    In float32 or better even under autocast: half precision has no accurate inverse. Where x has
+    positions, the matrix is multiplied out first: one product a position costs less than a product
+    or a solve by each factor.
 
     Args:
         x: (B, D, ...).
@@ -65,7 +65,7 @@ def identity_like(parameter: Tensor, size: int) -> Tensor:
 
 
 def dense_inverse(weight: Tensor) -> Tensor:
-    """W^-1, found in float64: it costs little beside the product, and no digits."""
+    """W^-1, in float64, at little extra cost."""
     inverse = torch.linalg.inv_ex(weight.double())[0]  # unlike inv, it makes no GPU wait
     return inverse.to(working_dtype(weight))
 
@@ -122,7 +122,7 @@ class FullLinear(_LinearBijection):
 
     .. math:: z_n = W x_n, \qquad \mathrm{ldj} = N \log |\det W|
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. The determinant and
+    with n over the N positions after dimension 1 (one for a vector). Exact. The determinant and
     the inverse are taken in float64.
 
     Args:
@@ -165,7 +165,7 @@ class PLULinear(_LinearBijection):
     .. math:: z_n = P L (U + \mathrm{diag}(s))\, x_n, \qquad
               \mathrm{ldj} = N \sum_d \log |s_d|
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. P is a fixed
+    with n over the N positions after dimension 1 (one for a vector). Exact. P is a fixed
     permutation, L lower triangular with a unit diagonal, U strictly upper triangular; the signs
     of s are fixed.
 
@@ -293,7 +293,7 @@ class QRLinear(HouseholderLinear):
 
     .. math:: z_n = Q\,(R + \mathrm{diag}(s))\, x_n, \qquad \mathrm{ldj} = N \sum_d \log s_d
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. Q is that of
+    with n over the N positions after dimension 1 (one for a vector). Exact. Q is that of
     :class:`HouseholderLinear`, R strictly upper triangular, s > 0; it starts at W = Q.
 
     Args:

@@ -21,8 +21,8 @@ class OrderedToReal(Bijection):
     .. math:: z_1 = x_1, \quad z_i = \log(x_i - x_{i-1}), \qquad
               \mathrm{ldj} = -\sum_{i > 1} z_i
 
-    Exact. Behind :class:`SortInference` it makes room for any flow and any base: without it the
-    model would put mass on latents that are not sorted, and so lose it. Values are ordered along
+    Exact. After :class:`SortInference` it lets any flow and any base follow: without it the model
+    would lose the mass that it puts on latents that are not sorted. Values are ordered along
     dimension 1; equal ones have no finite image.
 
     Raises:
@@ -68,12 +68,12 @@ class RunningMaxToReal(Bijection):
               x_i = s \log \sum_{j \le i} e^{z_j / s}, \qquad
               \mathrm{ldj} = \sum_{i > 1} (x_i - z_i) / s
 
-    Exact. As :class:`OrderedToReal` it makes room for any flow and any base behind
-    :class:`SortInference`, but a value stays where it is: z_i is x_i up to a few s, and x_i itself
-    where the step before it is long. So what depends on the place of a value can still be told from
-    its own latent alone. Steps that are exponential with mean s become logistic around the value
-    before. Elements are ordered along dimension 1; where they are vectors, by one feature, and the
-    others stay as they are. Equal values have no finite image.
+    Exact. As :class:`OrderedToReal` it lets any flow and any base follow :class:`SortInference`,
+    but z_i is x_i up to a few s, and x_i itself where the step before it is long. What depends on
+    the location of a value then depends on its own latent alone. Steps that are exponential with
+    mean s become logistic around the value before. Elements are ordered along dimension 1; where
+    they are vectors, by one feature, and the others are unchanged. Equal values have no finite
+    image.
 
     Args:
         softness: s, in units of x; a typical step.

@@ -147,7 +147,7 @@ class _Stack(_FromParameters):
 
 
 class Planar(_Stack):
-    r"""The planar flow: x moves along one direction, by a tanh of its place on another; K times.
+    r"""The planar flow: x moves along one direction, by a tanh along another; K times.
 
     .. math:: x_k = x_{k-1} + \hat u_k \tanh(y_k), \quad y_k = w_k^\top x_{k-1} + b_k, \qquad
               \mathrm{ldj} = \sum_{k=1}^K \log\big(1 + w_k^\top \hat u_k\,(1 - \tanh^2 y_k)\big)

@@ -16,7 +16,7 @@ from surflow.transforms.base import Bijection, Example, require_output, run_net
 
 TRACES = ("exact", "power_series", "russian_roulette")
 GRADIENTS = ("neumann", "series")
-CHECK_EVERY = 8  # iterations of the inverse between two looks at its convergence
+CHECK_EVERY = 8  # iterations of the inverse between two checks of its convergence
 
 Function = Callable[[Tensor], Tensor]
 
@@ -64,7 +64,7 @@ class Residual(Bijection):
     while the mean of its exponential does not converge to p(x), so that importance-weighted
     bounds need ``trace="exact"``.
 
-    The inverse iterates x <- z - g(x), each row until it stands still, at most ``max_iterations``
+    The inverse iterates x <- z - g(x), each row until it converges, at most ``max_iterations``
     times. Its gradient is that of the implicit function: with "exact" by a Newton step, which
     also squares the error that is left; otherwise by ``gradient_iterations`` more iterations that
     autograd follows, an error of :math:`c^n`.
@@ -81,7 +81,7 @@ class Residual(Bijection):
             needs the memory of one term; "series", by autograd through every term. They agree in
             expectation.
         max_iterations: of the inverse.
-        tolerance: at which a row of the inverse stands still, relative to 1 + |x|; None: 16 units
+        tolerance: at which a row of the inverse has converged, relative to 1 + |x|; None: 16 units
             of rounding.
         gradient_iterations: see above.
 
@@ -218,20 +218,20 @@ class Residual(Bijection):
 
     @torch.no_grad()
     def _solve(self, function: Function, z: Tensor) -> Tensor:
-        """The x with x + g(x) = z. A row that stands still is left alone, whatever the others do.
+        """The x with x + g(x) = z. A row that has converged is not changed further.
 
-        Eagerly the loop ends once all rows stand still, which is looked at every few iterations;
-        a compiled one runs to its end.
+        Eagerly the loop ends once all rows have converged, checked every few iterations; a
+        compiled loop runs ``max_iterations``.
         """
         tolerance = 16 * torch.finfo(z.dtype).eps if self.tolerance is None else self.tolerance
         x = z
-        still = torch.zeros_like(z[:, :1], dtype=torch.bool)
+        done = torch.zeros_like(z[:, :1], dtype=torch.bool)
         for i in range(1, self.max_iterations + 1):
             step = z - function(x) - x
             size = step.abs() / (1 + x.abs())
-            x = torch.where(still, x, x + step)
-            still = still | (size.amax(1, keepdim=True) <= tolerance)
-            if i % CHECK_EVERY == 0 and not torch.compiler.is_compiling() and bool(still.all()):
+            x = torch.where(done, x, x + step)
+            done = done | (size.amax(1, keepdim=True) <= tolerance)
+            if i % CHECK_EVERY == 0 and not torch.compiler.is_compiling() and bool(done.all()):
                 break
         return x
 

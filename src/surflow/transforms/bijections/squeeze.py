@@ -86,7 +86,7 @@ class Squeeze(Bijection):
 
 
 class Unsqueeze(_InverseOf):
-    r"""Channels become blocks of pixels: :class:`Squeeze` turned round.
+    r"""Channels become blocks of pixels: the inverse of :class:`Squeeze`.
 
     .. math:: z_{c,\, f h + i,\, f w + j} = x_{f^2 c + f i + j,\, h,\, w}, \quad
               0 \le i, j < f, \qquad \mathrm{ldj} = 0

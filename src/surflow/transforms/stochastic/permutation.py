@@ -28,12 +28,12 @@ class StochasticPermutation(Transform):
               x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
               V = \log p(\tau^{-1} \mid z) - \log q(\tau \mid x)
 
-    A lower bound: both directions are stochastic. With uniform orders V = 0 and any model behind
-    it becomes exchangeable. Learned orders are Plackett-Luce: places are filled one by one, an
-    element with a weight :math:`e^{\ell}` among those left. V scores the permutation that was
-    drawn and its inverse; for distinct elements that is the only one that leads from x to z, and
-    elements that coincide have measure zero. A drawn order has no pathwise gradient: the
-    objectives add the score-function gradient of q.
+    A lower bound: both directions are stochastic. With uniform orders V = 0 and any model that
+    follows becomes exchangeable. Learned orders are Plackett-Luce: places are filled one by one, an
+    element with a weight :math:`e^{\ell}` among those left. V scores the permutation that was drawn
+    and its inverse; for distinct elements that is the only one that leads from x to z, and elements
+    that coincide have measure zero. A drawn order has no pathwise gradient: the objectives add the
+    score-function gradient of q.
 
     Args:
         num_elements: N; needed where orders are learned.
@@ -46,7 +46,7 @@ class StochasticPermutation(Transform):
         ValueError: for learned orders of an unknown number of elements, x or z of another number,
             or a net whose output has a wrong shape.
 
-    Cost: O(N log N) a row in both directions, and a pass of both nets where V is asked for.
+    Cost: O(N log N) a row in both directions, and a pass of both nets where V is computed.
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data) and Table 7.
 

@@ -29,14 +29,14 @@ class AbsInference(Surjection):
     Args:
         event_shape: the shape of x.
         element: the coordinate along dimension 1 to fold, or several; None folds all. The others
-            pass unchanged.
+            are unchanged.
         probability: P(x_d >= 0), in (0, 1), for every folded coordinate.
         learn: whether its logit is a parameter.
         net: maps z (and the context, if it has ``context_features``) to the logits of
-            P(x_d >= 0), (B, C_folded, ...); takes the place of ``probability``.
+            P(x_d >= 0), (B, C_folded, ...); replaces ``probability``.
 
     Raises:
-        ValueError: for a probability outside (0, 1), an element that is not there, a net whose
+        ValueError: for a probability outside (0, 1), an unknown element, a net whose
             output has a wrong shape, or, from ``inverse``, a negative z.
 
     Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
@@ -143,8 +143,8 @@ class AbsGenerative(_InverseOf):
     .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
               V = -\sum_d \log q(s_d \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`AbsInference` turned round, so a learned
-    sign distribution is the variational posterior q(s|x).
+    A lower bound: forward is stochastic. It is :class:`AbsInference` in the other direction, so a
+    learned sign distribution is the variational posterior q(s|x).
 
     Args:
         event_shape, element, probability, learn, net: see :class:`AbsInference`; the net sees x.

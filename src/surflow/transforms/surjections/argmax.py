@@ -46,7 +46,7 @@ def _log_one_minus_exp(d: Tensor) -> Tensor:
 
 
 def _tiny(dtype: torch.dtype) -> float:
-    """The least distance from a threshold that is told from none."""
+    """The least distance from a threshold that is not zero."""
     return torch.finfo(dtype).eps ** 2
 
 
@@ -263,8 +263,8 @@ class ArgmaxGenerative(_Generative):
     .. math:: x = \arg\max_k z_k, \quad z_x = T = v_x,\ z_k = T - \log(1 + e^{T - v_k}),\
               v \sim q(v \mid x), \qquad V = \sum_{k \ne x} \log\sigma(T - v_k) - \log q(v \mid x)
 
-    A lower bound on the log-mass of categorical data. It is :class:`ArgmaxInference` turned
-    round.
+    A lower bound on the log-mass of categorical data. It is the other direction of
+    :class:`ArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...), channel c K + k the score
@@ -315,7 +315,7 @@ class GumbelArgmaxInference(_Categories):
         logits: phi, (K,) or (*latent, K); zeros if left out.
         learn: whether they are a parameter.
         net: maps z one-hot, (B, C K, ...) (and the context, if it has ``context_features``), to
-            phi, (B, C K, ...), channels alternating over categories; takes the place of
+            phi, (B, C K, ...), channels alternating over categories; replaces
             ``logits``.
 
     Raises:
@@ -411,7 +411,7 @@ class GumbelArgmaxGenerative(_Generative):
               z_k \sim \mathrm{Gumbel}(\phi_k)\ \text{given}\ z_k < T, \qquad V = -\log q(z \mid x)
 
     A lower bound; tight, and every draw equal to the log-mass, where the scores' base is
-    Gumbels at the same :math:`\phi`. It is :class:`GumbelArgmaxInference` turned round.
+    Gumbels at the same :math:`\phi`. It is the other direction of :class:`GumbelArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...).
@@ -529,7 +529,7 @@ class BinaryArgmaxGenerative(_Generative):
     .. math:: x = \sum_{m < M} 2^m [z_m > 0], \quad z_m = \pm\log(1 + e^{v_m}),\ v \sim q(v \mid x),
               \qquad V = \sum_m \log\sigma(v_m) - \log q(v \mid x)
 
-    A lower bound. It is :class:`BinaryArgmaxInference` turned round.
+    A lower bound. It is the other direction of :class:`BinaryArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C M, ...), with

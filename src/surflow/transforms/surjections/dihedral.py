@@ -23,7 +23,7 @@ class DihedralFold(Surjection):
 
     Three absolute values in a row, of both coordinates and of their difference, in coordinates in
     which the image is the positive quadrant and the volume is kept. The eight preimages (two
-    signs, one exchange) are equally likely, so a model behind it is symmetric under the dihedral
+    signs, one exchange) are equally likely, so a model that follows is symmetric under the dihedral
     group D4. Exact: forward is deterministic. A difference below the rounding error of a and b
     counts as that error, so that a point on a diagonal stays inside the quadrant.
 

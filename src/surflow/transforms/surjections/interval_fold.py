@@ -23,8 +23,8 @@ class IntervalFold(Surjection):
               V = \log p(k \mid z) - \log (b_{k+1} - b_k)
 
     Exact: which interval x lies in is not latent. The intervals cut [low, high], their edges are
-    learned if wanted; p(k|z), fixed, learned or from a net of z, undoes the fold. Every second
-    interval is turned round (``zigzag``), so that z is continuous in x; the absolute value is the
+    fixed or learned; p(k|z), fixed, learned or from a net of z, undoes the fold. Every second
+    interval is reversed (``zigzag``), so that z is continuous in x; the absolute value is the
     case of two intervals. This is the layer of RAD (real and discrete) flows.
 
     Args:
@@ -34,15 +34,15 @@ class IntervalFold(Surjection):
         low, high: edges of the coordinate's support.
         learn_edges: whether the inner edges are parameters (softmax of K widths).
         learn: whether the K logits of p(k) are a parameter.
-        net: maps z (and the context, if it has ``context_features``) to logits, (B, K); takes the
-            place of the K logits.
-        zigzag: turn every second interval round.
+        net: maps z (and the context, if it has ``context_features``) to logits, (B, K); replaces
+            the K logits.
+        zigzag: reverse every second interval.
 
     Raises:
         ValueError: for sizes out of range, a net whose output has a wrong shape; from ``forward``
             for x_d outside [low, high], from ``inverse`` for z_d outside [0, 1].
 
-    Cost: O(K) a row beside one pass of the net; forward and inverse alike.
+    Cost: O(K) a row and one pass of the net; forward and inverse alike.
 
     Source: Dinh et al. 2019 (RAD), arXiv 1903.07714, Sec. 3; as a surjection Nielsen et al. 2020,
     arXiv 2007.02731, Table 3.

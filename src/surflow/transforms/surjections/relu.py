@@ -20,7 +20,7 @@ from surflow.transforms.inverse import _InverseOf
 
 
 class ReLUInference(Surjection):
-    r"""The inference surjection z = max(x, 0), with a half-normal of what falls below zero.
+    r"""The inference surjection z = max(x, 0), with a half-normal for negative values.
 
     .. math:: z_d = \max(x_d, 0), \quad
               x_d = z_d \text{ if } z_d > 0,\ -x_d \sim \mathrm{HalfNormal}(\sigma_d(z))
@@ -31,7 +31,7 @@ class ReLUInference(Surjection):
     a density above it, so log p(z) must be taken with respect to Lebesgue measure on z > 0 plus
     a unit atom at 0, as :class:`ZeroInflated` has it; then exp(log p(z) + V) is a density of x
     with respect to Lebesgue measure. A continuous density as base gives no mass to 0 and is
-    wrong here, and so is a layer behind this one that adds a log-determinant for a coordinate at
+    wrong here, and so is a later layer that adds a log-determinant for a coordinate at
     its atom.
 
     Args:
@@ -39,7 +39,7 @@ class ReLUInference(Surjection):
         scale: sigma, positive, broadcastable to the event.
         learn: whether log sigma is a parameter.
         net: maps z (and the context, if it has ``context_features``) to log sigma, (B, *event);
-            takes the place of ``scale``.
+            replaces ``scale``.
 
     Raises:
         ValueError: for a scale that is not positive, a net whose output has a wrong shape, or,
@@ -122,11 +122,11 @@ class ReLUGenerative(_InverseOf):
               \text{ if } x_d = 0, \qquad
               V = -\sum_{d:\, x_d = 0} \log \tfrac{2}{\sigma_d} \varphi(z_d / \sigma_d)
 
-    A lower bound: forward is stochastic. It is :class:`ReLUInference` turned round, for data with
-    exact zeros. The latents have an ordinary density, so any flow may follow; log p(x) is with
-    respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~ p, a zero has
-    the probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws are
-    reparametrised, so the half-normal learns as a variational posterior.
+    A lower bound: forward is stochastic. It is :class:`ReLUInference` in the other direction, for
+    data with exact zeros. The latents have an ordinary density, so any flow may follow; log p(x) is
+    with respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~ p, a zero has the
+    probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws are reparametrised,
+    so the half-normal learns as a variational posterior.
 
     Args:
         event_shape, scale, learn, net: see :class:`ReLUInference`; the net sees x.

@@ -173,14 +173,14 @@ class Dequantization(_InverseOf):
     z in [0, 1). Uniform noise is the default; a flow as the noise makes it variational
     dequantization; :func:`surflow.objectives.iwbo` of a flow that begins with this layer is
     importance-weighted dequantization, whose bound tightens with the number of samples.
-    It is :class:`Rounding` turned round.
+    It is the other direction of :class:`Rounding`.
 
     Args:
         num_levels: K; data are integers 0 ... K - 1. At most 65 536.
         noise: q(u|x), any density on [0, 1]; see :class:`Rounding`. Its draw is scored as drawn,
             never inverted.
         scale: False: z = x + u, in [0, K), and V has no :math:`D \log K`.
-        clamp: whether ``inverse`` takes z beyond the edges to the nearest level, as needed behind
+        clamp: whether ``inverse`` takes z beyond the edges to the nearest level, as needed after
             a flow on the whole line; such mass is lost to the bound. False: it raises.
         context_features: see :class:`Rounding`.
 

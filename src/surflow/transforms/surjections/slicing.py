@@ -115,8 +115,8 @@ class Augment(_InverseOf):
 
     .. math:: x = z_1, \quad z = (x, u),\ u \sim q(u \mid x), \qquad V = -\log q(u \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`Slice` turned round; flows on the joint
-    space of x and u (augmented normalizing flows, VFlow) stand behind it.
+    A lower bound: forward is stochastic. It is the other direction of :class:`Slice`; flows on
+    the joint space of x and u (augmented normalizing flows, VFlow) follow it.
 
     Args:
         encoder: q, any density; its event shape is the shape of u. If it is conditional its

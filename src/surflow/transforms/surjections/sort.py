@@ -36,8 +36,8 @@ class SortInference(Surjection):
     give V = -log N!, and a model in which the elements are exchangeable; else p is
     Plackett-Luce: the places of x are filled one by one, the element of rank k with a weight
     :math:`e^{\ell_k(z)}` among those left. Elements are sorted along dimension 1; where they are
-    vectors, whole, by one feature. The base must live on sorted z. Among ties, in whatever order
-    they stand, the first counts as the lower.
+    vectors, whole, by one feature. The base must live on sorted z. Of equal
+    elements the first counts as the lower.
 
     Args:
         event_shape: the shape of x, (N, *rest).
@@ -137,9 +137,9 @@ class SortGenerative(_InverseOf):
     .. math:: x = \mathrm{sort}(z), \quad z_i = x_{\sigma_i},\ \sigma \sim q(\sigma \mid x), \qquad
               V = -\log q(\sigma \mid x)
 
-    A lower bound: forward is stochastic. For data that come sorted; it is :class:`SortInference`
-    turned round. Uniform orders are tight for an exchangeable model behind it. A drawn order has
-    no pathwise gradient: the objectives add the score-function gradient of q.
+    A lower bound: forward is stochastic. For data that come sorted; it is the other direction of
+    :class:`SortInference`. Uniform orders are tight if an exchangeable model follows. A drawn order
+    has no pathwise gradient: the objectives add the score-function gradient of q.
 
     Args:
         event_shape, by, learn, net: see :class:`SortInference`; the net sees x.
