@@ -42,52 +42,20 @@ class Inverse(Transform):
         if type(self) is not Inverse:  # a message of the inner layer then names this one
             transform._turned_into = type(self).__name__
 
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return self.transform.bijective
-
-    @property
-    def stochastic_forward(self) -> bool:  # type: ignore[override]
-        return self.transform.stochastic_inverse
-
-    @property
-    def stochastic_inverse(self) -> bool:  # type: ignore[override]
-        return self.transform.stochastic_forward
-
-    @property
-    def conditional(self) -> bool:
-        return self.transform.conditional
-
-    @property
-    def estimated(self) -> bool:  # type: ignore[override]
-        return self.transform.estimated
-
-    @property
-    def compiles(self) -> bool:  # type: ignore[override]
-        return self.transform.compiles
-
-    @property
-    def why_not_compiled(self) -> str:  # type: ignore[override]
-        return self.transform.why_not_compiled
-
-    @property
-    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transform._shape_of_latent()
-
-    @property
-    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transform.event_shape
+    bijective = property(lambda self: self.transform.bijective)
+    stochastic_forward = property(lambda self: self.transform.stochastic_inverse)
+    stochastic_inverse = property(lambda self: self.transform.stochastic_forward)
+    conditional = property(lambda self: self.transform.conditional)
+    estimated = property(lambda self: self.transform.estimated)
+    compiles = property(lambda self: self.transform.compiles)
+    why_not_compiled = property(lambda self: self.transform.why_not_compiled)
+    event_shape = property(lambda self: self.transform._shape_of_latent())
+    latent_shape = property(lambda self: self.transform.event_shape)
+    integer_data = property(lambda self: self.transform.integer_latent)
+    integer_latent = property(lambda self: self.transform.integer_data)
 
     def _shape_of_latent(self) -> tuple[int | None, ...] | None:
         return self.transform.event_shape
-
-    @property
-    def integer_data(self) -> bool:  # type: ignore[override]
-        return self.transform.integer_latent
-
-    @property
-    def integer_latent(self) -> bool:  # type: ignore[override]
-        return self.transform.integer_data
 
     @property
     def label(self) -> str:

@@ -58,29 +58,12 @@ class Sequential(Transform):
     def __getitem__(self, index: int) -> Transform:
         return self.transforms[index]
 
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(t.bijective for t in self.transforms)
-
-    @property
-    def stochastic_forward(self) -> bool:  # type: ignore[override]
-        return any(t.stochastic_forward for t in self.transforms)
-
-    @property
-    def stochastic_inverse(self) -> bool:  # type: ignore[override]
-        return any(t.stochastic_inverse for t in self.transforms)
-
-    @property
-    def conditional(self) -> bool:
-        return any(t.conditional for t in self.transforms)
-
-    @property
-    def compiles(self) -> bool:  # type: ignore[override]
-        return all(t.compiles for t in self.transforms)
-
-    @property
-    def estimated(self) -> bool:  # type: ignore[override]
-        return any(t.estimated for t in self.transforms)
+    bijective = property(lambda self: all(t.bijective for t in self.transforms))
+    stochastic_forward = property(lambda self: any(t.stochastic_forward for t in self.transforms))
+    stochastic_inverse = property(lambda self: any(t.stochastic_inverse for t in self.transforms))
+    conditional = property(lambda self: any(t.conditional for t in self.transforms))
+    compiles = property(lambda self: all(t.compiles for t in self.transforms))
+    estimated = property(lambda self: any(t.estimated for t in self.transforms))
 
     @property
     def why_not_compiled(self) -> str:  # type: ignore[override]
@@ -88,9 +71,7 @@ class Sequential(Transform):
             f"{t.label}: {t.why_not_compiled}" for t in self.transforms if not t.compiles
         )
 
-    @property
-    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transforms[0].event_shape if len(self) else None
+    event_shape = property(lambda self: self.transforms[0].event_shape if len(self) else None)
 
     @property
     def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
@@ -100,9 +81,7 @@ class Sequential(Transform):
         # the last layer's own: where that takes any shape, the first layer's says nothing of z
         return self.latent_shape
 
-    @property
-    def integer_data(self) -> bool:  # type: ignore[override]
-        return self.transforms[0].integer_data if len(self) else False
+    integer_data = property(lambda self: self.transforms[0].integer_data if len(self) else False)
 
     @property
     def integer_latent(self) -> bool:  # type: ignore[override]
