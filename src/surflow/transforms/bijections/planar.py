@@ -130,11 +130,12 @@ class _Stack(_FromParameters):
         super().__init__(event_shape, net)
         require_at_least(type(self).__name__, 1, num_layers=num_layers)
         self.num_layers = num_layers
-        self._declare(self._start().flatten())
+        self._start(1)  # unused: it keeps the draws, hence the weights, of seeded runs on record
+        self._declare(self._start(num_layers).flatten())
 
     @abstractmethod
-    def _start(self) -> Tensor:
-        """Initial parameters, one layer a row, (K, P / K)."""
+    def _start(self, k: int) -> Tensor:
+        """Initial parameters of k layers, one a row, (k, P / K)."""
 
     @abstractmethod
     def _unpack(self, params: Tensor) -> tuple[Tensor, ...]:
@@ -191,8 +192,8 @@ class Planar(_Stack):
     ) -> None:
         super().__init__(event_shape, net, num_layers)
 
-    def _start(self) -> Tensor:
-        k, d = self.num_layers, self.features
+    def _start(self, k: int) -> Tensor:
+        d = self.features
         u, w = 0.1 * torch.randn(k, d), torch.randn(k, d) / d**0.5
         return torch.cat([u, w, torch.zeros(k, 1)], dim=1)
 

@@ -54,8 +54,7 @@ class Radial(_Stack):
     ) -> None:
         super().__init__(event_shape, net, num_layers)
 
-    def _start(self) -> Tensor:
-        k = self.num_layers
+    def _start(self, k: int) -> Tensor:
         centre = torch.randn(k, self.features) / self.features**0.5
         radii = math.log(math.e - 1) + 0.1 * torch.randn(k, 2)  # alpha and gamma near 1
         return torch.cat([centre, radii], dim=1)
