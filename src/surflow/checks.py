@@ -1,4 +1,4 @@
-"""Checks of tensor values: support and range, at the layer to which a wrong value came."""
+"""Checks of arguments and of tensor values, and the error that a layer puts its name to."""
 
 from __future__ import annotations
 
@@ -34,19 +34,41 @@ def values_are_checked() -> bool:
     return not torch.compiler.is_compiling() and _CHECK_VALUES.get()
 
 
-def require(ok: Tensor, where: str, expected: str, got: Tensor) -> None:
-    """Raise ``ValueError`` unless every element of ``ok`` holds.
+class InputError(ValueError):
+    """What a layer expected and what it got; its public method adds 'Layer.method: '."""
+
+
+def require(ok: Tensor, expected: str, got: Tensor, where: str | None = None) -> None:
+    """Raise an error unless every element of ``ok`` holds.
 
     Args:
         ok: boolean tensor, any shape.
-        where: the layer and method that found it.
         expected: what would be right.
         got: the values that came; their range goes into the message.
+        where: the function that checks, outside layers and distributions.
+
+    Raises:
+        InputError: which a layer names; with ``where`` a ValueError.
     """
     if not values_are_checked() or bool(ok.all()):
         return
     bad = got.detach().broadcast_to(ok.shape)[~ok].double()  # not every integer has a minimum
-    raise ValueError(
-        f"{where}: expected {expected}, got {bad.numel()} values outside it, "
+    message = (
+        f"expected {expected}, got {bad.numel()} values outside it, "
         f"from {bad.min().item():.6g} to {bad.max().item():.6g}"
     )
+    raise InputError(message) if where is None else ValueError(f"{where}: {message}")
+
+
+def require_at_least(owner: str, least: int, **values: float) -> None:
+    """Raise ``ValueError`` for the first of a constructor's arguments below ``least``."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{owner}: expected {name} >= {least}, got {value}")
+
+
+def require_positive_sizes(owner: str, **sizes: int) -> None:
+    """Raise ``ValueError``, which lists all sizes, unless each is positive."""
+    if min(sizes.values()) < 1:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"{owner}: expected positive sizes, got {given}")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from surflow.distributions.base import Distribution
 from surflow.latents import Tape
-from surflow.transforms.base import Sequential, Transform, has_estimates, number_of, repeat_rows
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Transform, has_estimates, number_of
+from surflow.transforms.sequential import Sequential
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class Flow(nn.Module):
         Args:
             n: how many; may be left out with a context, whose rows then give one sample each.
             context: (n, ...) or (1, ...).
-            temperature: of the base distribution; the layers' own randomness keeps its own.
+            temperature: of the base distribution; layers are unaffected.
 
         Returns:
             (n, *event).
@@ -415,8 +417,8 @@ class FlowDistribution(Distribution):
 
     .. math:: \log q(x \mid c) = \log p(z \mid c) + \sum_i V_i
 
-    Sampling scores the very draw it made, so an autoregressive or planar flow whose other
-    direction is slow, or has no closed form, is never asked for it.
+    Sampling scores its own draw, so that the other direction of an autoregressive or planar flow,
+    which is slow or has no closed form, is not needed.
 
     Args:
         flow: an exact flow (not a lower bound), conditional or not.
@@ -430,8 +432,6 @@ class FlowDistribution(Distribution):
     Source: Rezende & Mohamed 2015, arXiv 1505.05770 (as a posterior); Ho et al. 2019, arXiv
     1902.00275 (as a dequantizer).
     """
-
-    embeds_context = True  # layers then ask for several draws a row by ``num_samples``
 
     def __init__(
         self,
@@ -486,19 +486,11 @@ class FlowDistribution(Distribution):
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return self.flow.sample(n, self._embed(context), temperature)
 
-    def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        """Events and their log-probabilities, (K n, *event) and (K n,), nats.
-
-        Args:
-            n: rows; may be left out with a context.
-            context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
-            num_samples: K draws a row, sample k of row b at k n + b.
-        """
-        n = self._rows(n, context, "sample_and_log_prob")
-        context = self._embed(self._context(context, n, "sample_and_log_prob"))
-        context = repeat_rows(context, num_samples)
+        n, context = self._rows(n, context)
+        context = repeat_rows(self._embed(context), num_samples)  # embedded once a row
         z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)
         x, ldj = self.flow.transforms.inverse_and_ldj(z, context)
         return x, log_p + ldj

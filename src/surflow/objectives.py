@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surflow.flow import Flow
-from surflow.scores import close_tape, open_tape
+from surflow.score_function import close_tape, open_tape
 
 
 def elbo(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int = 1) -> Tensor:

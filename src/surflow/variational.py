@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from surflow.distributions import StandardNormal
-from surflow.distributions.base import Distribution
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.errors import close_match
 from surflow.flow import Flow
-from surflow.scores import close_tape, open_tape
+from surflow.numeric import repeat_rows
+from surflow.score_function import close_tape, open_tape
 from surflow.transforms import VAE, Transform
-from surflow.transforms.base import repeat_rows
 
 __all__ = [
     "ANNEALED",
@@ -33,7 +32,6 @@ __all__ = [
     "annealed_elbo",
     "has_vae_layer",
     "linear_warm_up",
-    "posterior_draws",
     "prior_flow",
     "split_at_vae",
     "terms",
@@ -102,7 +100,7 @@ def prior_flow(flow: Flow) -> Flow:
 
 def _draw(layer: VAE, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, log q(z|x) and, of a factorised q, its parts by dimension, (B, L)."""
-    given = layer._beside(x, context, "forward")
+    given = layer._given(x, context)
     if not layer.encoder.factorised:
         return *layer.encoder.sample_and_log_prob(context=given), None
     loc, log_scale = layer.encoder.normal_parameters(given)
@@ -144,7 +142,7 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
             found.append(part)
             continue
         z, score, by_dimension = _draw(layer, v, context)
-        found.append(layer.decoder.log_prob(v, layer._beside(z, context, "forward")))
+        found.append(layer.decoder.log_prob(v, layer._given(z, context)))
         log_q.append(score)
         v = z
     log_prior.append(flow.base.log_prob(v, context))
@@ -267,13 +265,6 @@ def annealed_elbo(
 # Which latents are used
 
 
-def posterior_draws(encoder: Distribution, given: Tensor, num_samples: int) -> Tensor:
-    """S draws a row, sample s of row b at s B + b; a flow's net sees each row once."""
-    if encoder.embeds_context:
-        return encoder.sample_and_log_prob(context=given, num_samples=num_samples)[0]
-    return encoder.sample(context=repeat_rows(given, num_samples))
-
-
 @dataclass(frozen=True)
 class ActiveUnits:
     """How far a posterior's mean moves with the data, by latent dimension.
@@ -339,11 +330,11 @@ def active_units(
         seen = None if context is None else context[start : start + rows]
         for layer in before:
             v = layer.latent(v, seen)
-        given = vae._beside(v, seen, "forward")
+        given = vae._given(v, seen)
         if vae.encoder.factorised:
             means.append(vae.encoder.normal_parameters(given)[0].flatten(1).double())
             continue
-        z = posterior_draws(vae.encoder, given, num_samples)
+        z, _ = vae.encoder.sample_and_log_prob(context=given, num_samples=num_samples)
         z = z.flatten(1).double().unflatten(0, (num_samples, -1))
         means.append(z.mean(0))
         noise.append(z.var(0) / num_samples)

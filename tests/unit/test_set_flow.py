@@ -135,8 +135,8 @@ def test_coupling_along_the_second_dimension_is_one_along_the_first_of_the_trans
         def forward(self, x):
             return net(x.transpose(1, 2)).transpose(1, 2)
 
-    mine = AffineCoupling(net, "softplus", split, swap, dim=2)
-    other = AffineCoupling(Transposed(), "softplus", split, swap)
+    mine = AffineCoupling(net, "softplus", split=split, swap=swap, dim=2)
+    other = AffineCoupling(Transposed(), "softplus", split=split, swap=swap)
     x = torch.randn(3, 5, 4)
     z, ldj = mine(x)
     wanted, ldj_wanted = other(x.transpose(1, 2))

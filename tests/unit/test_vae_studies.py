@@ -19,7 +19,7 @@ from surflow.models.vae_studies import (
 from surflow.nets.masked_conv import LocalPixelCNN
 from surflow.nets.maxout import Maxout
 from surflow.objectives import elbo
-from surflow.transforms import Planar, PlanarStack, Radial, RadialStack
+from surflow.transforms import Planar, Radial
 from surflow.variational import prior_flow, terms
 
 DEEP = [name for name in POSTERIORS if name != "diagonal"]
@@ -80,8 +80,8 @@ def test_training_never_takes_the_slow_direction(posterior, monkeypatch):
         raise AssertionError("the slow direction")
 
     for owner, name in (
-        (PlanarStack, "_solve"),
-        (RadialStack, "_solve"),
+        (Planar, "_solve"),
+        (Radial, "_solve"),
         (Sylvester, "_solve"),
         (MADE, "sequential"),
     ):
@@ -525,13 +525,11 @@ def test_a_local_decoder_under_autocast():
 # Many layers at once
 
 
-@pytest.mark.parametrize(
-    ("kind", "single", "size"), [(PlanarStack, Planar, 7), (RadialStack, Radial, 5)]
-)
+@pytest.mark.parametrize(("kind", "size"), [(Planar, 7), (Radial, 5)])
 @pytest.mark.parametrize(("batch", "depth"), [(1, 4), (6, 4), (6, 1)])
-def test_a_stack_is_its_layers(kind, single, size, batch, depth):
+def test_a_stack_is_its_layers(kind, size, batch, depth):
     """Both directions, contributions and gradients; free parameters and a net's."""
-    stack = kind(3, depth, net=None if batch == 1 else Held(6, depth * size)).double()
+    stack = kind(3, None if batch == 1 else Held(6, depth * size), depth).double()
     params = stack.params if batch == 1 else stack.net.value
     with torch.no_grad():  # of the planar layers some with the constraint active
         params.mul_(2.0)
@@ -541,7 +539,7 @@ def test_a_stack_is_its_layers(kind, single, size, batch, depth):
     y, total = x, 0.0
     rows = params.view(batch, depth, size)
     for k in range(depth):
-        layer = single(3, net=Held(6, size)).double()
+        layer = kind(3, net=Held(6, size)).double()
         layer.net.value = rows[:, k].expand(6, -1)
         y, part = layer(y, torch.zeros(6, 1))
         total = total + part
@@ -556,10 +554,20 @@ def test_a_stack_is_its_layers(kind, single, size, batch, depth):
     assert torch.allclose(again, ldj, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [PlanarStack, RadialStack])
+@pytest.mark.parametrize("kind", [Planar, Radial])
 def test_a_stack_has_a_layer(kind):
     with pytest.raises(ValueError, match="num_layers >= 1, got 0"):
-        kind(3, 0)
+        kind(3, num_layers=0)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(Planar, 7), (Radial, 5)])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_names_of_checkpoints(kind, size, depth):
+    """One layer has a vector ``params``; several have the same vectors one after another in it."""
+    state = kind(3, num_layers=depth).state_dict()
+    assert {k: v.shape for k, v in state.items()} == {"params": (depth * size,)}
+    amortised = kind(3, torch.nn.Linear(2, depth * size), depth)
+    assert set(amortised.state_dict()) == {"net.weight", "net.bias"}
 
 
 class Held(torch.nn.Module):
@@ -575,7 +583,7 @@ class Held(torch.nn.Module):
         return self.value
 
 
-@pytest.mark.parametrize("kind", [PlanarStack, RadialStack])
+@pytest.mark.parametrize("kind", [Planar, Radial])
 def test_the_jacobian_of_a_stack(kind):
     example = kind.example()
     transform, x = example.transform.double(), example.sample(5)[0].double()

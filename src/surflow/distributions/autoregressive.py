@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surflow.checks import require
 from surflow.distributions.base import Distribution, sum_event
+from surflow.numeric import at_least_float32, working_dtype
 
 
 class AutoregressiveBernoulli(Distribution):
@@ -57,17 +58,17 @@ class AutoregressiveBernoulli(Distribution):
         return features
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
-        require((x >= 0) & (x <= 1), "AutoregressiveBernoulli.log_prob", "values in [0, 1]", x)
+        require((x >= 0) & (x <= 1), "values in [0, 1]", x)
         features = self._features(context)
         logits = self.local(x.to(features.dtype), features)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         return sum_event(x * logits - F.softplus(logits))
 
     @torch.no_grad()
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         features = self._features(context)
         _, height, width = self.event_shape
-        exact = torch.promote_types(features.dtype, torch.float32)
+        exact = working_dtype(features)
         x = features.new_zeros(n, *self.event_shape, dtype=exact)
         r = self.local.reach
         for i in range(height):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import InputError
 from surflow.latents import Tape
-from surflow.scores import record_score
+from surflow.numeric import at_least_float32, repeat_rows
+from surflow.score_function import record_score
 
 
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -46,8 +49,6 @@ class Distribution(nn.Module, ABC):
         net: the context net, None for an unconditional distribution.
         normal: it is of independent normals, given the context.
         has_mean: whether :meth:`mean` has a closed form.
-        embeds_context: ``sample_and_log_prob`` takes ``num_samples``, draws a row for which the
-            context is embedded once.
         factorised: it is a diagonal normal given the context, and says so by
             ``normal_parameters(context)``: its location and log-scale.
     """
@@ -56,7 +57,6 @@ class Distribution(nn.Module, ABC):
     integer: bool = False
     normal: bool = False
     has_mean: bool = False
-    embeds_context: bool = False
     factorised: bool = False
 
     def __init__(self, event_shape: int | Sequence[int], net: nn.Module | None = None) -> None:
@@ -127,12 +127,7 @@ class Distribution(nn.Module, ABC):
         Raises:
             ValueError: for a wrong shape, or a context that is missing.
         """
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise ValueError(
-                f"{type(self).__name__}.log_prob: expected shape "
-                f"(batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}"
-            )
-        return self._log_prob(x, self._context(context, x.shape[0], "log_prob"))
+        return self._call("log_prob", self._checked_log_prob, x, context)
 
     def sample(
         self, n: int | None = None, context: Tensor | None = None, temperature: float = 1.0
@@ -140,7 +135,7 @@ class Distribution(nn.Module, ABC):
         """Draw events.
 
         Args:
-            n: how many; may be left out with a context, whose rows then give one event each.
+            n: how many; None: one for each row of the context.
             context: (n, ...) or (1, ...), the latter for n events under one context.
             temperature: 1 is the distribution itself. Location-scale families multiply their
                 scale by it, discrete ones divide their logits by it.
@@ -148,48 +143,74 @@ class Distribution(nn.Module, ABC):
         Returns:
             (n, *event).
         """
-        n = self._rows(n, context, "sample")
-        if n < 0:
-            raise ValueError(f"{type(self).__name__}.sample: expected n >= 0, got {n}")
-        if not temperature > 0:
-            raise ValueError(
-                f"{type(self).__name__}.sample: expected temperature > 0, got {temperature}"
-            )
-        return self._sample(n, self._context(context, n, "sample"), temperature)
+        return self._call("sample", self._checked_sample, n, context, temperature)
 
     def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None
+        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Events and their log-probabilities: (n, *event) and (n,), nats."""
+        """Draw events and score them.
+
+        Args:
+            n: rows; None: one for each row of the context.
+            context: (n, ...) or (1, ...).
+            num_samples: K draws a row, sample k of row b at k n + b.
+
+        Returns:
+            Events (K n, *event) and their log-probabilities (K n,), nats.
+        """
+        return self._call("sample_and_log_prob", self._sample_and_log_prob, n, context, num_samples)
+
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Override it where a draw and its score share work."""
+        n, context = self._rows(n, context, num_samples)
         x = self.sample(n, context)
-        if context is not None and context.shape[0] != x.shape[0]:
-            context = context.expand(x.shape[0], *context.shape[1:])
         log_prob = self.log_prob(x, context)
         if self.discrete:
             record_score(log_prob)
         return x, log_prob
 
-    def _rows(self, n: int | None, context: Tensor | None, method: str) -> int:
-        """n, or the rows of the context where it is left out."""
+    def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function``; an error gets the name of this class and of the method."""
+        try:
+            return function(*arguments)
+        except InputError as error:
+            raise ValueError(f"{type(self).__name__}.{method}: {error}") from None
+
+    def _checked_log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise InputError(
+                f"expected shape (batch, {', '.join(map(str, self.event_shape))}), "
+                f"got {tuple(x.shape)}"
+            )
+        return self._log_prob(x, self._rows(x.shape[0], context)[1])
+
+    def _checked_sample(self, n: int | None, context: Tensor | None, temperature: float) -> Tensor:
+        n, context = self._rows(n, context)
+        if n < 0:
+            raise InputError(f"expected n >= 0, got {n}")
+        if not temperature > 0:
+            raise InputError(f"expected temperature > 0, got {temperature}")
+        return self._sample(n, context, temperature)
+
+    def _rows(
+        self, n: int | None, context: Tensor | None, num_samples: int = 1
+    ) -> tuple[int, Tensor | None]:
+        """The number of draws, and the context of each; None where it is not read."""
         if n is None:
             if context is None:
-                raise ValueError(f"{type(self).__name__}.{method}: expected n or a context")
+                raise InputError("expected n or a context")
             n = context.shape[0]
-        return n
-
-    def _context(self, context: Tensor | None, n: int, method: str) -> Tensor | None:
         if not self.conditional:
-            return None
+            return num_samples * n, None
         if context is None:
-            raise ValueError(f"{type(self).__name__}.{method}: expected a context, got none")
+            raise InputError("expected a context, got none")
         if context.shape[0] == 1 and n != 1:
             context = context.expand(n, *context.shape[1:])
         if context.shape[0] != n:
-            raise ValueError(
-                f"{type(self).__name__}.{method}: expected a context of {n} rows, "
-                f"got shape {tuple(context.shape)}"
-            )
-        return context
+            raise InputError(f"expected a context of {n} rows, got shape {tuple(context.shape)}")
+        return num_samples * n, repeat_rows(context, num_samples)
 
     def _net_parameters(self, context: Tensor, count: int) -> tuple[Tensor, ...]:
         """The net's output, (B, C * count, ...), as ``count`` tensors of shape (B, *event).
@@ -200,8 +221,7 @@ class Distribution(nn.Module, ABC):
         if weight is not None and context.is_floating_point():
             context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
         out = self.net(context)
-        if out.dtype in (torch.float16, torch.bfloat16):
-            out = out.float()
+        out = at_least_float32(out)
         expected = (self.event_shape[0] * count, *self.event_shape[1:])
         if tuple(out.shape[1:]) != expected:
             raise ValueError(
@@ -214,8 +234,8 @@ class Distribution(nn.Module, ABC):
 def draw_index(probabilities: Tensor) -> Tensor:
     """One index along the last dimension, (..., K) -> (..., 1), int64.
 
-    A race of exponentials, which is what ``torch.multinomial`` runs, draw for draw; but that also
-    looks at the values, for which a GPU has to wait.
+    A race of exponentials, the algorithm of ``torch.multinomial``, draw for draw, which however
+    reads the values, so that a GPU has to wait.
     """
     p = probabilities.detach()
     return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
@@ -223,6 +243,13 @@ def draw_index(probabilities: Tensor) -> Tensor:
 
 def sum_event(values: Tensor) -> Tensor:
     """Sum over everything but the batch, in float32 or better: (B, *event) -> (B,)."""
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
+    values = at_least_float32(values)
     return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def register_value(module: nn.Module, name: str, value: Tensor, learn: bool) -> None:
+    """Keep a value in a module: as a parameter where it is learned, else as a buffer."""
+    if learn:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)

@@ -12,6 +12,7 @@ from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.latents import Tape
 from surflow.nets.conv_lstm import ConvLSTM, State
 from surflow.nets.sizes import averaged_to
+from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 
 
 class ChannelAutoregressive(Distribution):
@@ -20,8 +21,8 @@ class ChannelAutoregressive(Distribution):
     .. math:: \log p(x \mid c) = \sum_t \sum_{hw} \log \mathcal N(x_{thw};\ \mu_{thw},
               e^{2 \lambda_{thw}}), \qquad (\mu_t, \lambda_t) = f_t(x_{<t}, c)
 
-    Step t of the LSTM sees channel t - 1 (zeros for the first) beside an embedding of the context,
-    by which one linear convolution goes into it; a 3×3 convolution, zero at the start, gives μ and
+    Step t of the LSTM sees channel t - 1 (zeros for the first) and an embedding of the context,
+    through one linear convolution; a 3×3 convolution, zero at the start, gives μ and
     λ. So the density begins as a standard normal. With an image as the context (what a
     :class:`~surflow.transforms.Slice` keeps, say) two k×k convolutions with a rectifier between
     embed it, once a row. Without, the density is unconditional, and can be the base of a flow.
@@ -53,8 +54,6 @@ class ChannelAutoregressive(Distribution):
     >>> x.shape, bool(torch.allclose(log_p, prior.log_prob(x, given), atol=1e-4))
     (torch.Size([3, 4, 8, 8]), True)
     """
-
-    embeds_context = True
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class ChannelAutoregressive(Distribution):
     def _located(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-scale from the last layer, (..., hidden, H, W) -> (..., H, W) each."""
         out = self.outlet(h.flatten(0, -4)).unflatten(0, h.shape[:-3])
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = at_least_float32(out)
         return out[..., 0, :, :], out[..., 1, :, :]
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,26 +171,17 @@ class ChannelAutoregressive(Distribution):
 
     def _noise(self, n: int) -> Tensor:
         like = self.inlet.weight
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = working_dtype(like)
         return torch.randn(n, *self.event_shape, device=like.device, dtype=dtype)
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return self._walk(temperature * self._noise(n), self._embed(context))[0]
 
-    def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        """Events and their log-probabilities, (K n, *event) and (K n,), nats, in one walk.
-
-        Args:
-            n: rows; may be left out with a context.
-            context: (n, ...) or (1, ...), embedded once whatever ``num_samples`` is.
-            num_samples: K draws a row, sample k of row b at k n + b.
-        """
-        n = self._rows(n, context, "sample_and_log_prob")
-        embedded = self._embed(self._context(context, n, "sample_and_log_prob"))
-        if embedded is not None and num_samples > 1:
-            embedded = embedded.expand(num_samples, *embedded.shape).flatten(0, 1)
+        n, context = self._rows(n, context)
+        embedded = repeat_rows(self._embed(context), num_samples)  # embedded once a row
         eps = self._noise(num_samples * n)
         x, log_scale = self._walk(eps, embedded)
         return x, self._density(eps, log_scale)

@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
-from surflow.distributions.base import Distribution, draw_index, expand_to, sum_event
+from surflow.checks import InputError, require, require_at_least
+from surflow.distributions.base import (
+    Distribution,
+    draw_index,
+    expand_to,
+    register_value,
+    sum_event,
+)
 
 
 class Bernoulli(Distribution):
@@ -46,10 +52,7 @@ class Bernoulli(Distribution):
         if not bool(((p > 0) & (p < 1)).all()):
             raise ValueError(f"Bernoulli: expected 0 < probability < 1, got {p.tolist()}")
         logits = expand_to(torch.logit(p), self.event_shape, "Bernoulli: probability").clone()
-        if learn:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits)
+        register_value(self, "logits", logits, learn)
 
     def logits_of(self, context: Tensor | None) -> Tensor:
         """The logits of P(x = 1), broadcastable to (B, *event)."""
@@ -61,7 +64,7 @@ class Bernoulli(Distribution):
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         logits = self.logits_of(context)
         x = x.to(logits.dtype)
-        require((x >= 0) & (x <= 1), "Bernoulli.log_prob", "values in [0, 1]", x)
+        require((x >= 0) & (x <= 1), "values in [0, 1]", x)
         return sum_event(x * logits + F.logsigmoid(-logits))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
@@ -99,8 +102,7 @@ class Categorical(Distribution):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(event_shape, net)
-        if num_classes < 1:
-            raise ValueError(f"Categorical: expected num_classes >= 1, got {num_classes}")
+        require_at_least("Categorical", 1, num_classes=num_classes)
         self.num_classes = num_classes
         if net is not None:
             return
@@ -112,10 +114,7 @@ class Categorical(Distribution):
                 f"got shape {tuple(value.shape)}"
             )
         value = expand_to(value, shape, "Categorical: logits").clone()
-        if learn:
-            self.logits = nn.Parameter(value)
-        else:
-            self.register_buffer("logits", value)
+        register_value(self, "logits", value, learn)
 
     def log_probabilities(self, context: Tensor | None) -> Tensor:
         """Normalised log-probabilities, broadcastable to (B, *event, K)."""
@@ -131,9 +130,9 @@ class Categorical(Distribution):
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.is_floating_point():
-            raise ValueError(f"Categorical.log_prob: expected an integer tensor, got {x.dtype}")
+            raise InputError(f"expected an integer tensor, got {x.dtype}")
         inside = (x >= 0) & (x < self.num_classes)
-        require(inside, "Categorical.log_prob", f"classes 0 to {self.num_classes - 1}", x)
+        require(inside, f"classes 0 to {self.num_classes - 1}", x)
         table = self.log_probabilities(context).expand(*x.shape, self.num_classes)
         return sum_event(table.gather(-1, x.long().unsqueeze(-1)).squeeze(-1))
 

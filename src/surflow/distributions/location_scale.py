@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import Distribution, as_shape, sum_event
+from surflow.distributions.base import Distribution, as_shape, register_value, sum_event
 from surflow.latents import Tape
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -32,6 +32,8 @@ class LocationScale(Distribution):
     Raises:
         ValueError: for a scale that is not positive, or parameters that do not broadcast.
     """
+
+    learns_loc = True  # whether ``learn`` includes the location
 
     def __init__(
         self,
@@ -58,18 +60,12 @@ class LocationScale(Distribution):
                 f"{type(self).__name__}: loc {tuple(loc.shape)}, scale {tuple(scale.shape)} and "
                 f"parameters {tuple(shape)} must broadcast to the event {self.event_shape}"
             ) from None
-        if learn:
-            self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
-        else:
-            self.register_buffer("loc", loc)
-            self.register_buffer("log_scale", log_scale)
+        register_value(self, "loc", loc, learn and self.learns_loc)
+        register_value(self, "log_scale", log_scale, learn)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """loc and log_scale, each broadcastable to (B, *event)."""
-        if self.conditional:
-            loc, log_scale = self._net_parameters(context, 2)
-            return loc, log_scale
-        return self.loc, self.log_scale
+        return self._net_parameters(context, 2) if self.conditional else (self.loc, self.log_scale)
 
     def write(self, x: Tensor, context: Tensor | None, tape: Tape) -> None:
         loc, log_scale = self.parameters_of(context)
@@ -132,15 +128,13 @@ class DiagonalNormal(LocationScale):
     def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
 
-    def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Distribution`; with a net, it runs once for both."""
-        if context is None or not self.conditional:
-            return super().sample_and_log_prob(n, context)
-        n = context.shape[0] if n is None else n
-        given = self._context(context, n, "sample_and_log_prob")
-        loc, log_scale = self.parameters_of(given)
+        if not self.conditional:
+            return super()._sample_and_log_prob(n, context, num_samples)
+        n, context = self._rows(n, context, num_samples)
+        loc, log_scale = self.parameters_of(context)  # one pass of the net
         eps = self._standard_sample((n, *self.event_shape), loc)
         log_prob = sum_event(self._standard_log_prob(eps) - log_scale)
         return loc + torch.exp(log_scale) * eps, log_prob

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import Distribution, draw_index, sum_event
+from surflow.checks import require_at_least
+from surflow.distributions.base import Distribution, draw_index, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
-from surflow.scores import record_score
+from surflow.score_function import record_score
 
 
 class Mixture(Distribution):
@@ -46,10 +47,7 @@ class Mixture(Distribution):
                 f"Mixture: expected {len(components)} positive weights, got {weights.tolist()}"
             )
         logits = weights.to(torch.get_default_dtype()).log()
-        if learn:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits)
+        register_value(self, "logits", logits, learn)
 
     @property
     def conditional(self) -> bool:
@@ -95,10 +93,7 @@ class DiagonalNormalMixture(Distribution):
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(event_shape, net)
-        if num_components < 1:
-            raise ValueError(
-                f"DiagonalNormalMixture: expected num_components >= 1, got {num_components}"
-            )
+        require_at_least("DiagonalNormalMixture", 1, num_components=num_components)
         self.num_components = num_components
         if net is not None:
             return
@@ -109,10 +104,7 @@ class DiagonalNormalMixture(Distribution):
             "log_scale": torch.zeros(shape),
         }
         for name, value in values.items():
-            if learn:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
+            register_value(self, name, value, learn)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights (b, K), locations and log-scales (b, K, *event); b is 1 or the batch."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import require
-from surflow.distributions.base import Distribution, expand_to
+from surflow.checks import InputError, require, require_at_least
+from surflow.distributions.base import Distribution, expand_to, register_value
+from surflow.numeric import at_least_float32
 
 
 def log_factorial(n: int) -> float:
@@ -72,7 +73,7 @@ class PlackettLuce(Distribution):
 
     .. math:: \log p(\pi) = \sum_{i=1}^{N} \ell_{\pi_i} - \log \sum_{j \ge i} e^{\ell_{\pi_j}}
 
-    An event is an integer row: the element in the first place, the second, ... Equal logits give
+    An event is an integer row: the first element, the second, ... Equal logits give
     the uniform distribution, -log N!.
 
     Args:
@@ -104,31 +105,27 @@ class PlackettLuce(Distribution):
         learn: bool = False,
         net: nn.Module | None = None,
     ) -> None:
-        if num_elements < 1:
-            raise ValueError(f"PlackettLuce: expected num_elements >= 1, got {num_elements}")
+        require_at_least("PlackettLuce", 1, num_elements=num_elements)
         super().__init__((num_elements,), net)
         self.num_elements = num_elements
         if net is not None:
             return
         value = torch.zeros(num_elements) if logits is None else logits
         value = expand_to(value, self.event_shape, "PlackettLuce: logits").clone()
-        if learn:
-            self.logits = nn.Parameter(value)
-        else:
-            self.register_buffer("logits", value)
+        register_value(self, "logits", value, learn)
 
     def logits_of(self, context: Tensor | None) -> Tensor:
         """The logits, broadcastable to (B, N), float32 or better."""
         logits = self._net_parameters(context, 1)[0] if self.conditional else self.logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(logits)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.is_floating_point():
-            raise ValueError(f"PlackettLuce.log_prob: expected an integer tensor, got {x.dtype}")
+            raise InputError(f"expected an integer tensor, got {x.dtype}")
         places = torch.arange(self.num_elements, device=x.device)
         ok = x.sort(1).values == places
         expected = f"rows that are permutations of 0 to {self.num_elements - 1}"
-        require(ok, "PlackettLuce.log_prob", expected, x)
+        require(ok, expected, x)
         return plackett_luce_log_prob(self.logits_of(context), x.long())
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:

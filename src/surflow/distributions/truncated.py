@@ -9,16 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import Distribution, as_shape, expand_to, sum_event
+from surflow.distributions.base import Distribution, as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI, LocationScale
+from surflow.numeric import at_least_float32, working_dtype
 
 FAR = 1e9  # stands for an infinite edge, in standard deviations: its square fits float32
 SERIES_FROM = 30.0  # where the tail series beats the derivative of erfcx in float32
-
-
-def lifted(value: Tensor) -> Tensor:
-    """Float32 or better."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def log_mills(t: Tensor) -> Tensor:
@@ -54,6 +50,8 @@ class Exponential(LocationScale):
     tensor([-0.6931, -1.6931,    -inf])
     """
 
+    learns_loc = False  # the edge of the support stays at 0
+
     def __init__(
         self,
         event_shape: int | Sequence[int],
@@ -62,11 +60,7 @@ class Exponential(LocationScale):
         parameter_shape: Sequence[int] | None = None,
         net: nn.Module | None = None,
     ) -> None:
-        super().__init__(event_shape, 0.0, scale, False, parameter_shape, net)
-        if learn and net is None:  # the scale alone: the edge of the support stays at 0
-            log_scale = self.log_scale
-            del self.log_scale
-            self.log_scale = nn.Parameter(log_scale)
+        super().__init__(event_shape, 0.0, scale, learn, parameter_shape, net)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.conditional:
@@ -78,9 +72,7 @@ class Exponential(LocationScale):
         return torch.where(eps >= 0, -eps, -math.inf)
 
     def _standard_sample(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        u = torch.rand(
-            shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float)
-        )
+        u = torch.rand(shape, device=like.device, dtype=working_dtype(like))
         return -torch.log1p(-u).to(like.dtype)
 
 
@@ -110,7 +102,7 @@ class TruncatedNormal(Distribution):
             alone, (B, C, ...), where ``learn_loc`` is False.
 
     Raises:
-        ValueError: for a scale that is not positive, low >= high, a lower edge beside
+        ValueError: for a scale that is not positive, low >= high, a lower edge with
             ``high="context"``, or parameters that do not broadcast.
 
     Cost: O(D) to draw (5 Newton steps) and to score.
@@ -169,16 +161,10 @@ class TruncatedNormal(Distribution):
         log_scale = expand_to(scale.log(), shape, "TruncatedNormal: scale").clone()
         if net is not None and learn_loc:
             return
-        if learn and learn_loc:
-            self.loc = nn.Parameter(loc)
-        else:
-            self.register_buffer("loc", loc)
+        register_value(self, "loc", loc, learn and learn_loc)
         if net is not None:
             return
-        if learn:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        register_value(self, "log_scale", log_scale, learn)
 
     @property
     def conditional(self) -> bool:
@@ -187,12 +173,12 @@ class TruncatedNormal(Distribution):
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """loc and log_scale, each broadcastable to (B, *event), float32 or better."""
         if self.net is None:
-            return lifted(self.loc), lifted(self.log_scale)
+            return at_least_float32(self.loc), at_least_float32(self.log_scale)
         if self.learn_loc:
             loc, log_scale = self._net_parameters(context, 2)
         else:
             loc, (log_scale,) = self.loc, self._net_parameters(context, 1)
-        return lifted(loc), lifted(log_scale)
+        return at_least_float32(loc), at_least_float32(log_scale)
 
     def _edges(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """low and high, broadcastable to (B, *event), infinite where there is none."""
@@ -221,7 +207,7 @@ class TruncatedNormal(Distribution):
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         frame = self._frame(context, temperature)
         u = torch.rand((n, *self.event_shape), device=frame.loc.device, dtype=frame.loc.dtype)
-        return frame.quantile(u).to(torch.promote_types(self.low.dtype, torch.float32))
+        return frame.quantile(u).to(working_dtype(self.low))
 
 
 class _Frame:
@@ -346,7 +332,7 @@ class _Frame:
 
 
 class ZeroInflated(Distribution):
-    r"""A mass at zero beside a half-normal above it, coordinate by coordinate.
+    r"""A mass at zero and a half-normal above it, coordinate by coordinate.
 
     .. math:: P(x_d = 0) = \pi_d, \qquad p(x_d) = (1 - \pi_d)\, \tfrac{2}{\sigma_d}
               \varphi(x_d / \sigma_d), \quad x_d > 0
@@ -391,10 +377,7 @@ class ZeroInflated(Distribution):
         if not bool((s > 0).all()):
             raise ValueError(f"ZeroInflated: expected scale > 0, got {s.tolist()}")
         for name, value in (("logits", p.logit()), ("log_scale", s.log())):
-            if learn:
-                setattr(self, name, nn.Parameter(value.clone()))
-            else:
-                self.register_buffer(name, value.clone())
+            register_value(self, name, value.clone(), learn)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits of zero and log_scale, each broadcastable to (B, *event), float32 or better."""
@@ -402,7 +385,7 @@ class ZeroInflated(Distribution):
             logits, log_scale = self._net_parameters(context, 2)
         else:
             logits, log_scale = self.logits, self.log_scale
-        return lifted(logits), lifted(log_scale)
+        return at_least_float32(logits), at_least_float32(log_scale)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         logits, log_scale = self.parameters_of(context)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surflow.checks import InputError
 from surflow.distributions.base import Distribution, expand_to, sum_event
 
 
@@ -47,6 +48,6 @@ class Uniform(Distribution):
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         if temperature != 1.0:
-            raise ValueError(f"Uniform.sample: expected temperature 1, got {temperature}")
+            raise InputError(f"expected temperature 1, got {temperature}")
         u = torch.rand((n, *self.event_shape), device=self.low.device, dtype=self.low.dtype)
         return self.low + (self.high - self.low) * u

@@ -42,14 +42,10 @@ class LogitLogistic(Logistic):
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return torch.sigmoid(super()._sample(n, context, temperature))
 
-    def sample_and_log_prob(
-        self, n: int | None = None, context: Tensor | None = None
+    def _sample_and_log_prob(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        if n is None:
-            if context is None:
-                raise ValueError("LogitLogistic.sample_and_log_prob: expected n or a context")
-            n = context.shape[0]
-        context = self._context(context, n, "sample_and_log_prob")
+        n, context = self._rows(n, context, num_samples)
         y = super()._sample(n, context, 1.0)
         log_volume = sum_event(F.logsigmoid(y) + F.logsigmoid(-y))
         return torch.sigmoid(y), super()._log_prob(y, context) - log_volume

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.flow import Flow
-from surflow.variational import has_vae_layer, posterior_draws, split_at_vae
+from surflow.variational import has_vae_layer, split_at_vae
 
 GRID = 256
 LATENT_DRAWS = 200_000  # of a posterior without a density in closed form, over all rows
@@ -209,7 +209,7 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
 
 def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
     """(count, B, 2) draws of q(z|x), float64, on the CPU."""
-    z = posterior_draws(parts.vae.encoder, parts.inner(x), count)
+    z, _ = parts.vae.encoder.sample_and_log_prob(context=parts.inner(x), num_samples=count)
     return z.cpu().double().unflatten(0, (count, len(x)))
 
 

@@ -16,8 +16,8 @@ from surflow.transforms import (
     AffineCoupling,
     Inverse,
     MaskedAffineAutoregressive,
-    PlanarStack,
-    RadialStack,
+    Planar,
+    Radial,
     Sylvester,
     Transform,
 )
@@ -70,7 +70,7 @@ def planar(of: Layers) -> list[Transform]:
         rows[:, :d] = 0
 
     net = of.head_of_each(2 * d + 1, at_identity)
-    return [Inverse(PlanarStack(d, of.num_layers, net=net))]
+    return [Inverse(Planar(d, net, of.num_layers))]
 
 
 def radial(of: Layers) -> list[Transform]:
@@ -81,7 +81,7 @@ def radial(of: Layers) -> list[Transform]:
         rows[:, d + 1] = rows[:, d]
 
     net = of.head_of_each(d + 2, at_identity)
-    return [Inverse(RadialStack(d, of.num_layers, net=net))]
+    return [Inverse(Radial(d, net, of.num_layers))]
 
 
 def sylvester(of: Layers) -> list[Transform]:

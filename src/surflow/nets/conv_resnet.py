@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class PlainBlock(nn.Module):
-    r"""Two 3×3 convolutions beside a shortcut: (B, in, H, W) -> (B, out, ⌈H/s⌉, ⌈W/s⌉).
+    r"""Two 3×3 convolutions and a shortcut: (B, in, H, W) -> (B, out, ⌈H/s⌉, ⌈W/s⌉).
 
     .. math:: y = S * x + V * h(U * h(x))
 
@@ -38,7 +38,7 @@ class PlainBlock(nn.Module):
 
 
 def _stages(shape: Sequence[int], channels: Sequence[int], owner: str) -> list[tuple[int, int]]:
-    """Heights and widths before the first stage and behind each."""
+    """Heights and widths before the first stage and after each."""
     if len(shape) != 3 or min(shape) < 1 or not channels or min(channels) < 1:
         raise ValueError(
             f"{owner}: expected a shape (C, H, W) and at least one stage of positive size, got "

@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _positive(owner: str, **sizes: int) -> None:
-    if min(sizes.values()) < 1:
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"{owner}: expected positive sizes, got {given}")
+from surflow.checks import require_positive_sizes
 
 
 class GatedConv2d(nn.Module):
@@ -27,7 +23,7 @@ class GatedConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        _positive("GatedConv2d", in_channels=in_channels, out_channels=out_channels)
+        require_positive_sizes("GatedConv2d", in_channels=in_channels, out_channels=out_channels)
         self.conv = nn.Conv2d(in_channels, 3 * out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +32,7 @@ class GatedConv2d(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    r"""New channels beside those there are: (B, C, H, W) -> (B, C + growth, H, W).
+    r"""New channels, concatenated to the input's: (B, C, H, W) -> (B, C + growth, H, W).
 
     .. math:: y = (x,\ h(V * h(U x + u) + v))
 
@@ -49,7 +45,7 @@ class DenseLayer(nn.Module):
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
-        _positive("DenseLayer", in_channels=in_channels, growth=growth)
+        require_positive_sizes("DenseLayer", in_channels=in_channels, growth=growth)
         self.mix = nn.Conv2d(in_channels, in_channels, 1)
         self.grow = nn.Conv2d(in_channels, growth, 3, padding=1)
 
@@ -76,7 +72,7 @@ class DenseBlock(nn.Module):
         self, in_channels: int, out_channels: int, depth: int, growth: int, gated: bool = True
     ) -> None:
         super().__init__()
-        _positive(
+        require_positive_sizes(
             "DenseBlock",
             in_channels=in_channels,
             out_channels=out_channels,
@@ -108,7 +104,7 @@ class DenseNet(nn.Module):
         gated: whether a block ends with a :class:`GatedConv2d`.
         num_blocks: number of blocks.
         context_features: channels of a context of the input's height and width, which is
-            concatenated behind the input; 0 for none.
+            concatenated to the input; 0 for none.
         zero_init: start the output layer at zero, so that a coupling starts as the identity.
 
     Raises:
@@ -136,8 +132,8 @@ class DenseNet(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        _positive("DenseNet", in_channels=in_channels, out_channels=out_channels)
-        _positive("DenseNet", mid_channels=mid_channels, num_blocks=num_blocks)
+        require_positive_sizes("DenseNet", in_channels=in_channels, out_channels=out_channels)
+        require_positive_sizes("DenseNet", mid_channels=mid_channels, num_blocks=num_blocks)
         if context_features < 0:
             raise ValueError(f"DenseNet: expected context_features >= 0, got {context_features}")
         self.context_features = context_features

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from surflow.nets.resnet import WeightNormConv2d
+from surflow.numeric import at_least_float32
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    """Exponential linear units of x and of -x, channels one behind the other."""
+    """Exponential linear units of x and of -x, concatenated along the channels."""
     return F.elu(torch.cat([x, -x], dim=1))
 
 
@@ -34,7 +35,7 @@ def positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
 
 
 class ConvAttentionBlock(nn.Module):
-    r"""A gated convolution and a gated self-attention beside the identity: (B, C, H, W) -> same.
+    r"""A gated convolution and a gated self-attention, both residual: (B, C, H, W) -> same.
 
     .. math:: h = \nu(x + \mathrm{glu}(V * d(e(U * e(x))))), \qquad
               y = \nu(h + \mathrm{glu}(W\, \mathrm{attention}(h + \mathrm{positions})))
@@ -143,4 +144,4 @@ class ConvAttentionNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.outlet(self.blocks(self.inlet(x)))
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return at_least_float32(out)

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_positive_sizes
 from surflow.nets.sizes import averaged_to
+from surflow.numeric import at_least_float32
 
 LOG_SCALE_FACTOR = 3.0
 
@@ -27,7 +29,7 @@ class StandardisedConv2d(nn.Conv2d):
     Raises:
         ValueError: for an initialising batch of a single value a channel.
 
-    Source: Kingma & Dhariwal 2018, arXiv 1807.03039 (activation normalisation behind the hidden
+    Source: Kingma & Dhariwal 2018, arXiv 1807.03039 (activation normalisation after the hidden
     convolutions; filters from N(0, 0.05²)).
 
     >>> conv = StandardisedConv2d(2, 3, 3)
@@ -102,7 +104,7 @@ class ZeroConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = at_least_float32(out)
         return out * torch.exp(LOG_SCALE_FACTOR * self.log_gain).view(-1, 1, 1)
 
 
@@ -116,7 +118,7 @@ class GlowNet(nn.Module):
         in_channels, out_channels: sizes of input and output.
         hidden_channels: of the two hidden layers.
         standardise: whether the first batch standardises the hidden layers.
-        context_features: F of an image that the first convolution sees too, behind x: (B, F, H, W),
+        context_features: F of an image that the first convolution sees too, after x: (B, F, H, W),
             or k times as high and wide, which is averaged over blocks of k × k pixels. 0: none.
 
     Raises:
@@ -139,12 +141,12 @@ class GlowNet(nn.Module):
         super().__init__()
         self.context_features = context_features
         in_channels += context_features
-        sizes = (in_channels, out_channels, hidden_channels)
-        if min(sizes) < 1:
-            raise ValueError(
-                "GlowNet: expected positive sizes, got in_channels={}, out_channels={}, "
-                "hidden_channels={}".format(*sizes)
-            )
+        require_positive_sizes(
+            "GlowNet",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            hidden_channels=hidden_channels,
+        )
         if standardise:
             self.first = StandardisedConv2d(in_channels, hidden_channels, 3)
             self.second = StandardisedConv2d(hidden_channels, hidden_channels, 1)
@@ -155,11 +157,11 @@ class GlowNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.context_features:
-            beside = averaged_to(context, *x.shape[2:])
-            if beside is None:
+            context_here = averaged_to(context, *x.shape[2:])
+            if context_here is None:
                 raise ValueError(
                     f"GlowNet: expected a context of a multiple of {x.shape[2]} x {x.shape[3]} "
                     f"pixels, got shape {tuple(context.shape)}"
                 )
-            x = torch.cat([x, beside.to(x.dtype)], dim=1)
+            x = torch.cat([x, context_here.to(x.dtype)], dim=1)
         return self.last(F.relu(self.second(F.relu(self.first(x)))))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.numeric import at_least_float32
+
 NORMS = ("exact", "power")
 
 
@@ -97,12 +99,12 @@ class LipschitzLinear(nn.Linear):
 
     def bounded_weight(self) -> Tensor:
         """The weight within its bound, (out, in), float32 or better; a training call iterates."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = at_least_float32(self.weight)
         with torch.autocast(weight.device.type, enabled=False):
             if self.norm == "power" and self.training:
                 with torch.no_grad():
                     self._iterate(weight.detach(), self.num_iterations)
-                # of their own: a later call writes the buffers before this one's backward
+                # copies: a later call writes the buffers before this one's backward
                 left, right = (v.to(weight.dtype, copy=True) for v in (self.left, self.right))
                 norm = left @ (weight @ right)
             else:
@@ -114,7 +116,7 @@ class LipschitzLinear(nn.Linear):
 
 
 class _Prepared:
-    """A :class:`LipschitzMLP` with its bounded weights at hand: no work but the products."""
+    """A :class:`LipschitzMLP` whose bounded weights are computed once."""
 
     def __init__(self, net: LipschitzMLP) -> None:
         self.net = net

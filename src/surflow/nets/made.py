@@ -182,7 +182,7 @@ class MADE(nn.Module):
         count = self.params_per_feature
         known = [context] if self.context_features else []
         first = self.layers[0].weight.index_select(1, self._columns)  # by degree, as ``known``
-        before: list[list[Tensor]] = [[] for _ in self._up_to]  # blocks ahead of the activation
+        before: list[list[Tensor]] = [[] for _ in self._up_to]  # blocks before the activation
         after: list[list[Tensor]] = [[] for _ in self._up_to]
         found: dict[int, Tensor] = {}
         for step, d in enumerate(self._order):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class MaskedConv2d(nn.Conv2d):
-    r"""A convolution cut off behind its centre: (B, in, H, W) -> (B, out, H, W).
+    r"""A convolution masked after its centre: (B, in, H, W) -> (B, out, H, W).
 
     .. math:: y_{ij} = b + \sum_{(k, l)\ \text{before}\ (i, j)} W_{k - i,\,l - j}\, x_{kl}
 

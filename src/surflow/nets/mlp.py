@@ -50,7 +50,7 @@ class MLP(nn.Module):
         in_features, out_features: sizes of input and output.
         hidden_features: sizes of the hidden layers.
         activation: relu, elu, gelu, silu or tanh.
-        context_features: size of a context that is concatenated behind the input; 0 for none.
+        context_features: size of a context that is concatenated to the input; 0 for none.
         zero_init: start the output layer at zero, so that a coupling starts as the identity.
 
     Raises:

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_positive_sizes
+from surflow.numeric import at_least_float32
+
 
 class WeightNormConv2d(nn.Conv2d):
-    r"""A convolution whose filters have a length of their own: (B, in, H, W) -> (B, out, H, W).
+    r"""A convolution with learned filter lengths: (B, in, H, W) -> (B, out, H, W).
 
     .. math:: y_o = \frac{g_o}{\lVert V_o \rVert}\, V_o * x + b_o
 
@@ -49,7 +52,7 @@ def _norm(channels: int, batch_norm: bool) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    r"""Two 3×3 convolutions beside the identity: (B, C, H, W) -> (B, C, H, W).
+    r"""Two residual 3×3 convolutions: (B, C, H, W) -> (B, C, H, W).
 
     .. math:: y = x + V * h(\nu(U * h(\nu(x))))
 
@@ -88,8 +91,8 @@ class ResNet(nn.Module):
         mid_channels: feature maps of a block.
         num_blocks: number of :class:`ResidualBlock`.
         batch_norm: whether there is batch normalisation.
-        mask: (1, H, W), a further input channel m: which places of x are given, so that a zero
-            there is told from a place left out.
+        mask: (1, H, W), a further input channel m: which places of x are given, which tells
+            a zero there from a place left out.
         zero_init: start at the output zero.
 
     Raises:
@@ -115,12 +118,13 @@ class ResNet(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        sizes = (in_channels, out_channels, mid_channels, num_blocks)
-        if min(sizes) < 1:
-            raise ValueError(
-                "ResNet: expected positive sizes, got in_channels={}, out_channels={}, "
-                "mid_channels={}, num_blocks={}".format(*sizes)
-            )
+        require_positive_sizes(
+            "ResNet",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            mid_channels=mid_channels,
+            num_blocks=num_blocks,
+        )
         self.register_buffer(
             "mask", None if mask is None else mask.to(torch.get_default_dtype()), persistent=False
         )
@@ -171,7 +175,7 @@ class TanhScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net(x)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = at_least_float32(out)
         log_scale, shift = out.unflatten(1, (-1, 2)).unbind(2)
         factor = self.factor.view(-1, *[1] * (out.dim() - 2))
         return torch.stack([factor * torch.tanh(log_scale), shift], dim=2).flatten(1, 2)

@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    r"""A residual block: attention, then a net applied to each element, both behind a layer norm.
+    r"""A residual block: attention, then a net applied to each element, both after a layer norm.
 
     .. math:: a = \mathrm{attention}(\mathrm{norm}(x)), \qquad
               y = x + a + W_2\,\sigma(W_1\,\mathrm{norm}(x + a))

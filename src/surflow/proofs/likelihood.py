@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surflow.proofs.proof import Trial, applies_where, check, expect, expect_row, expect_small, gap
-from surflow.transforms.base import Inverse
+from surflow.transforms.inverse import Inverse
 
 
 @check

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from surflow.transforms.base import Example, Inverse, Transform
+from surflow.transforms.base import Example, Transform
+from surflow.transforms.inverse import Inverse
 
 Measured = dict[str, float]
 OFF = "{name}: off by {gap:.3g}, allowed {tolerance:.3g}"

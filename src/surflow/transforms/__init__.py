@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 
 from surflow.checks import check_values
-from surflow.transforms.base import Example, Inverse, Sequential, Transform
+from surflow.transforms.base import Bijection, Example, Surjection, Transform
 from surflow.transforms.bijections.actnorm import ActNorm
 from surflow.transforms.bijections.affine import AdditiveMap, Affine, AffineMap
 from surflow.transforms.bijections.autoregressive import (
@@ -45,14 +45,14 @@ from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.ordered import OrderedToReal, RunningMaxToReal
 from surflow.transforms.bijections.permute import Permute, Reverse, Rotation
 from surflow.transforms.bijections.planar import Planar
-from surflow.transforms.bijections.planar_stack import PlanarStack
 from surflow.transforms.bijections.radial import Radial
-from surflow.transforms.bijections.radial_stack import RadialStack
 from surflow.transforms.bijections.residual import Residual
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.bijections.squeeze import Squeeze, Unsqueeze
 from surflow.transforms.bijections.sylvester import Sylvester
+from surflow.transforms.inverse import Inverse
 from surflow.transforms.maps import ElementwiseMap
+from surflow.transforms.sequential import Sequential
 from surflow.transforms.stochastic.indexed import DiscretelyIndexed
 from surflow.transforms.stochastic.permutation import StochasticPermutation
 from surflow.transforms.stochastic.vae import VAE
@@ -89,6 +89,7 @@ __all__ = [
     "Augment",
     "Autoregressive",
     "BatchNorm",
+    "Bijection",
     "BinaryArgmaxGenerative",
     "BinaryArgmaxInference",
     "BoxToReal",
@@ -126,10 +127,8 @@ __all__ = [
     "PeriodicConv2d",
     "Permute",
     "Planar",
-    "PlanarStack",
     "QRLinear",
     "Radial",
-    "RadialStack",
     "RationalQuadraticSpline",
     "RationalQuadraticSplineCoupling",
     "ReLUGenerative",
@@ -148,6 +147,7 @@ __all__ = [
     "SortInference",
     "Squeeze",
     "StochasticPermutation",
+    "Surjection",
     "Sylvester",
     "Tanh",
     "Transform",

@@ -1,4 +1,4 @@
-"""The contract of a transform, and the composites that keep it.
+"""The contract of a transform.
 
 A transform relates data x and latents z. Whatever its kind (Nielsen et al. 2020, arXiv 2007.02731,
 Sec. 2 and Table 1), ``forward`` infers a latent and gives the likelihood contribution
@@ -20,33 +20,17 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import check_values, require, values_are_checked
-from surflow.distributions.base import sum_event
+from surflow.checks import InputError, require_at_least
+from surflow.distributions.base import Distribution
 from surflow.latents import Tape
-
-__all__ = [
-    "Box",
-    "Example",
-    "Inverse",
-    "Sequential",
-    "Transform",
-    "check_values",
-    "repeat_rows",
-    "require",
-    "run_net",
-    "sum_event",
-    "takes_context",
-    "values_are_checked",
-    "zero_ldj",
-]
-
+from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 
 Box = tuple[list[float], list[float]]
 """Lower and upper edges of each coordinate, infinite where there are none."""
@@ -56,21 +40,20 @@ Tail = Callable[[Tensor], Tensor]
 
 
 def zero_ldj(x: Tensor) -> Tensor:
-    """A contribution of nothing, (B,), float32 or better."""
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return torch.zeros(x.shape[0], device=x.device, dtype=dtype)
+    """A contribution of zero, (B,), float32 or better."""
+    return torch.zeros(x.shape[0], device=x.device, dtype=working_dtype(x))
 
 
-def contribution_dtype(ldj: Tensor) -> Tensor:
-    """Lift a half-precision contribution to float32."""
-    return ldj.float() if ldj.dtype in (torch.float16, torch.bfloat16) else ldj
+def require_size(x: Tensor, size: int, dim: int = 1) -> None:
+    """Raise an error unless x has this size along a dimension."""
+    if x.dim() <= dim or x.shape[dim] != size:
+        raise InputError(f"expected size {size} along dimension {dim}, got shape {tuple(x.shape)}")
 
 
-def repeat_rows(value: Tensor | None, num_samples: int) -> Tensor | None:
-    """The rows, again and again: (B, ...) -> (K B, ...), row b of sample k at k B + b."""
-    if value is None or num_samples == 1:
-        return value
-    return value.expand(num_samples, *value.shape).flatten(0, 1)
+def require_dim(x: Tensor, dim: int) -> None:
+    """Raise an error for an x without this dimension."""
+    if x.dim() <= dim:
+        raise InputError(f"expected a dimension {dim}, got shape {tuple(x.shape)}")
 
 
 def takes_context(module: nn.Module | None) -> bool:
@@ -78,25 +61,54 @@ def takes_context(module: nn.Module | None) -> bool:
     return bool(getattr(module, "context_features", 0))
 
 
-def run_net(net: nn.Module, x: Tensor, context: Tensor | None, where: str) -> Tensor:
-    """Evaluate ``net`` on ``x``, with the context if it is one that takes it."""
+def run_net(net: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Evaluate ``net`` on ``x``, and on the context if it takes one."""
     features = getattr(net, "in_features", None)
     if isinstance(features, int) and x.dim() == 2 and x.shape[1] != features:
-        raise ValueError(
-            f"{where}: expected {features} features for the net, got shape {tuple(x.shape)}"
-        )
+        raise InputError(f"expected {features} features for the net, got shape {tuple(x.shape)}")
     if not takes_context(net):
         return net(x)
-    if context is None:
-        raise ValueError(
-            f"{where}: expected a context with {net.context_features} features, got none"
-        )
+    require_context(context, net.context_features)
     if context.dim() < 2 or context.shape[1] != net.context_features:
-        raise ValueError(
-            f"{where}: expected a context with {net.context_features} features, "
+        raise InputError(
+            f"expected a context with {net.context_features} features, "
             f"got shape {tuple(context.shape)}"
         )
     return net(x, context)
+
+
+def require_context(context: Tensor | None, features: int) -> None:
+    """Raise an error for a missing context where ``features`` of it are read."""
+    if features and context is None:
+        raise InputError(f"expected a context with {features} features, got none")
+
+
+def require_output(out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The output of a net, if it has this shape."""
+    if tuple(out.shape) != shape:
+        raise InputError(f"expected the net to give shape {shape}, got {tuple(out.shape)}")
+    return out
+
+
+def net_output(
+    net: nn.Module, value: Tensor, context: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    """The net's output on ``value`` (and the context if it takes one), float32 or better.
+
+    Args:
+        net: the net.
+        value: x or z, (B, ...).
+        context: (B, ...), or None.
+        shape: of the output, with the batch.
+    """
+    return require_output(run_net(net, value, context), shape).to(working_dtype(value))
+
+
+def output_of_context(net: nn.Module, context: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The output of a net that sees the context alone."""
+    if context is None:
+        raise InputError("expected a context, got none")
+    return require_output(net(context), shape)
 
 
 @dataclass
@@ -105,8 +117,8 @@ class Example:
 
     Attributes:
         transform: the instance.
-        sample: ``sample(n) -> (x, log_r)`` with x (n, *event) drawn from a density r that covers
-            the support of the model, and log_r (n,) its log-density in nats.
+        sample: a density r that covers the support of the model: a distribution, or
+            ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
         context: ``context(n)`` draws a context for n rows, None for an unconditional instance.
         latent: ``latent(n)`` draws points z of the codomain for the round trip that starts there;
@@ -114,10 +126,14 @@ class Example:
     """
 
     transform: Transform
-    sample: Callable[[int], tuple[Tensor, Tensor]]
+    sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
     base: Any
     context: Callable[[int], Tensor] | None = None
     latent: Callable[[int], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sample, Distribution):
+            self.sample = self.sample.sample_and_log_prob
 
 
 class Transform(nn.Module, ABC):
@@ -130,7 +146,7 @@ class Transform(nn.Module, ABC):
       p the expectation of exp(log p(z) + ldj) over z is the density of x;
     * a row of the result depends on that row of the input only;
     * a layer with a stochastic forward also implements :meth:`_inverse_and_ldj`, which scores the
-      pair (x, z) that it generates, so that :class:`Inverse` can turn it round.
+      pair (x, z) that it generates, which :class:`Inverse` needs.
 
     Attributes:
         bijective: both directions are deterministic and undo each other.
@@ -188,7 +204,7 @@ class Transform(nn.Module, ABC):
 
     @classmethod
     def _several_as_one(cls, several: str, one: str) -> None:
-        """Drop a parent's way to several samples where a class has overridden what it is of."""
+        """Drop a parent's ``several`` where a class has overridden ``one``, which it repeats."""
         place = {name: i for i, c in reversed([*enumerate(cls.__mro__)]) for name in vars(c)}
         if place[one] < place[several]:
             setattr(cls, several, vars(Transform)[several])
@@ -211,7 +227,7 @@ class Transform(nn.Module, ABC):
                 "how to score a pair (x, z): it has no _inverse_and_ldj"
             )
         x = self._inverse(z, context)
-        return x, self._forward(x, context)[1]
+        return x, self.forward(x, context)[1]  # not _forward: its errors name the method
 
     def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
         """z alone: what a turned layer generates. Override it where V costs more than z."""
@@ -294,7 +310,7 @@ class Transform(nn.Module, ABC):
         return tail(z) + ldj
 
     def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
-        """:meth:`summed` of this layer turned round, for one that generates by a draw."""
+        """:meth:`summed` of the other direction, for a layer that generates by a draw."""
         name = self._turned_into or f"Inverse({self.label})"
         raise ValueError(f"marginal_log_prob: does not know how to sum out {name}")
 
@@ -336,29 +352,21 @@ class Transform(nn.Module, ABC):
         Raises:
             ValueError: for a wrong shape, dtype or value.
         """
-        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
-        self._check_context(context, x.shape[0], "forward")
-        z, ldj = self._forward(x, context)
-        return z, contribution_dtype(ldj)
+        z, ldj = self._call("forward", self._forward, x, context)
+        return z, at_least_float32(ldj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Generate data from a latent: (B, *latent) -> (B, *event)."""
-        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
-        self._check_context(context, z.shape[0], "inverse")
-        return self._inverse(z, context)
+        return self._call("inverse", self._inverse, z, context)
 
     def latent(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of ``forward`` without its contribution: (B, *event) -> (B, *latent)."""
-        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
-        self._check_context(context, x.shape[0], "forward")
-        return self._latent(x, context)
+        return self._call("forward", self._latent, x, context)
 
     def inverse_and_ldj(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Generate x and score the pair: x (B, *event) and V(x, z), (B,), nats."""
-        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
-        self._check_context(context, z.shape[0], "inverse")
-        x, ldj = self._inverse_and_ldj(z, context)
-        return x, contribution_dtype(ldj)
+        x, ldj = self._call("inverse", self._inverse_and_ldj, z, context)
+        return x, at_least_float32(ldj)
 
     def forward_samples(
         self, x: Tensor, context: Tensor | None = None, num_samples: int = 1
@@ -383,10 +391,8 @@ class Transform(nn.Module, ABC):
         """
         if not self._several(num_samples, "forward"):
             return self(x, context)
-        self._check_tensor(x, self.event_shape, "forward", self.integer_data)
-        self._check_context(context, x.shape[0], "forward")
-        z, ldj = self._forward_samples(x, context, num_samples)
-        return z, contribution_dtype(ldj)
+        z, ldj = self._call("forward", self._forward_samples, x, context, num_samples)
+        return z, at_least_float32(ldj)
 
     def inverse_and_ldj_samples(
         self, z: Tensor, context: Tensor | None = None, num_samples: int = 1
@@ -394,14 +400,11 @@ class Transform(nn.Module, ABC):
         """Generate several x of each latent, and score the pairs; see :meth:`forward_samples`."""
         if not self._several(num_samples, "inverse"):
             return self.inverse_and_ldj(z, context)
-        self._check_tensor(z, self._shape_of_latent(), "inverse", self.integer_latent)
-        self._check_context(context, z.shape[0], "inverse")
-        x, ldj = self._inverse_and_ldj_samples(z, context, num_samples)
-        return x, contribution_dtype(ldj)
+        x, ldj = self._call("inverse", self._inverse_and_ldj_samples, z, context, num_samples)
+        return x, at_least_float32(ldj)
 
     def _several(self, num_samples: int, method: str) -> bool:
-        if num_samples < 1:
-            raise ValueError(f"{self.where(method)}: expected num_samples >= 1, got {num_samples}")
+        require_at_least(self.where(method), 1, num_samples=num_samples)
         return num_samples > 1
 
     @property
@@ -417,11 +420,11 @@ class Transform(nn.Module, ABC):
     @property
     def conditional(self) -> bool:
         """Whether this layer reads the context."""
-        return any(takes_context(m) for m in self.children())
+        return takes_context(self) or any(takes_context(m) for m in self.children())
 
     @property
     def label(self) -> str:
-        """The short name of this layer in a ledger: its own, if it was given one."""
+        """The short name of this layer in a ledger: the class's, unless one was set."""
         return self._label or type(self).__name__
 
     @label.setter
@@ -441,51 +444,77 @@ class Transform(nn.Module, ABC):
     # Checks -----------------------------------------------------------------------------------
 
     def where(self, method: str) -> str:
-        """The name of this layer in an error message."""
+        """The name of this layer and its method in an error message."""
         if self._turned_into is not None:
             method = {"forward": "inverse", "inverse": "forward"}.get(method, method)
             return f"{self._turned_into}.{method}"
         return f"{type(self).__name__}.{method}"
 
+    def _call(
+        self,
+        direction: str,
+        function: Callable[..., Any],
+        value: Tensor,
+        context: Tensor | None,
+        *more: Any,
+    ) -> Any:
+        """Check the input, call ``function``, and add the layer's name to an error."""
+        try:
+            if direction == "forward":
+                check_tensor(value, self.event_shape, self.integer_data)
+            else:
+                check_tensor(value, self._shape_of_latent(), self.integer_latent)
+            check_context(context, value.shape[0])
+            return function(value, context, *more)
+        except InputError as error:
+            raise ValueError(f"{self.where(direction)}: {error}") from None
+
     def _shape_of_latent(self) -> tuple[int | None, ...] | None:
-        """The shape that z must have: a layer that does not say keeps the shape of x."""
+        """The shape that z must have; by default the shape of x."""
         return self.latent_shape or self.event_shape
 
-    def _check_tensor(
-        self,
-        value: Tensor,
-        shape: tuple[int | None, ...] | None,
-        method: str,
-        integer: bool,
-    ) -> None:
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{self.where(method)}: expected a tensor, got {type(value).__name__}")
-        if integer == value.is_floating_point() or value.is_complex():
-            wanted = "an integer tensor" if integer else "a floating-point tensor"
-            raise ValueError(f"{self.where(method)}: expected {wanted}, got {value.dtype}")
-        if value.dim() < 2:
-            raise ValueError(
-                f"{self.where(method)}: expected (batch, *event), got shape {tuple(value.shape)}"
-            )
-        if shape is not None and not shapes_match(tuple(value.shape[1:]), shape):
-            wanted = ", ".join("any" if s is None else str(s) for s in shape)
-            raise ValueError(
-                f"{self.where(method)}: expected shape (batch, {wanted}), got {tuple(value.shape)}"
-            )
 
-    def _check_context(self, context: Tensor | None, batch: int, method: str) -> None:
-        if context is None:
-            return
-        if not isinstance(context, Tensor):
-            raise ValueError(
-                f"{self.where(method)}: expected the context as a tensor, "
-                f"got {type(context).__name__}"
-            )
-        if context.dim() < 1 or context.shape[0] != batch:
-            raise ValueError(
-                f"{self.where(method)}: expected a context of {batch} rows, "
-                f"got shape {tuple(context.shape)}"
-            )
+class Bijection(Transform):
+    """A layer that is deterministic in both directions, which undo each other."""
+
+    bijective = True
+    stochastic_forward = False
+    stochastic_inverse = False
+
+
+class Surjection(Transform):
+    """An inference surjection: forward is deterministic, generation samples.
+
+    :class:`~surflow.transforms.Inverse` turns it into a generative one.
+    """
+
+    bijective = False
+    stochastic_forward = False
+    stochastic_inverse = True
+
+
+def check_tensor(value: Tensor, shape: tuple[int | None, ...] | None, integer: bool) -> None:
+    """Raise an error unless ``value`` is (batch, *shape), of integers or floating-point."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"expected a tensor, got {type(value).__name__}")
+    if integer == value.is_floating_point() or value.is_complex():
+        wanted = "an integer tensor" if integer else "a floating-point tensor"
+        raise InputError(f"expected {wanted}, got {value.dtype}")
+    if value.dim() < 2:
+        raise InputError(f"expected (batch, *event), got shape {tuple(value.shape)}")
+    if shape is not None and not shapes_match(tuple(value.shape[1:]), shape):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise InputError(f"expected shape (batch, {wanted}), got {tuple(value.shape)}")
+
+
+def check_context(context: Tensor | None, batch: int) -> None:
+    """Raise an error unless ``context`` is None or a tensor of ``batch`` rows."""
+    if context is None:
+        return
+    if not isinstance(context, Tensor):
+        raise InputError(f"expected the context as a tensor, got {type(context).__name__}")
+    if context.dim() < 1 or context.shape[0] != batch:
+        raise InputError(f"expected a context of {batch} rows, got shape {tuple(context.shape)}")
 
 
 def kind_of(bijective: bool, stochastic_forward: bool, stochastic_inverse: bool) -> str:
@@ -514,345 +543,3 @@ def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bo
     return len(shape) == len(expected) and all(
         e is None or s == e for s, e in zip(shape, expected, strict=True)
     )
-
-
-def _has_gradient(*tensors: Tensor | None) -> bool:
-    """Whether there can be a backward pass to any of them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-class Sequential(Transform):
-    r"""Transforms in order: x -> f_1 -> f_2 -> ... -> z.
-
-    .. math:: V(x, z) = \sum_i V_i(x_{i-1}, x_i)
-
-    Its kind follows from its parts. ``forward`` runs them first to last, ``inverse`` last to
-    first.
-
-    Args:
-        transforms: the layers, data side first.
-
-    Raises:
-        ValueError: from the layer to which a wrong input came; TypeError if a part is no
-            :class:`Transform`.
-
-    Cost: the sum of its parts'; forward and inverse each run every layer once.
-
-    Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
-
-    >>> from surflow.transforms import AbsInference, Softplus
-    >>> layer = Sequential([AbsInference(2), Inverse(Softplus())])
-    >>> layer.kind
-    'surjective (inference)'
-    """
-
-    memory: Any = None
-    """How layers run before a backward pass; set by :func:`surflow.memory.set_memory`."""
-
-    def __init__(self, transforms: Iterable[Transform] = ()) -> None:
-        super().__init__()
-        transforms = list(transforms)
-        for i, t in enumerate(transforms):
-            if not isinstance(t, Transform):
-                raise TypeError(
-                    f"Sequential: layer {i} must be a Transform, got {type(t).__name__}"
-                )
-        self.transforms = nn.ModuleList(transforms)
-
-    def __len__(self) -> int:
-        return len(self.transforms)
-
-    def __iter__(self) -> Iterator[Transform]:
-        return iter(self.transforms)
-
-    def __getitem__(self, index: int) -> Transform:
-        return self.transforms[index]
-
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(t.bijective for t in self.transforms)
-
-    @property
-    def stochastic_forward(self) -> bool:  # type: ignore[override]
-        return any(t.stochastic_forward for t in self.transforms)
-
-    @property
-    def stochastic_inverse(self) -> bool:  # type: ignore[override]
-        return any(t.stochastic_inverse for t in self.transforms)
-
-    @property
-    def conditional(self) -> bool:
-        return any(t.conditional for t in self.transforms)
-
-    @property
-    def compiles(self) -> bool:  # type: ignore[override]
-        return all(t.compiles for t in self.transforms)
-
-    @property
-    def estimated(self) -> bool:  # type: ignore[override]
-        return any(t.estimated for t in self.transforms)
-
-    @property
-    def why_not_compiled(self) -> str:  # type: ignore[override]
-        return "; ".join(
-            f"{t.label}: {t.why_not_compiled}" for t in self.transforms if not t.compiles
-        )
-
-    @property
-    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transforms[0].event_shape if len(self) else None
-
-    @property
-    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transforms[-1]._shape_of_latent() if len(self) else None
-
-    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
-        # the last layer's own: where that takes any shape, the first layer's says nothing of z
-        return self.latent_shape
-
-    @property
-    def integer_data(self) -> bool:  # type: ignore[override]
-        return self.transforms[0].integer_data if len(self) else False
-
-    @property
-    def integer_latent(self) -> bool:  # type: ignore[override]
-        return self.transforms[-1].integer_latent if len(self) else False
-
-    def _run(
-        self,
-        layers: Sequence[Transform],
-        x: Tensor,
-        context: Tensor | None,
-        turned: bool = False,
-        scored: bool = True,
-        ldj: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The output of ``layers``, and their contributions added to ``ldj``.
-
-        Args:
-            turned: whether to run from z to x.
-            scored: whether contributions are asked for.
-        """
-        if self.memory is not None and _has_gradient(x, context, *self.parameters()):
-            x, part = self.memory.run(layers, x, context, turned, scored)
-            return x, part if ldj is None else ldj + part
-        for layer in reversed(layers) if turned else layers:
-            if not scored:
-                x = layer.inverse(x, context)
-                continue
-            x, part = layer.inverse_and_ldj(x, context) if turned else layer(x, context)
-            ldj = part if ldj is None else ldj + part
-        return x, zero_ldj(x) if ldj is None else ldj
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(list(self), x, context)
-
-    def _forward_samples(
-        self, x: Tensor, context: Tensor | None, num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        layers = list(self)
-        drawn = (i for i, t in enumerate(layers) if t.stochastic_forward or t.estimated)
-        first = next(drawn, len(layers))
-        x, ldj = self._run(layers[:first], x, context)
-        ldj = repeat_rows(ldj, num_samples)
-        if first == len(layers):
-            return repeat_rows(x, num_samples), ldj
-        x, part = layers[first].forward_samples(x, context, num_samples)
-        context = repeat_rows(context, num_samples)
-        return self._run(layers[first + 1 :], x, context, ldj=ldj + part)
-
-    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self._run(list(self), z, context, turned=True, scored=False)[0]
-
-    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run(list(self), z, context, turned=True)
-
-    def layers(self, prefix: str = "") -> Iterator[tuple[str, Transform]]:
-        for i, transform in enumerate(self.transforms):
-            yield from transform.layers(f"{prefix}{i}.")
-
-    def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
-        for transform in reversed(list(self)) if turned else self:
-            yield from transform.unfold(turned)
-
-    def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
-        for transform in self:
-            low, high = transform.image(low, high)
-        return list(low), list(high)
-
-    def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
-        for transform in self:
-            x = transform.infer(x, context, tape)
-        return x
-
-    def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
-        for transform in reversed(list(self)):
-            z = transform.generate(z, context, tape)
-        return z
-
-    def trace(
-        self, x: Tensor, context: Tensor | None = None, prefix: str = ""
-    ) -> Iterator[tuple[str, Transform, Tensor, Tensor]]:
-        """Run forward layer by layer, nested sequences unfolded.
-
-        Yields:
-            name (as in :meth:`layers`), the layer, its output z, its ldj (B,) in nats.
-        """
-        for name, transform in self.layers(prefix):
-            x, ldj = transform(x, context)
-            yield name, transform, x, ldj
-
-    @classmethod
-    def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, HalfNormal
-        from surflow.transforms.bijections.affine import Affine
-        from surflow.transforms.bijections.elementwise import Softplus
-        from surflow.transforms.surjections.abs import AbsInference
-
-        wide = DiagonalNormal((2,), scale=2.0)
-        return Example(
-            cls(
-                [
-                    Affine((2,), shift=[0.3, -0.2], scale=[1.5, 0.7]),
-                    AbsInference((2,), probability=0.3),
-                    Softplus(),
-                    Affine((2,), shift=-0.6931471805599453),
-                ]
-            ),
-            wide.sample_and_log_prob,
-            HalfNormal((2,)),
-        )
-
-
-class Inverse(Transform):
-    r"""A transform turned round: its forward is the other's inverse.
-
-    .. math:: V_{\mathrm{inv}}(x, z) = -V(z, x)
-
-    For a bijection the log-determinant changes its sign. For an inference surjection,
-    V = log p(x|z), the result is the generative surjection with the same right-inverse,
-    -log q(z|x), and the other way round; a stochastic layer swaps encoder and decoder. One class
-    therefore gives the second direction of every layer.
-
-    Args:
-        transform: the layer to turn round.
-
-    Cost: that of the layer, forward and inverse exchanged.
-
-    Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
-
-    >>> from surflow.transforms import AbsInference
-    >>> layer = Inverse(AbsInference(2))
-    >>> layer.kind
-    'surjective (generative)'
-    """
-
-    def __init__(self, transform: Transform) -> None:
-        super().__init__()
-        if not isinstance(transform, Transform):
-            raise TypeError(f"Inverse: expected a Transform, got {type(transform).__name__}")
-        self.transform = transform
-        if type(self) is not Inverse:  # a message of the inner layer then names this one
-            transform._turned_into = type(self).__name__
-
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return self.transform.bijective
-
-    @property
-    def stochastic_forward(self) -> bool:  # type: ignore[override]
-        return self.transform.stochastic_inverse
-
-    @property
-    def stochastic_inverse(self) -> bool:  # type: ignore[override]
-        return self.transform.stochastic_forward
-
-    @property
-    def conditional(self) -> bool:
-        return self.transform.conditional
-
-    @property
-    def estimated(self) -> bool:  # type: ignore[override]
-        return self.transform.estimated
-
-    @property
-    def compiles(self) -> bool:  # type: ignore[override]
-        return self.transform.compiles
-
-    @property
-    def why_not_compiled(self) -> str:  # type: ignore[override]
-        return self.transform.why_not_compiled
-
-    @property
-    def event_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transform._shape_of_latent()
-
-    @property
-    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transform.event_shape
-
-    def _shape_of_latent(self) -> tuple[int | None, ...] | None:
-        return self.transform.event_shape
-
-    @property
-    def integer_data(self) -> bool:  # type: ignore[override]
-        return self.transform.integer_latent
-
-    @property
-    def integer_latent(self) -> bool:  # type: ignore[override]
-        return self.transform.integer_data
-
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        return self.transform.reversible
-
-    def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
-        if type(self) is Inverse:
-            yield from self.transform.unfold(not turned)
-        else:  # a class of its own may add to the layer that it turns round
-            yield self, turned
-
-    def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
-        if self.stochastic_forward:
-            return self.transform.summed_inverse(x, tail, rule)
-        return super().summed(x, tail, rule)
-
-    def summed_inverse(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
-        return self.transform.summed(x, tail, rule)
-
-    @property
-    def label(self) -> str:
-        name = type(self).__name__
-        return f"Inverse({self.transform.label})" if name == "Inverse" else name
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, ldj = self.transform.inverse_and_ldj(x, context)
-        return z, -ldj
-
-    def _forward_samples(
-        self, x: Tensor, context: Tensor | None, num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        z, ldj = self.transform.inverse_and_ldj_samples(x, context, num_samples)
-        return z, -ldj
-
-    def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.transform.latent(z, context)
-
-    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, ldj = self.transform(z, context)
-        return x, -ldj
-
-    def _inverse_and_ldj_samples(
-        self, z: Tensor, context: Tensor | None, num_samples: int
-    ) -> tuple[Tensor, Tensor]:
-        x, ldj = self.transform.forward_samples(z, context, num_samples)
-        return x, -ldj
-
-    @classmethod
-    def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.transforms.bijections.affine import Affine
-
-        wide = DiagonalNormal((3,), scale=[3.0, 1.5, 2.0])
-        affine = Affine((3,), shift=[0.5, -1.0, 0.0], scale=[2.0, 0.5, -1.5])
-        return Example(cls(affine), wide.sample_and_log_prob, StandardNormal((3,)))

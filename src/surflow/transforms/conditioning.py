@@ -1,18 +1,14 @@
-"""Distributions inside layers: what they are conditioned on, and how they are asked."""
+"""Distributions inside layers: their context, their draws and their densities."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from surflow.checks import InputError
 from surflow.distributions.base import Distribution
 from surflow.nets.sizes import averaged_to
-from surflow.transforms.base import repeat_rows
-
-
-def at_least_single(value: Tensor) -> Tensor:
-    """Lift a half-precision tensor to float32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+from surflow.transforms.base import require_context
 
 
 def check_distribution(
@@ -24,7 +20,7 @@ def check_distribution(
         distribution: must be a density; with ``context_features`` also conditional.
         owner: the class that takes it.
         role: the argument's name.
-        context_features: features of the flow's context that it is to see; 0 for none.
+        context_features: features of the flow's context that it sees; 0 for none.
     """
     if not isinstance(distribution, Distribution) or distribution.discrete:
         raise ValueError(
@@ -38,28 +34,21 @@ def check_distribution(
         )
 
 
-def insist(context: Tensor | None, features: int, where: str) -> None:
-    """Raise ValueError for a context that is missing where ``features`` are to be read."""
-    if features and context is None:
-        raise ValueError(f"{where}: expected a context with {features} features, got none")
-
-
-def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> Tensor:
-    """``seen`` with the flow's context behind it along dimension 1.
+def concatenate_context(seen: Tensor, context: Tensor | None, features: int) -> Tensor:
+    """``seen`` and the flow's context, concatenated along dimension 1.
 
     Args:
         seen: (B, C, ...).
-        context: (B, F), spread over the other dimensions of ``seen``, or (B, F, ...); of images,
-            one k times as high and wide is averaged over blocks of k × k pixels.
-        features: F; 0: the layer reads no context, and ``seen`` comes back.
-        where: the layer and method, for messages.
+        context: (B, F), expanded over the other dimensions of ``seen``, or (B, F, ...); an image
+            k times as high and wide is averaged over blocks of k × k pixels.
+        features: F; 0: the layer reads no context, and ``seen`` is returned.
 
     Raises:
-        ValueError: for a context that is missing or of a wrong shape.
+        InputError: for a context that is missing or of a wrong shape.
     """
     if not features:
         return seen
-    insist(context, features, where)
+    require_context(context, features)
     if context.dim() == 2:
         context = context.reshape(*context.shape, *[1] * (seen.dim() - 2))
         context = context.expand(-1, -1, *seen.shape[2:])
@@ -67,8 +56,8 @@ def beside(seen: Tensor, context: Tensor | None, features: int, where: str) -> T
         smaller = averaged_to(context, *seen.shape[2:])
         context = context if smaller is None else smaller
     if context.shape[1:] != (features, *seen.shape[2:]):
-        raise ValueError(
-            f"{where}: expected a context with {features} features, (batch, {features}) or "
+        raise InputError(
+            f"expected a context with {features} features, (batch, {features}) or "
             f"{(seen.shape[0], features, *seen.shape[2:])}, got shape {tuple(context.shape)}"
         )
     return torch.cat([seen, context.to(seen.dtype)], dim=1)
@@ -79,20 +68,16 @@ def draw(
     seen: Tensor,
     context: Tensor | None,
     features: int,
-    where: str,
     num_samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """K events a row of ``seen`` and their log-densities, (K B, *event) and (K B,), nats.
 
-    Sample k of row b is at k B + b. A distribution that embeds its context (``embeds_context``)
-    does so once a row.
+    Sample k of row b is at k B + b.
     """
     if not distribution.conditional:
         return distribution.sample_and_log_prob(num_samples * seen.shape[0])
-    given = beside(seen, context, features, where)
-    if num_samples > 1 and distribution.embeds_context:
-        return distribution.sample_and_log_prob(context=given, num_samples=num_samples)
-    return distribution.sample_and_log_prob(context=repeat_rows(given, num_samples))
+    given = concatenate_context(seen, context, features)
+    return distribution.sample_and_log_prob(context=given, num_samples=num_samples)
 
 
 def score(
@@ -101,9 +86,8 @@ def score(
     seen: Tensor,
     context: Tensor | None,
     features: int,
-    where: str,
 ) -> Tensor:
     """The log-density of ``value``, given ``seen`` where conditional: (B,), nats."""
     if not distribution.conditional:
         return distribution.log_prob(value)
-    return distribution.log_prob(value, beside(seen, context, features, where))
+    return distribution.log_prob(value, concatenate_context(seen, context, features))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, sum_event
+from surflow.checks import InputError, require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import sum_event
+from surflow.transforms.base import Bijection, Example
 
 
-class ActNorm(Transform):
+class ActNorm(Bijection):
     r"""A shift and scale per channel, set from the first batch so that z is standardised.
 
     .. math:: z = (x - t)\, e^{-s}, \qquad \mathrm{ldj} = -n \sum_c s_c
@@ -35,17 +38,11 @@ class ActNorm(Transform):
     (True, True)
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"ActNorm: expected dim >= 1, got {dim}")
-        if num_channels < 1:
-            raise ValueError(f"ActNorm: expected num_channels >= 1, got {num_channels}")
+        require_at_least("ActNorm", 1, dim=dim, num_channels=num_channels)
         self.num_channels = num_channels
         self.dim = dim
         self.shift = nn.Parameter(torch.zeros(num_channels))
@@ -76,31 +73,28 @@ class ActNorm(Transform):
         self.initialised.fill_(True)
         self._initialised = True
 
-    def _per_channel(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() <= self.dim or x.shape[self.dim] != self.num_channels:
             along = "" if self.dim == 1 else f" along dimension {self.dim}"
-            raise ValueError(
-                f"{self.where(method)}: expected {self.num_channels} channels{along}, "
-                f"got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected {self.num_channels} channels{along}, got shape {tuple(x.shape)}"
             )
         shape = (-1, *[1] * (x.dim() - self.dim - 1))
         return self.shift.view(shape), self.log_scale.view(shape)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._per_channel(x, "forward")
+        shift, log_scale = self._per_channel(x)
         if self.training and not self._initialised:
             self.initialise(x)
         return (x - shift) * torch.exp(-log_scale), -sum_event(log_scale.expand(x.shape))
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        shift, log_scale = self._per_channel(z, "inverse")
+        shift, log_scale = self._per_channel(z)
         return z * torch.exp(log_scale) + shift
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((3, 2), scale=2.0)
         transform = cls(3)
         transform.initialise(0.7 * wide.sample(64) + 0.3)
-        return Example(transform, wide.sample_and_log_prob, StandardNormal((3, 2)))
+        return Example(transform, wide, StandardNormal((3, 2)))

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import Example, Transform, sum_event
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import as_shape, register_value, sum_event
+from surflow.nets import MLP
+from surflow.transforms.base import Bijection, Example
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -115,7 +118,7 @@ class AdditiveMap(ElementwiseMap):
 
 
 def net_output_fits(out: Tensor, batch: int, expected: tuple[int, ...]) -> bool:
-    """Whether a net's output has its batch and channels, and broadcasts over the rest."""
+    """Whether a net's output has the right batch and channels, and broadcasts over the rest."""
     return (
         out.dim() == 1 + len(expected)
         and tuple(out.shape[:2]) == (batch, expected[0])
@@ -123,7 +126,7 @@ def net_output_fits(out: Tensor, batch: int, expected: tuple[int, ...]) -> bool:
     )
 
 
-class Affine(Transform):
+class Affine(Bijection):
     r"""An elementwise affine bijection with fixed, learned or context-dependent parameters.
 
     .. math:: z = s \odot x + t, \qquad \mathrm{ldj} = \sum_d \log |s_d|
@@ -148,9 +151,6 @@ class Affine(Transform):
     (tensor([[3.0000, 1.5000, 0.0000]]), tensor([0.]))
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(
@@ -175,11 +175,8 @@ class Affine(Transform):
                 f"got shapes {tuple(shift.shape)} and {tuple(scale.shape)}"
             ) from None
         self.register_buffer("sign", scale.sign())
-        if learn:
-            self.shift, self.log_scale = nn.Parameter(shift), nn.Parameter(scale.abs().log())
-        else:
-            self.register_buffer("shift", shift)
-            self.register_buffer("log_scale", scale.abs().log())
+        register_value(self, "shift", shift, learn)
+        register_value(self, "log_scale", scale.abs().log(), learn)
         self.net = net
 
     @property
@@ -190,12 +187,12 @@ class Affine(Transform):
         if self.net is None:
             return self.log_scale, self.shift
         if context is None:
-            raise ValueError("Affine: expected a context, got none")
+            raise InputError("expected a context, got none")
         out = self.net(context).to(self.shift.dtype)
         expected = (2 * self.event_shape[0], *self.event_shape[1:])
         if not net_output_fits(out, context.shape[0], expected):
-            raise ValueError(
-                f"Affine: expected the net to give shape (batch, "
+            raise InputError(
+                f"expected the net to give shape (batch, "
                 f"{', '.join(map(str, expected))}), got {tuple(out.shape)}"
             )
         extra = out.unflatten(1, (self.event_shape[0], 2))
@@ -212,13 +209,10 @@ class Affine(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         transform = cls((3,), [0.5, 0.0, -1.0], [1.3, -0.6, 2.0], learn=True, net=MLP(2, 6, [8]))
         return Example(
             transform,
-            DiagonalNormal((3,), scale=2.5).sample_and_log_prob,
+            DiagonalNormal((3,), scale=2.5),
             StandardNormal((3,)),
             context=lambda n: torch.randn(n, 2),
         )

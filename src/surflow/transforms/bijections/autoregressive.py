@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import sum_event
 from surflow.nets.made import MADE
-from surflow.transforms.base import Example, Transform, run_net, sum_event
+from surflow.transforms.base import Bijection, Example, run_net
 from surflow.transforms.bijections.affine import AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
 from surflow.transforms.maps import ElementwiseMap
 
 
-class Autoregressive(Transform):
+class Autoregressive(Bijection):
     r"""An autoregressive bijection with any elementwise map.
 
     .. math:: z_d = f(x_d;\, \theta_d(x_{<d}, c)), \qquad
@@ -46,10 +48,6 @@ class Autoregressive(Transform):
     torch.Size([5, 3])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
-
     def __init__(self, map: ElementwiseMap, net: MADE) -> None:
         super().__init__()
         if net.params_per_feature != map.num_params:
@@ -62,7 +60,7 @@ class Autoregressive(Transform):
         self.event_shape = (net.features,)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = run_net(self.net, x, context, self.where("forward")).to(x.dtype)
+        out = run_net(self.net, x, context).to(x.dtype)
         z, log_derivative = self.map.forward(x, out.unflatten(1, (-1, self.map.num_params)))
         return z, sum_event(log_derivative)
 
@@ -74,7 +72,7 @@ class Autoregressive(Transform):
             return self.net.sequential(lambda d, p: solve(columns[d], p.to(z.dtype)), z, context)
 
         unmasked.context_features = self.net.context_features  # for the check of the context
-        return run_net(unmasked, z, context, self.where("inverse"))
+        return run_net(unmasked, z, context)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._feature_by_feature(z, context, self.map.inverse)
@@ -207,8 +205,7 @@ class MaskedLogisticMixtureAutoregressive(Autoregressive):
 
 def _example(transform: Autoregressive, context: Callable[[int], Tensor] | None = None) -> Example:
     """Wide normal inputs, a standard normal base."""
-    from surflow.distributions import DiagonalNormal, StandardNormal
-
-    wide = DiagonalNormal(transform.event_shape, scale=1.8)
     base = StandardNormal(transform.event_shape)
-    return Example(transform, wide.sample_and_log_prob, base, context=context)
+    return Example(
+        transform, DiagonalNormal(transform.event_shape, scale=1.8), base, context=context
+    )

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, zero_ldj
-from surflow.transforms.bijections.linear import at_least_float, require_channels
+from surflow.checks import InputError, require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.numeric import at_least_float32
+from surflow.transforms.base import Bijection, Example, require_size
+from surflow.transforms.bijections.linear import per_position
 
 
-class BatchNorm(Transform):
+class BatchNorm(Bijection):
     r"""Normalise every channel by the statistics of the batch, or by running ones.
 
     .. math:: z = e^{\gamma}\,\frac{x - m}{\sqrt{v + \epsilon}} + \beta, \qquad
               \mathrm{ldj} = N \sum_c \gamma_c - \tfrac12 \log(v_c + \epsilon)
 
     with N the number of positions of a channel. In evaluation mode m and v are the running mean
-    and variance, which are buffers: the layer is exact and bijective, and every row for itself.
+    and variance, which are buffers: the layer is exact and bijective, and independent row by row.
 
-    In training mode ``forward`` takes m and v from the batch at hand (v biased) and moves the
-    running ones towards them (v unbiased). The rows then depend on each other: ldj is that of the
+    In training mode ``forward`` takes m and v from its batch (v biased) and moves the running
+    ones towards them (v unbiased). The rows then depend on each other: ldj is that of the
     map with m and v held fixed, as the authors have it, so a training batch's likelihood is not
     exact, and a likelihood to report is taken in evaluation mode. (Dinh et al. mix the statistics
-    of recent batches into those of the batch at hand; here, as in Papamakarios et al., it stands
-    alone.)
+    of recent batches into those of the batch; Papamakarios et al. do not, nor does this layer.)
 
-    ``inverse`` knows no batch of data and uses the running statistics in both modes, so it undoes
+    ``inverse`` uses the running statistics in both modes, so it undoes
     ``forward`` in evaluation mode only, and ``inverse_and_ldj`` scores its pair as evaluation mode
     does.
 
@@ -53,17 +53,13 @@ class BatchNorm(Transform):
     [[1.0, 1.0]]
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(
         self, num_channels: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True
     ) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ValueError(f"BatchNorm: expected num_channels >= 1, got {num_channels}")
+        require_at_least("BatchNorm", 1, num_channels=num_channels)
         if not 0 < momentum <= 1 or not eps > 0:
             raise ValueError(
                 f"BatchNorm: expected 0 < momentum <= 1 and eps > 0, got {momentum} and {eps}"
@@ -78,12 +74,11 @@ class BatchNorm(Transform):
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of the batch, (C,) each; the running ones take their share."""
-        values = at_least_float(x).movedim(1, 0).flatten(1)
+        values = at_least_float32(x).movedim(1, 0).flatten(1)
         count = values.shape[1]
         if count < 2:
-            raise ValueError(
-                f"{self.where('forward')}: expected at least 2 values a channel in training, "
-                f"got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected at least 2 values a channel in training, got shape {tuple(x.shape)}"
             )
         var, mean = torch.var_mean(values, dim=1, correction=0)
         with torch.no_grad():
@@ -100,46 +95,39 @@ class BatchNorm(Transform):
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The mean, log-scale and shift of z = (x - mean) exp(log_scale) + shift, shaped as x."""
-        log_scale = -0.5 * torch.log(at_least_float(var) + self.eps)
+        log_scale = -0.5 * torch.log(at_least_float32(var) + self.eps)
         shift = torch.zeros_like(log_scale)
         if self.log_gamma is not None:
             log_scale = log_scale + self.log_gamma
             shift = shift + self.beta
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return tuple(t.view(shape) for t in (at_least_float(mean), log_scale, shift))
-
-    def _ldj(self, log_scale: Tensor, x: Tensor) -> Tensor:
-        zero = zero_ldj(x)
-        return zero + (math.prod(x.shape[2:]) * log_scale.sum()).to(zero.dtype)
+        return tuple(t.view(shape) for t in (at_least_float32(mean), log_scale, shift))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(self, x, self.num_channels, "forward")
+        require_size(x, self.num_channels)
         if self.training:
             mean, var = self._batch_statistics(x)
         else:
             mean, var = self.running_mean, self.running_var
         mean, log_scale, shift = self._scale_and_shift(mean, var, x)
         z = (x - mean) * torch.exp(log_scale) + shift
-        return z.to(x.dtype), self._ldj(log_scale, x)
+        return z.to(x.dtype), per_position(log_scale.sum(), x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(self, z, self.num_channels, "inverse")
+        require_size(z, self.num_channels)
         mean, log_scale, shift = self._scale_and_shift(self.running_mean, self.running_var, z)
         x = (z - shift) * torch.exp(-log_scale) + mean
-        return x.to(z.dtype), self._ldj(log_scale, z)
+        return x.to(z.dtype), per_position(log_scale.sum(), z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         transform = cls(2)
         with torch.no_grad():
             transform.running_mean.copy_(torch.tensor([0.4, -0.3]))
             transform.running_var.copy_(torch.tensor([1.3, 0.7]))
             transform.log_gamma.copy_(torch.tensor([0.2, -0.1]))
             transform.beta.copy_(torch.tensor([-0.2, 0.5]))
-        wide = DiagonalNormal((2, 2), scale=1.8)
-        return Example(transform.eval(), wide.sample_and_log_prob, StandardNormal((2, 2)))
+        return Example(transform.eval(), DiagonalNormal((2, 2), scale=1.8), StandardNormal((2, 2)))

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.transforms.base import Example, Transform, require, sum_event
+from surflow.checks import require
+from surflow.distributions import StandardNormal
+from surflow.distributions.base import sum_event
+from surflow.transforms.base import Bijection, Example
 
 
-class BoxToReal(Transform):
+class BoxToReal(Bijection):
     r"""Map each coordinate's interval onto the real line.
 
     .. math:: z_d = \begin{cases}
@@ -38,10 +41,6 @@ class BoxToReal(Transform):
     >>> layer.inverse(torch.zeros(1, 2))
     tensor([[0.5000, 0.6931]])
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, low: Sequence[float], high: Sequence[float], sharpness: float = 1.0) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class BoxToReal(Transform):
         self._derive()
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require((x > self.low) & (x < self.high), self.where("forward"), self._support, x)
+        require((x > self.low) & (x < self.high), self._support, x)
         z, ldj = x, torch.zeros_like(x)
         y = (x - self.origin) * self.direction / self.width
         if self._boxed:
@@ -106,8 +105,6 @@ class BoxToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         low, high = [-1.0, 0.5, -math.inf, -math.inf], [2.0, math.inf, 1.0, math.inf]
         transform = cls(low, high, sharpness=2.0)
         normal = StandardNormal((4,))

@@ -8,9 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import Example, Transform, run_net, sum_event
-from surflow.transforms.bijections.residual import rademacher, value_and_jacobian, work_dtype
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import as_shape, sum_event
+from surflow.nets import MLP
+from surflow.numeric import at_least_float32
+from surflow.transforms.base import Bijection, Example, require_output, run_net
+from surflow.transforms.bijections.residual import rademacher, value_and_jacobian
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3")  # solvers of torchdiffeq
 SOLVERS = ("rk4", *ADAPTIVE)
@@ -54,7 +57,7 @@ def runge_kutta(
     return state
 
 
-class Continuous(Transform):
+class Continuous(Bijection):
     r"""The continuous flow: x is carried along a vector field.
 
     .. math:: \frac{dy}{dt} = f(y, t), \quad y(0) = x, \ y(T) = z, \qquad
@@ -77,8 +80,8 @@ class Continuous(Transform):
         event_shape: the shape of x; None: (net.in_features - 1,) if the net has them, else any.
         solver: rk4, dopri5, dopri8 or bosh3.
         num_steps: steps of rk4.
-        atol, rtol: tolerances of the adaptive solvers, of which no less is asked than 10 units of
-            rounding of x (1e-6 in float32).
+        atol, rtol: tolerances of the adaptive solvers, at least 10 units of rounding of x (1e-6
+            in float32).
         end_time: T, positive.
         trace: "exact", D backward passes at once, or "hutchinson", one.
         adjoint: gradients from the adjoint equation, in memory that does not grow with the number
@@ -102,10 +105,6 @@ class Continuous(Transform):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-4)
     True
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,
@@ -156,35 +155,28 @@ class Continuous(Transform):
         """Whether the contribution is a random estimate of the log-determinant."""
         return self.trace != "exact"
 
-    def _field(
-        self, t: Tensor, rows: Tensor, context: Tensor | None, like: Tensor, where: str
-    ) -> Tensor:
+    def _field(self, t: Tensor, rows: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """f on flat rows in the solver's dtype; ``like`` has the shape and dtype of x."""
         y = rows.to(like.dtype).unflatten(1, like.shape[1:])
         time = t.to(y.dtype).expand(y.shape[0], 1, *y.shape[2:])
-        out = run_net(self.net, torch.cat([y, time], dim=1), context, where)
-        if out.shape != y.shape:
-            raise ValueError(
-                f"{where}: expected the net to give shape {tuple(y.shape)}, got {tuple(out.shape)}"
-            )
-        return out.flatten(1).to(rows.dtype)
+        out = run_net(self.net, torch.cat([y, time], dim=1), context)
+        return require_output(out, tuple(y.shape)).flatten(1).to(rows.dtype)
 
     def _solve(
         self, value: Tensor, context: Tensor | None, method: str, with_ldj: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The other end of the path through ``value``, and the ldj of the pair if it is asked for.
+        """The other end of the path through ``value``, and the ldj of the pair ``with_ldj``.
 
-        The context goes through the solver as a part of the state that stands still: the adjoint
+        The context goes through the solver as a constant part of the state: the adjoint
         equation then gives its gradient too.
         """
-        where = self.where(method)
         dtype = value.dtype
         if self.solver in ADAPTIVE and torch.is_autocast_enabled(value.device.type):
             # f is evaluated outside autocast, by weights that are not in half precision
-            value = value.to(work_dtype(value))
+            value = at_least_float32(value)
             if context is not None and context.is_floating_point():
                 context = context.to(value.dtype)
-        rows = value.flatten(1).to(work_dtype(value))
+        rows = at_least_float32(value.flatten(1))
         probe = rademacher(rows) if with_ldj and self.estimated else None
         carried = self.adjoint and context is not None and context.is_floating_point()
 
@@ -192,7 +184,7 @@ class Continuous(Transform):
             y, given = state[0], state[-1].to(context.dtype) if carried else context
 
             def field(y: Tensor) -> Tensor:
-                return self._field(t, y, given, value, where)
+                return self._field(t, y, given, value)
 
             still = (torch.zeros_like(state[-1]),) if carried else ()
             if not with_ldj:
@@ -268,14 +260,10 @@ class Continuous(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         net = MLP(3, 2, [8], "tanh", context_features=1)
-        wide = DiagonalNormal((2,), scale=1.8)
         return Example(
             cls(net, solver="rk4", num_steps=6, end_time=0.5),
-            wide.sample_and_log_prob,
+            DiagonalNormal((2,), scale=1.8),
             StandardNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )

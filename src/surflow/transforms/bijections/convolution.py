@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.checks import InputError, require_at_least, require_positive_sizes
+from surflow.numeric import working_dtype
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.linear import (
     HouseholderLinear,
     PLULinear,
     QRLinear,
     _example,
     _perturbed,
-    at_least_float,
     dense_inverse,
     dense_log_abs_det,
+    identity_like,
     initial_matrix,
     per_position,
 )
@@ -26,7 +28,7 @@ from surflow.transforms.bijections.linear import (
 FACTORISED = {"plu": PLULinear, "qr": QRLinear, "orthogonal": HouseholderLinear}
 
 
-class Conv1x1(Transform):
+class Conv1x1(Bijection):
     r"""An invertible 1×1 convolution: one matrix multiplies the channels of every pixel.
 
     .. math:: z_{hw} = W x_{hw}, \qquad \mathrm{ldj} = H\,W\,\log |\det W|
@@ -51,11 +53,8 @@ class Conv1x1(Transform):
     torch.Size([2, 3, 4, 4])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
-    channels_last = False  # whether the result lies so in memory even where x does not
+    channels_last = False  # the result's memory format, even where x has another
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
         super().__init__()
@@ -64,8 +63,7 @@ class Conv1x1(Transform):
                 "Conv1x1: expected parametrisation to be one of "
                 f"{', '.join(['full', *FACTORISED])}, got {parametrisation!r}"
             )
-        if channels < 1:
-            raise ValueError(f"Conv1x1: expected channels >= 1, got {channels}")
+        require_at_least("Conv1x1", 1, channels=channels)
         self.parametrisation = parametrisation
         self.event_shape = (channels, None, None)
         self.linear = None
@@ -81,9 +79,7 @@ class Conv1x1(Transform):
     def _inverse_matrix(self) -> Tensor:
         if self.linear is None:
             return dense_inverse(self.weight)
-        like = at_least_float(self._like)
-        eye = torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
-        return self.linear._solve(eye)
+        return self.linear._solve(identity_like(self._like, self.event_shape[0]))
 
     @property
     def _like(self) -> Tensor:
@@ -96,11 +92,11 @@ class Conv1x1(Transform):
         return per_position(self.linear._log_abs_det(), x)
 
     def _at_every_pixel(self, x: Tensor, matrix: Callable[[], Tensor]) -> Tensor:
-        """The matrix times the channels, in float32 or better whatever autocast; as x lies in
-        memory, so does the result."""
+        """The matrix times the channels, in float32 or better even under autocast, in the memory
+        format of x."""
         dtype = torch.promote_types(x.dtype, self._like.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(dtype, torch.float32))
+            x = x.to(working_dtype(x, self._like))
             factor = matrix().to(x.dtype)
             if self.channels_last or x.stride(1) == 1:
                 out = (x.permute(0, 2, 3, 1) @ factor.T).permute(0, 3, 1, 2)
@@ -122,7 +118,7 @@ class Conv1x1(Transform):
         return _example(_perturbed(cls(2)), (2, 2, 2))
 
 
-class PeriodicConv2d(Transform):
+class PeriodicConv2d(Bijection):
     r"""A convolution of an image that wraps round at its edges, inverted by FFT.
 
     .. math:: \hat z(f) = \hat K(f)\, \hat x(f), \qquad
@@ -150,18 +146,11 @@ class PeriodicConv2d(Transform):
     torch.Size([2, 3, 8, 8])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        if min(channels, kernel_size) < 1:
-            raise ValueError(
-                f"PeriodicConv2d: expected positive sizes, got channels={channels}, "
-                f"kernel_size={kernel_size}"
-            )
+        require_positive_sizes("PeriodicConv2d", channels=channels, kernel_size=kernel_size)
         self.kernel_size = kernel_size
         self.event_shape = (channels, None, None)
         # an orthogonal matrix in the middle, and around it noise whose response stays well below
@@ -172,18 +161,18 @@ class PeriodicConv2d(Transform):
         weight[:, :, middle, middle] = initial_matrix(channels, "orthogonal", "PeriodicConv2d")
         self.weight = nn.Parameter(weight)
 
-    def _response(self, x: Tensor, method: str) -> Tensor:
+    def _response(self, x: Tensor) -> Tensor:
         """The kernel at the frequencies of a real transform of x, (H, W // 2 + 1, C, C)."""
         height, width = x.shape[2:]
         size = self.kernel_size
         if min(height, width) < size:
-            raise ValueError(
-                f"{self.where(method)}: expected an image of at least {size} x {size}, the size "
+            raise InputError(
+                f"expected an image of at least {size} x {size}, the size "
                 f"of the kernel, got shape {tuple(x.shape)}"
             )
         # the tap at (u, v) reads x at an offset of (u, v) - middle, and is the value of the
         # convolution's kernel at minus that offset
-        weight = at_least_float(self.weight).to(_real_dtype(x, self.weight))
+        weight = self.weight.to(working_dtype(x, self.weight))
         kernel = F.pad(weight.flip(-2, -1), (0, width - size, 0, height - size))
         shift = -(size - 1 - size // 2)
         kernel = kernel.roll((shift, shift), dims=(-2, -1))
@@ -199,29 +188,25 @@ class PeriodicConv2d(Transform):
         return zero + total.to(zero.dtype)
 
     def _filter(self, x: Tensor, response: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(x.to(_real_dtype(x, self.weight))).permute(2, 3, 1, 0)
+        spectrum = torch.fft.rfft2(x.to(working_dtype(x, self.weight))).permute(2, 3, 1, 0)
         out = torch.fft.irfft2((response @ spectrum).permute(3, 2, 0, 1), s=x.shape[2:])
         return out.to(torch.promote_types(x.dtype, self.weight.dtype))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            response = self._response(x, "forward")
+            response = self._response(x)
             return self._filter(x, response), self._log_abs_det(response, x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            return self._filter(z, torch.linalg.inv_ex(self._response(z, "inverse"))[0])
+            return self._filter(z, torch.linalg.inv_ex(self._response(z))[0])
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            response = self._response(z, "inverse")
+            response = self._response(z)
             x = self._filter(z, torch.linalg.inv_ex(response)[0])
             return x, self._log_abs_det(response, z)
 
     @classmethod
     def example(cls) -> Example:
         return _example(_perturbed(cls(2, kernel_size=2), 0.05), (2, 2, 3))
-
-
-def _real_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)

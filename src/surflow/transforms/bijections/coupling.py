@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, run_net, sum_event
+from surflow.checks import InputError, require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import sum_event
+from surflow.nets import MLP
+from surflow.transforms.base import Bijection, Example, require_dim, require_output, run_net
 from surflow.transforms.bijections.affine import AdditiveMap, AffineMap
 from surflow.transforms.bijections.mixtures import LogisticMixtureMap
 from surflow.transforms.bijections.splines import RationalQuadraticSpline
@@ -17,16 +22,16 @@ from surflow.transforms.maps import ElementwiseMap
 SPLITS = ("half", "alternate")
 
 
-class Coupling(Transform):
+class Coupling(Bijection):
     r"""A coupling with any elementwise map.
 
     .. math:: z_1 = x_1, \quad z_2 = f(x_2;\, \theta(x_1, c)), \qquad
               \mathrm{ldj} = \sum_d \log |f'(x_{2,d})|
 
-    Two ways to part x. A split along a dimension, by default 1: the net sees the first part,
-    (B, C1, ...), and gives (B, C2 * P, ...), channels alternating over the P parameters of an
-    element. A mask: the net sees the whole of x with the transformed places at zero, and gives
-    (B, C * P, ...).
+    x is split in one of two ways. A split along a dimension, by default 1: the net sees the first
+    part, (B, C1, ...), and gives (B, C2 * P, ...), channels alternating over the P parameters of an
+    element. A mask: the net sees the whole of x with the transformed places at zero, and gives (B,
+    C * P, ...).
 
     Args:
         map: the elementwise map f.
@@ -34,14 +39,14 @@ class Coupling(Transform):
             ``context_features`` is positive.
         split: "half" (the first floor(C/2) channels condition), "alternate" (the even ones), or
             an int, the number of conditioning channels at the front.
-        swap: exchange the two parts' roles.
+        swap: exchange the roles of the two parts.
         mask: boolean, broadcastable to the event; True conditions, False is transformed. It
-            takes the place of ``split``.
+            replaces ``split``.
         dim: the dimension of the channels, 1 or more.
 
     Raises:
         ValueError: for an unknown split, a split that leaves a part empty, a mask that does not
-            fit, a dimension that x has not, or a net whose output has a wrong shape.
+            fit, a dimension that x does not have, or a net whose output has a wrong shape.
 
     Cost: one pass of the net and one evaluation of the map an element; forward and inverse alike,
     unless the map's differ.
@@ -54,10 +59,6 @@ class Coupling(Transform):
     'bijective'
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
-
     def __init__(
         self,
         map: ElementwiseMap,
@@ -68,8 +69,7 @@ class Coupling(Transform):
         dim: int = 1,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
+        require_at_least(type(self).__name__, 1, dim=dim)
         if split not in SPLITS and not (isinstance(split, int) and split > 0):
             raise ValueError(
                 f"{type(self).__name__}: expected split to be one of {', '.join(SPLITS)} or a "
@@ -93,19 +93,19 @@ class Coupling(Transform):
     def heavy_nets(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         return (self.net,)
 
-    # Parting x and putting it together ---------------------------------------------------------
+    # Splitting x and joining it ---------------------------------------------------------
 
-    def _parts(self, x: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        dim = self._dim_of(x, method)
-        channels = x.shape[dim]
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        require_dim(x, self.dim)
+        dim, channels = self.dim, x.shape[self.dim]
         if self.split == "alternate":
             first, second = (_every_other(x, dim, start) for start in (0, 1))
         else:
             size = min(channels // 2 if self.split == "half" else self.split, channels)
             first, second = x.split([size, channels - size], dim)
         if first.shape[dim] == 0 or second.shape[dim] == 0:
-            raise ValueError(
-                f"{self.where(method)}: expected channels that split {self.split!r} parts in two, "
+            raise InputError(
+                f"expected channels that split {self.split!r} parts in two, "
                 f"got shape {tuple(x.shape)}"
             )
         return (second, first) if self.swap else (first, second)
@@ -117,39 +117,27 @@ class Coupling(Transform):
         return torch.slice_scatter(x, changed, dim=self.dim, start=0 if self.swap else 1, step=2)
 
     def _join(self, like: Tensor, conditioning: Tensor, changed: Tensor) -> Tensor:
-        """The same where x is not at hand: it lies in memory as ``like`` does."""
+        """The same without x: the result has the memory format of ``like``."""
         if self.split == "alternate":
             like = torch.empty_like(like, dtype=conditioning.dtype)
             start = 1 if self.swap else 0
             like = torch.slice_scatter(like, conditioning, dim=self.dim, start=start, step=2)
         return self._merge(like, conditioning, changed)
 
-    def _params(self, seen: Tensor, like: Tensor, context: Tensor | None, method: str) -> Tensor:
-        out = run_net(self.net, seen, context, self.where(method))
+    def _params(self, seen: Tensor, like: Tensor, context: Tensor | None) -> Tensor:
         count, dim = self.map.num_params, self.dim
         expected = (*like.shape[:dim], like.shape[dim] * count, *like.shape[dim + 1 :])
-        if tuple(out.shape) != expected:
-            raise ValueError(
-                f"{self.where(method)}: expected the net to give shape {expected}, "
-                f"got {tuple(out.shape)}"
-            )
+        out = require_output(run_net(self.net, seen, context), expected)
         return out.to(like.dtype).unflatten(dim, (like.shape[dim], count)).movedim(dim + 1, -1)
 
-    def _dim_of(self, x: Tensor, method: str) -> int:
-        if x.dim() <= self.dim:
-            raise ValueError(
-                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
-        return self.dim
-
-    def _mask_for(self, x: Tensor, method: str) -> Tensor:
-        self._dim_of(x, method)
+    def _mask_for(self, x: Tensor) -> Tensor:
+        require_dim(x, self.dim)
         try:
             return self.mask.expand(x.shape[1:])
         except RuntimeError:
-            raise ValueError(
-                f"{self.where(method)}: expected a mask that broadcasts to "
-                f"{tuple(x.shape[1:])}, got {tuple(self.mask.shape)}"
+            raise InputError(
+                f"expected a mask that broadcasts to {tuple(x.shape[1:])}, "
+                f"got {tuple(self.mask.shape)}"
             ) from None
 
     # Both directions ---------------------------------------------------------------------------
@@ -158,34 +146,33 @@ class Coupling(Transform):
         self,
         x: Tensor,
         context: Tensor | None,
-        method: str,
         function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         if self.mask is not None:
-            mask = self._mask_for(x, method)
-            params = self._params(torch.where(mask, x, 0.0), x, context, method)
+            mask = self._mask_for(x)
+            params = self._params(torch.where(mask, x, 0.0), x, context)
             changed, log_derivative = function(x, params)
             return (
                 torch.where(mask, x, changed),
                 sum_event(torch.where(mask, 0.0, log_derivative)),
             )
-        conditioning, second = self._parts(x, method)
-        params = self._params(conditioning, second, context, method)
+        conditioning, second = self._parts(x)
+        params = self._params(conditioning, second, context)
         changed, log_derivative = function(second, params)
         return self._merge(x, conditioning, changed), sum_event(log_derivative)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(x, context, "forward", self.map.forward)
+        return self._apply_map(x, context, self.map.forward)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         def inverse(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
             x = self.map.inverse(value, params)
             return x, x
 
-        return self._apply_map(z, context, "inverse", inverse)[0]
+        return self._apply_map(z, context, inverse)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._apply_map(z, context, "inverse", self.map.inverse_and_ldj)
+        return self._apply_map(z, context, self.map.inverse_and_ldj)
 
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
@@ -196,11 +183,10 @@ class Coupling(Transform):
         inverse, which finds the other part, and the graph.
         """
         function = self.map.inverse_and_ldj if turned else self.map.forward
-        method = "inverse" if turned else "forward"
         if self.mask is not None:
-            mask = self._mask_for(value, method)
+            mask = self._mask_for(value)
             kept = torch.where(mask, value, 0.0).detach().requires_grad_()
-            params = self._params(kept, value, context, method)
+            params = self._params(kept, value, context)
             moved = torch.where(mask, 0.0, self._undo(value, params, turned)).requires_grad_()
             whole = torch.where(mask, kept, moved)
             changed, log_derivative = function(whole, params)
@@ -210,9 +196,9 @@ class Coupling(Transform):
                 torch.where(mask, whole, changed),
                 sum_event(torch.where(mask, 0.0, log_derivative)),
             )
-        kept, changed = self._parts(value, method)
+        kept, changed = self._parts(value)
         kept = kept.detach().requires_grad_()
-        params = self._params(kept, changed, context, method)
+        params = self._params(kept, changed, context)
         moved = self._undo(changed, params, turned).requires_grad_()
         changed, log_derivative = function(moved, params)
         return (
@@ -231,8 +217,6 @@ class Coupling(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         net = MLP(2, 2 * 14, [16], "tanh", context_features=1)
         return _example(
             cls(RationalQuadraticSpline(5, bound=3.0), net, split="alternate", swap=True),
@@ -250,7 +234,7 @@ class AffineCoupling(Coupling):
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
         split, swap, mask, dim: see :class:`Coupling`.
 
-    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+    Cost: one pass of the net and O(D) a row; forward and inverse alike.
 
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
 
@@ -261,21 +245,11 @@ class AffineCoupling(Coupling):
     True
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        scale: str = "exp",
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(AffineMap(scale), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, scale: str = "exp", **parts: Any) -> None:
+        super().__init__(AffineMap(scale), net, **parts)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 4, [16], "tanh"), scale="softplus"))
 
 
@@ -288,7 +262,7 @@ class AdditiveCoupling(Coupling):
         net: gives t.
         split, swap, mask, dim: see :class:`Coupling`.
 
-    Cost: one pass of the net beside O(D) a row; forward and inverse alike.
+    Cost: one pass of the net and O(D) a row; forward and inverse alike.
 
     Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
 
@@ -298,20 +272,11 @@ class AdditiveCoupling(Coupling):
     tensor([0.])
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(AdditiveMap(), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, **parts: Any) -> None:
+        super().__init__(AdditiveMap(), net, **parts)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         mask = torch.tensor([True, False, True, False])
         return _example(cls(MLP(4, 4, [16], "tanh"), mask=mask))
 
@@ -345,18 +310,13 @@ class RationalQuadraticSplineCoupling(Coupling):
         bound: float | Sequence[float] | None = 3.0,
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
+        **parts: Any,
     ) -> None:
         spline = RationalQuadraticSpline(num_bins, bound, min_bin, min_slope)
-        super().__init__(spline, net, split, swap, mask, dim)
+        super().__init__(spline, net, **parts)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 2 * 17, [16], "tanh"), num_bins=6))
 
 
@@ -381,21 +341,11 @@ class LogisticMixtureCoupling(Coupling):
     14
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        num_components: int = 8,
-        split: str | int = "half",
-        swap: bool = False,
-        mask: Tensor | None = None,
-        dim: int = 1,
-    ) -> None:
-        super().__init__(LogisticMixtureMap(num_components), net, split, swap, mask, dim)
+    def __init__(self, net: nn.Module, num_components: int = 8, **parts: Any) -> None:
+        super().__init__(LogisticMixtureMap(num_components), net, **parts)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.nets import MLP
-
         return _example(cls(MLP(2, 2 * 11, [16], "tanh"), num_components=3))
 
 
@@ -406,7 +356,5 @@ def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
 
 def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
     """Four dimensions, wide normal inputs, a standard normal base."""
-    from surflow.distributions import DiagonalNormal, StandardNormal
-
     wide = DiagonalNormal((4,), scale=1.5)
-    return Example(transform, wide.sample_and_log_prob, StandardNormal((4,)), context=context)
+    return Example(transform, wide, StandardNormal((4,)), context=context)

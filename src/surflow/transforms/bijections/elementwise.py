@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import Example, Inverse, Transform, require, sum_event
+from surflow.checks import require
+from surflow.distributions import DiagonalNormal, HalfNormal, Logistic, StandardNormal, Uniform
+from surflow.distributions.base import as_shape, sum_event
+from surflow.transforms.base import Bijection, Example, output_of_context
+from surflow.transforms.bijections.splines import RationalQuadraticSpline
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.maps import ElementwiseMap
 
 
-class _ElementwiseBijection(Transform):
+class _ElementwiseBijection(Bijection):
     """z_d = f(x_d): a subclass gives f, its inverse and log |f'|, and checks its range."""
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def _map(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -73,16 +73,14 @@ class Exp(_ElementwiseBijection):
         return x
 
     def _check_range(self, z: Tensor) -> None:
-        require(z > 0, self.where("inverse"), "values > 0", z)
+        require(z > 0, "values > 0", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, Logistic
-
-        return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
+        return Example(cls(), Logistic((2,)), HalfNormal((2,)))
 
 
-class Log(Inverse):
+class Log(_InverseOf):
     r"""The logarithm, :math:`(0, \infty) \to \mathbb R`.
 
     .. math:: z = \log x, \qquad \mathrm{ldj} = -\sum_d \log x_d
@@ -99,13 +97,10 @@ class Log(Inverse):
     (tensor([[1., 1.]]), tensor([-2.]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Exp())
+    of = Exp
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((2,), scale=1.5)
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
@@ -144,16 +139,14 @@ class Sigmoid(_ElementwiseBijection):
         return F.logsigmoid(x) + F.logsigmoid(-x)
 
     def _check_range(self, z: Tensor) -> None:
-        require((z > 0) & (z < 1), self.where("inverse"), "values in (0, 1)", z)
+        require((z > 0) & (z < 1), "values in (0, 1)", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Logistic, Uniform
-
-        return Example(cls(), Logistic((2,)).sample_and_log_prob, Uniform((2,)))
+        return Example(cls(), Logistic((2,)), Uniform((2,)))
 
 
-class Logit(Inverse):
+class Logit(_InverseOf):
     r"""The inverse of the logistic function, :math:`(0, 1) \to \mathbb R`.
 
     .. math:: z = \log x - \log(1 - x), \qquad
@@ -171,14 +164,11 @@ class Logit(Inverse):
     (tensor([[0., 0.]]), tensor([2.7726]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Sigmoid())
+    of = Sigmoid
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal, Uniform
-
-        return Example(cls(), Uniform((2,)).sample_and_log_prob, StandardNormal((2,)))
+        return Example(cls(), Uniform((2,)), StandardNormal((2,)))
 
 
 class Softplus(_ElementwiseBijection):
@@ -208,16 +198,14 @@ class Softplus(_ElementwiseBijection):
         return F.logsigmoid(x)
 
     def _check_range(self, z: Tensor) -> None:
-        require(z > 0, self.where("inverse"), "values > 0", z)
+        require(z > 0, "values > 0", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, Logistic
-
-        return Example(cls(), Logistic((2,)).sample_and_log_prob, HalfNormal((2,)))
+        return Example(cls(), Logistic((2,)), HalfNormal((2,)))
 
 
-class SoftplusInverse(Inverse):
+class SoftplusInverse(_InverseOf):
     r"""The inverse of the softplus, :math:`(0, \infty) \to \mathbb R`.
 
     .. math:: z = x + \log(1 - e^{-x}), \qquad \mathrm{ldj} = -\sum_d \log(1 - e^{-x_d})
@@ -234,15 +222,11 @@ class SoftplusInverse(Inverse):
     (tensor([[0.5413, 0.5413]]), tensor([0.9174]))
     """
 
-    def __init__(self) -> None:
-        super().__init__(Softplus())
+    of = Softplus
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, StandardNormal
-
-        half = HalfNormal((2,), scale=2.0)
-        return Example(cls(), half.sample_and_log_prob, StandardNormal((2,)))
+        return Example(cls(), HalfNormal((2,), scale=2.0), StandardNormal((2,)))
 
 
 class Tanh(_ElementwiseBijection):
@@ -275,13 +259,11 @@ class Tanh(_ElementwiseBijection):
         return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
     def _check_range(self, z: Tensor) -> None:
-        require(z.abs() < 1, self.where("inverse"), "values in (-1, 1)", z)
+        require(z.abs() < 1, "values in (-1, 1)", z)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal, Uniform
-
-        return Example(cls(), StandardNormal((2,)).sample_and_log_prob, Uniform((2,), -1.0, 1.0))
+        return Example(cls(), StandardNormal((2,)), Uniform((2,), -1.0, 1.0))
 
 
 class LeakyReLU(_ElementwiseBijection):
@@ -322,13 +304,10 @@ class LeakyReLU(_ElementwiseBijection):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
-        wide = DiagonalNormal((2,), scale=2.5)
-        return Example(cls(0.4), wide.sample_and_log_prob, StandardNormal((2,)))
+        return Example(cls(0.4), DiagonalNormal((2,), scale=2.5), StandardNormal((2,)))
 
 
-class Elementwise(Transform):
+class Elementwise(Bijection):
     r"""Each element through its own learned monotone map.
 
     .. math:: z_d = f(x_d; \theta_d), \qquad \mathrm{ldj} = \sum_d \log |f'(x_d; \theta_d)|
@@ -354,10 +333,6 @@ class Elementwise(Transform):
     (3, 23)
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
-
     def __init__(
         self, event_shape: int | Sequence[int], map: ElementwiseMap, net: nn.Module | None = None
     ) -> None:
@@ -375,14 +350,8 @@ class Elementwise(Transform):
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
             return self.params.expand(*x.shape, -1)
-        if context is None:
-            raise ValueError("Elementwise: expected a context, got none")
-        out = self.net(context).to(x.dtype)
         expected = (x.shape[0], x.shape[1] * self.map.num_params, *x.shape[2:])
-        if tuple(out.shape) != expected:
-            raise ValueError(
-                f"Elementwise: expected the net to give shape {expected}, got {tuple(out.shape)}"
-            )
+        out = output_of_context(self.net, context, expected).to(x.dtype)
         return out.unflatten(1, (self.event_shape[0], self.map.num_params)).movedim(2, -1)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -394,10 +363,6 @@ class Elementwise(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.transforms.bijections.splines import RationalQuadraticSpline
-
-        wide = DiagonalNormal((3,), scale=2.0)
         transform = cls((3,), RationalQuadraticSpline(num_bins=5, bound=3.0))
         nn.init.normal_(transform.params, std=0.5)
-        return Example(transform, wide.sample_and_log_prob, StandardNormal((3,)))
+        return Example(transform, DiagonalNormal((3,), scale=2.0), StandardNormal((3,)))

@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from surflow.transforms.base import Example, Transform
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal
+from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.squeeze import to_channels, to_pixels
 
 
-class Haar(Transform):
+class Haar(Bijection):
     r"""One level of the Haar transform, scaled so that the coarse part is the image at half size.
 
     .. math:: m = \tfrac14 (a + b + c + d), \quad (u, v, w) = \tfrac12 (a - b + c - d,\
@@ -36,25 +38,17 @@ class Haar(Transform):
     ([3.0, -2.0, -3.0, 1.0], -0.6931)
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
     event_shape = (None, None, None)
     latent_shape = (None, None, None)
 
     @staticmethod
     def _ldj(elements: int, like: Tensor) -> Tensor:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        value = -0.25 * elements * math.log(2.0)
-        return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+        return zero_ldj(like) - 0.25 * elements * math.log(2.0)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                f"{self.where('forward')}: expected an even height and width, "
-                f"got shape {tuple(x.shape)}"
-            )
+            raise InputError(f"expected an even height and width, got shape {tuple(x.shape)}")
         a, b, c, d = to_channels(x, 2).unflatten(1, (-1, 4)).unbind(2)
         left, right, down, across = a + c, b + d, a - c, b - d
         parts = (
@@ -67,10 +61,7 @@ class Haar(Transform):
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         if z.shape[1] % 4:
-            raise ValueError(
-                f"{self.where('inverse')}: expected channels divisible by 4, "
-                f"got shape {tuple(z.shape)}"
-            )
+            raise InputError(f"expected channels divisible by 4, got shape {tuple(z.shape)}")
         mean, u, v, w = z.chunk(4, dim=1)
         left, right = mean + 0.5 * u, mean - 0.5 * u
         down, across = 0.5 * (v + w), 0.5 * (v - w)
@@ -82,9 +73,8 @@ class Haar(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal
-
-        wide = DiagonalNormal((1, 2, 4), scale=1.2)
         # the mean of four has half their deviation
         scale = torch.tensor([0.5, 1.0, 1.0, 1.0]).view(4, 1, 1)
-        return Example(cls(), wide.sample_and_log_prob, DiagonalNormal((4, 1, 2), scale=scale))
+        return Example(
+            cls(), DiagonalNormal((1, 2, 4), scale=1.2), DiagonalNormal((4, 1, 2), scale=scale)
+        )

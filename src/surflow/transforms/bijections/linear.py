@@ -12,18 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.checks import require_at_least
+from surflow.distributions import DiagonalNormal, Uniform
+from surflow.numeric import at_least_float32, working_dtype
+from surflow.transforms.base import Bijection, Example, Transform, require_size, zero_ldj
 
 INITS = ("orthogonal", "identity")
-
-
-def require_channels(layer: Transform, x: Tensor, channels: int, method: str) -> None:
-    """Raise ``ValueError`` unless dimension 1 of x has size ``channels``."""
-    if x.shape[1] != channels:
-        raise ValueError(
-            f"{layer.where(method)}: expected size {channels} along dimension 1, "
-            f"got shape {tuple(x.shape)}"
-        )
 
 
 def initial_matrix(size: int, init: str, where: str) -> Tensor:
@@ -39,9 +33,9 @@ def initial_matrix(size: int, init: str, where: str) -> Tensor:
 def along_channels(x: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``function``, which multiplies columns by a matrix, along dimension 1 of x.
 
-    In float32 or better whatever autocast: in half precision no inverse would undo it. Where
-    there are positions behind dimension 1, the matrix is put together first: one product at every
-    position costs less than a product or a solve by each factor.
+    In float32 or better even under autocast: half precision has no accurate inverse. Where x has
+    positions, the matrix is multiplied out first: one product a position costs less than a product
+    or a solve by each factor.
 
     Args:
         x: (B, D, ...).
@@ -50,7 +44,7 @@ def along_channels(x: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]
     """
     dtype = torch.promote_types(x.dtype, like.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        columns = x.to(torch.promote_types(dtype, torch.float32))
+        columns = x.to(working_dtype(x, like))
         if x.dim() == 2:
             out = function(columns.T).T
         else:
@@ -65,15 +59,15 @@ def per_position(log_abs_det: Tensor, x: Tensor) -> Tensor:
     return zero + (math.prod(x.shape[2:]) * log_abs_det).to(zero.dtype)
 
 
-def at_least_float(value: Tensor) -> Tensor:
-    """A parameter in float32 or better."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+def identity_like(parameter: Tensor, size: int) -> Tensor:
+    """The identity on a parameter's device, float32 or better."""
+    return torch.eye(size, dtype=working_dtype(parameter), device=parameter.device)
 
 
 def dense_inverse(weight: Tensor) -> Tensor:
-    """W^-1, found in float64: it costs little beside the product, and no digits."""
+    """W^-1, in float64, at little extra cost."""
     inverse = torch.linalg.inv_ex(weight.double())[0]  # unlike inv, it makes no GPU wait
-    return inverse.to(at_least_float(weight).dtype)
+    return inverse.to(working_dtype(weight))
 
 
 def dense_log_abs_det(weight: Tensor) -> Tensor:
@@ -81,18 +75,14 @@ def dense_log_abs_det(weight: Tensor) -> Tensor:
     return torch.linalg.slogdet(weight.double())[1]
 
 
-class _LinearBijection(Transform):
+class _LinearBijection(Bijection):
     """z = W x along dimension 1: a subclass multiplies, solves, and knows log |det W|."""
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"{type(self).__name__}: expected features >= 1, got {features}")
+        require_at_least(type(self).__name__, 1, features=features)
         self.features = features
 
     @property
@@ -114,16 +104,15 @@ class _LinearBijection(Transform):
 
     def weight_matrix(self) -> Tensor:
         """W, (D, D)."""
-        like = at_least_float(self._like)
-        return self._multiply(torch.eye(self.features, dtype=like.dtype, device=like.device))
+        return self._multiply(identity_like(self._like, self.features))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        require_channels(self, x, self.features, "forward")
+        require_size(x, self.features)
         z = along_channels(x, self._like, self._multiply)
         return z, per_position(self._log_abs_det(), x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        require_channels(self, z, self.features, "inverse")
+        require_size(z, self.features)
         return along_channels(z, self._like, self._solve)
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -135,7 +124,7 @@ class FullLinear(_LinearBijection):
 
     .. math:: z_n = W x_n, \qquad \mathrm{ldj} = N \log |\det W|
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. The determinant and
+    with n over the N positions after dimension 1 (one for a vector). Exact. The determinant and
     the inverse are taken in float64.
 
     Args:
@@ -178,7 +167,7 @@ class PLULinear(_LinearBijection):
     .. math:: z_n = P L (U + \mathrm{diag}(s))\, x_n, \qquad
               \mathrm{ldj} = N \sum_d \log |s_d|
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. P is a fixed
+    with n over the N positions after dimension 1 (one for a vector). Exact. P is a fixed
     permutation, L lower triangular with a unit diagonal, U strictly upper triangular; the signs
     of s are fixed.
 
@@ -232,7 +221,7 @@ class PLULinear(_LinearBijection):
         return torch.linalg.solve_triangular(upper, columns, upper=True)
 
     def _log_abs_det(self) -> Tensor:
-        return at_least_float(self.log_scale).sum()
+        return at_least_float32(self.log_scale).sum()
 
     @classmethod
     def example(cls) -> Example:
@@ -293,15 +282,12 @@ class HouseholderLinear(_LinearBijection):
         return self._reflect(columns, transpose=True)
 
     def _log_abs_det(self) -> Tensor:
-        return at_least_float(self.vectors).new_zeros(())
+        return at_least_float32(self.vectors).new_zeros(())
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Uniform
-
-        box = Uniform((3,), -3.0, 3.0)
         base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
-        return Example(cls(3), box.sample_and_log_prob, base)
+        return Example(cls(3), Uniform((3,), -3.0, 3.0), base)
 
 
 class QRLinear(HouseholderLinear):
@@ -309,7 +295,7 @@ class QRLinear(HouseholderLinear):
 
     .. math:: z_n = Q\,(R + \mathrm{diag}(s))\, x_n, \qquad \mathrm{ldj} = N \sum_d \log s_d
 
-    with n over the N positions behind dimension 1 (one for a vector). Exact. Q is that of
+    with n over the N positions after dimension 1 (one for a vector). Exact. Q is that of
     :class:`HouseholderLinear`, R strictly upper triangular, s > 0; it starts at W = Q.
 
     Args:
@@ -343,7 +329,7 @@ class QRLinear(HouseholderLinear):
         return torch.linalg.solve_triangular(self._upper(columns.dtype), columns, upper=True)
 
     def _log_abs_det(self) -> Tensor:
-        return at_least_float(self.log_scale).sum()
+        return at_least_float32(self.log_scale).sum()
 
     @classmethod
     def example(cls) -> Example:
@@ -360,7 +346,4 @@ def _perturbed(transform: Transform, std: float = 0.15) -> Transform:
 
 def _example(transform: Transform, shape: tuple[int, ...], loc: float = 0.0) -> Example:
     """Wide normal inputs, a normal base of scale 1; off the origin, it sees a rotation."""
-    from surflow.distributions import DiagonalNormal
-
-    wide = DiagonalNormal(shape, scale=1.4)
-    return Example(transform, wide.sample_and_log_prob, DiagonalNormal(shape, loc=loc))
+    return Example(transform, DiagonalNormal(shape, scale=1.4), DiagonalNormal(shape, loc=loc))

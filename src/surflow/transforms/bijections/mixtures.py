@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surflow.checks import require_at_least
+from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -38,17 +40,13 @@ class LogisticMixtureMap(ElementwiseMap):
     """
 
     def __init__(self, num_components: int = 8, max_log_scale: float = 7.0) -> None:
-        if num_components < 1:
-            raise ValueError(
-                f"LogisticMixtureMap: expected num_components >= 1, got {num_components}"
-            )
+        require_at_least("LogisticMixtureMap", 1, num_components=num_components)
         self.num_components = num_components
         self.max_log_scale = max_log_scale
         self.num_params = 3 * num_components + 2
 
     def _unpack(self, params: Tensor) -> tuple[Tensor, ...]:
-        if params.dtype in (torch.float16, torch.bfloat16):
-            params = params.float()
+        params = at_least_float32(params)
         k, limit = self.num_components, self.max_log_scale
         logits, loc, log_scale, affine = params.split([k, k, k, 2], dim=-1)
         log_scale = limit * torch.tanh(log_scale / limit)

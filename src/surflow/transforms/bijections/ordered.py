@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.distributions.order import feature_index
-from surflow.transforms.base import Example, Transform
+from surflow.transforms.base import Bijection, Example
 
 
-class OrderedToReal(Transform):
+class OrderedToReal(Bijection):
     r"""Map ascending values onto the whole space: the first one, then logarithms of the steps.
 
     .. math:: z_1 = x_1, \quad z_i = \log(x_i - x_{i-1}), \qquad
               \mathrm{ldj} = -\sum_{i > 1} z_i
 
-    Exact. Behind :class:`SortInference` it makes room for any flow and any base: without it the
-    model would put mass on latents that are not sorted, and so lose it. Values are ordered along
+    Exact. After :class:`SortInference` it lets any flow and any base follow: without it the model
+    would lose the mass that it puts on latents that are not sorted. Values are ordered along
     dimension 1; equal ones have no finite image.
 
     Raises:
@@ -36,13 +37,9 @@ class OrderedToReal(Transform):
     [[1.0, 0.0, 0.0]]
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
-
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         steps = x.diff(dim=1)
-        require(steps > 0, self.where("forward"), "values that ascend along dimension 1", steps)
+        require(steps > 0, "values that ascend along dimension 1", steps)
         logs = steps.log()
         return torch.cat([x[:, :1], logs], dim=1), -sum_event(logs)
 
@@ -54,8 +51,6 @@ class OrderedToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         wide = DiagonalNormal((3,), loc=[0.0, -0.3, 0.2], scale=[1.3, 1.2, 1.2])
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
@@ -66,19 +61,19 @@ class OrderedToReal(Transform):
         return Example(cls(), sample, StandardNormal((3,)))
 
 
-class RunningMaxToReal(Transform):
+class RunningMaxToReal(Bijection):
     r"""Map ascending values onto the whole space: the inverse of a soft running maximum.
 
     .. math:: z_1 = x_1, \quad z_i = x_i + s \log(1 - e^{-(x_i - x_{i-1}) / s}), \qquad
               x_i = s \log \sum_{j \le i} e^{z_j / s}, \qquad
               \mathrm{ldj} = \sum_{i > 1} (x_i - z_i) / s
 
-    Exact. As :class:`OrderedToReal` it makes room for any flow and any base behind
-    :class:`SortInference`, but a value stays where it is: z_i is x_i up to a few s, and x_i itself
-    where the step before it is long. So what depends on the place of a value can still be told from
-    its own latent alone. Steps that are exponential with mean s become logistic around the value
-    before. Elements are ordered along dimension 1; where they are vectors, by one feature, and the
-    others stay as they are. Equal values have no finite image.
+    Exact. As :class:`OrderedToReal` it lets any flow and any base follow :class:`SortInference`,
+    but z_i is x_i up to a few s, and x_i itself where the step before it is long. What depends on
+    the location of a value then depends on its own latent alone. Steps that are exponential with
+    mean s become logistic around the value before. Elements are ordered along dimension 1; where
+    they are vectors, by one feature, and the others are unchanged. Equal values have no finite
+    image.
 
     Args:
         softness: s, in units of x; a typical step.
@@ -98,10 +93,6 @@ class RunningMaxToReal(Transform):
     >>> z, ldj  # log(e - 1) / 10 = 0.0541
     (tensor([[1.0000, 1.0541, 3.0000]]), tensor([0.4587]))
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(self, softness: float, by: int | Sequence[int] | None = None) -> None:
         super().__init__()
@@ -128,7 +119,7 @@ class RunningMaxToReal(Transform):
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         key = self._key(x)
         steps = key.diff(dim=1)
-        require(steps > 0, self.where("forward"), "values that ascend along dimension 1", steps)
+        require(steps > 0, "values that ascend along dimension 1", steps)
         logs = torch.log(-torch.expm1(-steps / self.softness))
         z = torch.cat([key[:, :1], key[:, 1:] + self.softness * logs], dim=1)
         return self._with_key(x, z), -sum_event(logs)
@@ -146,8 +137,6 @@ class RunningMaxToReal(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-
         transform = cls(softness=0.8, by=1)
         wide = DiagonalNormal((3, 2), loc=[[0, -0.2], [0.1, 0.2], [0, 0.1]], scale=1.4)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.checks import require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal, Uniform
+from surflow.distributions.base import register_value
+from surflow.numeric import working_dtype
+from surflow.transforms.base import Bijection, Example, require_dim, require_size, zero_ldj
 
 
-class Permute(Transform):
+class Permute(Bijection):
     r"""A fixed permutation along one dimension.
 
     .. math:: z_i = x_{\pi(i)}, \qquad \mathrm{ldj} = 0
@@ -31,9 +35,6 @@ class Permute(Transform):
     tensor([[3., 1., 2.]])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(self, permutation: Sequence[int] | Tensor, dim: int = 1) -> None:
@@ -44,8 +45,7 @@ class Permute(Transform):
                 f"{type(self).__name__}: expected each of 0 to {index.numel() - 1} once, "
                 f"got {index.tolist()}"
             )
-        if dim < 1:
-            raise ValueError(f"{type(self).__name__}: expected dim >= 1, got {dim}")
+        require_at_least(type(self).__name__, 1, dim=dim)
         self.dim = dim
         self.register_buffer("permutation", index)
         self.register_buffer("inverse_permutation", torch.argsort(index), persistent=False)
@@ -60,31 +60,21 @@ class Permute(Transform):
         super()._load_from_state_dict(*args, **kwargs)
         self.inverse_permutation = torch.argsort(self.permutation)
 
-    def _check_size(self, x: Tensor, method: str) -> None:
-        size = len(self.permutation)
-        if x.dim() <= self.dim or x.shape[self.dim] != size:
-            raise ValueError(
-                f"{self.where(method)}: expected size {size} along dimension {self.dim}, "
-                f"got shape {tuple(x.shape)}"
-            )
-
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check_size(x, "forward")
+        require_size(x, len(self.permutation), self.dim)
         return x.index_select(self.dim, self.permutation), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        self._check_size(z, "inverse")
+        require_size(z, len(self.permutation), self.dim)
         return z.index_select(self.dim, self.inverse_permutation)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         normal = StandardNormal((4, 2))
-        return Example(cls([2, 0, 3, 1]), normal.sample_and_log_prob, normal)
+        return Example(cls([2, 0, 3, 1]), normal, normal)
 
 
-class Reverse(Transform):
+class Reverse(Bijection):
     r"""Reverse the order along one dimension.
 
     .. math:: z_i = x_{D - 1 - i}, \qquad \mathrm{ldj} = 0
@@ -104,39 +94,27 @@ class Reverse(Transform):
     tensor([[3., 2., 1.]])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"Reverse: expected dim >= 1, got {dim}")
+        require_at_least("Reverse", 1, dim=dim)
         self.dim = dim
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._flip(x, "forward"), zero_ldj(x)
+        return self._inverse(x, context), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self._flip(z, "inverse")
-
-    def _flip(self, x: Tensor, method: str) -> Tensor:
-        if x.dim() <= self.dim:
-            raise ValueError(
-                f"{self.where(method)}: expected a dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
-        return x.flip(self.dim)
+        require_dim(z, self.dim)
+        return z.flip(self.dim)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         normal = StandardNormal((3,))
-        return Example(cls(), normal.sample_and_log_prob, normal)
+        return Example(cls(), normal, normal)
 
 
-class Rotation(Transform):
+class Rotation(Bijection):
     r"""A rotation, learned or fixed: the exponential of a skew-symmetric matrix.
 
     .. math:: z = R x, \quad R = \exp(A - A^\top), \qquad \mathrm{ldj} = \log\det R = 0
@@ -162,9 +140,6 @@ class Rotation(Transform):
     tensor([[0., 1.]])
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
 
     def __init__(
@@ -175,8 +150,7 @@ class Rotation(Transform):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if features < 2:
-            raise ValueError(f"Rotation: expected features >= 2, got {features}")
+        require_at_least("Rotation", 2, features=features)
         if angle is not None and features != 2:
             raise ValueError(f"Rotation: an angle is for features = 2, got features = {features}")
         self.event_shape = (features,)
@@ -187,10 +161,7 @@ class Rotation(Transform):
             values = torch.zeros(count)
         else:
             values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-        if learn:
-            self.values = nn.Parameter(values)
-        else:
-            self.register_buffer("values", values)
+        register_value(self, "values", values, learn)
         rows, columns = torch.triu_indices(features, features, 1).unbind()
         basis = torch.zeros(count, features, features)
         basis[torch.arange(count), rows, columns] = 1.0
@@ -199,7 +170,7 @@ class Rotation(Transform):
 
     def matrix(self) -> Tensor:
         """R, (D, D), float32 or better: in half precision it would be no rotation."""
-        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        dtype = working_dtype(self.values)
         if self.event_shape == (2,):  # the closed form, many times cheaper than the exponential
             cosine, sine = torch.cos(self.values.to(dtype)), torch.sin(self.values.to(dtype))
             return torch.stack([cosine, sine, -sine, cosine], dim=-1).view(2, 2)
@@ -221,8 +192,5 @@ class Rotation(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Uniform
-
-        box = Uniform((3,), -3.0, 3.0)
         base = DiagonalNormal((3,), loc=[0.5, -0.3, 0.2], scale=[0.4, 0.5, 0.6])
-        return Example(cls(3, seed=1), box.sample_and_log_prob, base)
+        return Example(cls(3, seed=1), Uniform((3,), -3.0, 3.0), base)

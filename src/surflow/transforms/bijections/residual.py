@@ -7,26 +7,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.distributions.base import as_shape
-from surflow.transforms.base import (
-    Example,
-    Transform,
-    require,
-    run_net,
-    sum_event,
-    values_are_checked,
-)
+from surflow.checks import require, values_are_checked
+from surflow.distributions import DiagonalNormal, StandardNormal
+from surflow.distributions.base import as_shape, sum_event
+from surflow.nets.lipschitz import LipschitzMLP
+from surflow.numeric import at_least_float32, working_dtype
+from surflow.transforms.base import Bijection, Example, require_output, run_net
 
 TRACES = ("exact", "power_series", "russian_roulette")
 GRADIENTS = ("neumann", "series")
-CHECK_EVERY = 8  # iterations of the inverse between two looks at its convergence
+CHECK_EVERY = 8  # iterations of the inverse between two checks of its convergence
 
 Function = Callable[[Tensor], Tensor]
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a solver keeps its state: float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def value_and_jacobian(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +43,7 @@ def rademacher(like: Tensor) -> Tensor:
     return torch.where(torch.rand_like(like) < 0.5, -1.0, 1.0).to(like.dtype)
 
 
-class Residual(Transform):
+class Residual(Bijection):
     r"""The residual flow: an identity and a contraction.
 
     .. math:: z = x + g(x), \quad \mathrm{Lip}(g) < 1, \qquad
@@ -72,7 +64,7 @@ class Residual(Transform):
     while the mean of its exponential does not converge to p(x), so that importance-weighted
     bounds need ``trace="exact"``.
 
-    The inverse iterates x <- z - g(x), each row until it stands still, at most ``max_iterations``
+    The inverse iterates x <- z - g(x), each row until it converges, at most ``max_iterations``
     times. Its gradient is that of the implicit function: with "exact" by a Newton step, which
     also squares the error that is left; otherwise by ``gradient_iterations`` more iterations that
     autograd follows, an error of :math:`c^n`.
@@ -89,7 +81,7 @@ class Residual(Transform):
             needs the memory of one term; "series", by autograd through every term. They agree in
             expectation.
         max_iterations: of the inverse.
-        tolerance: at which a row of the inverse stands still, relative to 1 + |x|; None: 16 units
+        tolerance: at which a row of the inverse has converged, relative to 1 + |x|; None: 16 units
             of rounding.
         gradient_iterations: see above.
 
@@ -109,10 +101,6 @@ class Residual(Transform):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
     True
     """
-
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
 
     def __init__(
         self,
@@ -165,20 +153,14 @@ class Residual(Transform):
         """Whether the contribution is a random estimate of the log-determinant."""
         return self.trace != "exact"
 
-    def _function(self, like: Tensor, context: Tensor | None, method: str) -> Function:
+    def _function(self, like: Tensor, context: Tensor | None) -> Function:
         """g on flat rows in the solver's dtype; its weights are bounded here, once."""
         net = self.net.prepared() if hasattr(self.net, "prepared") else self.net
-        where, shape, dtype, work = self.where(method), like.shape[1:], like.dtype, work_dtype(like)
 
         def function(rows: Tensor) -> Tensor:
-            x = rows.to(dtype).unflatten(1, shape)
-            out = run_net(net, x, context, where)
-            if out.shape != x.shape:
-                raise ValueError(
-                    f"{where}: expected the net to give shape {tuple(x.shape)}, "
-                    f"got {tuple(out.shape)}"
-                )
-            return out.flatten(1).to(work)
+            x = rows.to(like.dtype).unflatten(1, like.shape[1:])
+            out = require_output(run_net(net, x, context), tuple(x.shape))
+            return out.flatten(1).to(working_dtype(like))
 
         return function
 
@@ -230,26 +212,26 @@ class Residual(Transform):
     # Both directions ----------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = x.flatten(1).to(work_dtype(x))
-        value, ldj = self._value_and_ldj(self._function(x, context, "forward"), rows)
+        rows = at_least_float32(x.flatten(1))
+        value, ldj = self._value_and_ldj(self._function(x, context), rows)
         return (rows + value).to(x.dtype).view(x.shape), ldj
 
     @torch.no_grad()
     def _solve(self, function: Function, z: Tensor) -> Tensor:
-        """The x with x + g(x) = z. A row that stands still is left alone, whatever the others do.
+        """The x with x + g(x) = z. A row that has converged is not changed further.
 
-        Eagerly the loop ends once all rows stand still, which is looked at every few iterations;
-        a compiled one runs to its end.
+        Eagerly the loop ends once all rows have converged, checked every few iterations; a
+        compiled loop runs ``max_iterations``.
         """
         tolerance = 16 * torch.finfo(z.dtype).eps if self.tolerance is None else self.tolerance
         x = z
-        still = torch.zeros_like(z[:, :1], dtype=torch.bool)
+        done = torch.zeros_like(z[:, :1], dtype=torch.bool)
         for i in range(1, self.max_iterations + 1):
             step = z - function(x) - x
             size = step.abs() / (1 + x.abs())
-            x = torch.where(still, x, x + step)
-            still = still | (size.amax(1, keepdim=True) <= tolerance)
-            if i % CHECK_EVERY == 0 and not torch.compiler.is_compiling() and bool(still.all()):
+            x = torch.where(done, x, x + step)
+            done = done | (size.amax(1, keepdim=True) <= tolerance)
+            if i % CHECK_EVERY == 0 and not torch.compiler.is_compiling() and bool(done.all()):
                 break
         return x
 
@@ -270,8 +252,8 @@ class Residual(Transform):
         return x
 
     def _find(self, z: Tensor, context: Tensor | None) -> tuple[Function, Tensor]:
-        rows = z.flatten(1).to(work_dtype(z))
-        function = self._function(z, context, "inverse")
+        rows = at_least_float32(z.flatten(1))
+        function = self._function(z, context)
         x = self._preimage(function, rows)
         if values_are_checked():
             with torch.no_grad():
@@ -279,7 +261,6 @@ class Residual(Transform):
             half = z.dtype.itemsize == 2 or torch.is_autocast_enabled(z.device.type)
             require(
                 rest <= (0.1 if half else 1e-3) * (1 + rows.abs()),
-                self.where("inverse"),
                 f"a contraction whose iterations converge within {self.max_iterations} steps "
                 "(what is left of the equation)",
                 rest,
@@ -295,17 +276,13 @@ class Residual(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets.lipschitz import LipschitzMLP
-
         net = LipschitzMLP(3, 3, [8], "tanh", coefficient=0.9, context_features=2)
         with torch.no_grad():  # up to the bound, so that the example is far from the identity
             for layer in net.linears:
                 layer.weight.mul_(3.0)
-        wide = DiagonalNormal((3,), scale=1.8)
         return Example(
             cls(net, max_iterations=64),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.8),
             StandardNormal((3,)),
             context=lambda n: torch.randn(n, 2),
         )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.checks import require
+from surflow.checks import require, require_at_least
+from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
 
@@ -65,8 +66,7 @@ class RationalQuadraticSpline(ElementwiseMap):
         min_bin: float = 1e-3,
         min_slope: float = 1e-3,
     ) -> None:
-        if num_bins < 2:
-            raise ValueError(f"RationalQuadraticSpline: expected num_bins >= 2, got {num_bins}")
+        require_at_least("RationalQuadraticSpline", 2, num_bins=num_bins)
         interval = (-bound, bound) if isinstance(bound, int | float) else tuple(bound or (0.0, 1.0))
         if len(interval) != 2 or not interval[0] < interval[1]:
             raise ValueError(
@@ -175,13 +175,12 @@ class RationalQuadraticSpline(ElementwiseMap):
 
     def _prepare(self, value: Tensor, params: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Lift to float32, and clamp what lies outside into the interval."""
-        if value.dtype in (torch.float16, torch.bfloat16):
-            value = value.float()
+        value = at_least_float32(value)
         params = params.to(value.dtype)
         inside = (value >= self.low) & (value <= self.high)
         if not self.tails:
-            where = f"RationalQuadraticSpline.{method}"
-            require(inside, where, f"values in [{self.low:g}, {self.high:g}]", value)
+            expected = f"values in [{self.low:g}, {self.high:g}]"
+            require(inside, expected, value, f"RationalQuadraticSpline.{method}")
         return value.clamp(self.low, self.high), params, inside
 
     def _with_tails(self, result: Tensor, inside: Tensor, outside: Tensor | float) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.checks import InputError, require_at_least
+from surflow.distributions import StandardNormal
+from surflow.transforms.base import Bijection, Example, zero_ldj
+from surflow.transforms.inverse import _InverseOf
 
 
 def to_channels(x: Tensor, factor: int) -> Tensor:
@@ -27,7 +30,7 @@ def to_pixels(z: Tensor, factor: int) -> Tensor:
     return z.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-class Squeeze(Transform):
+class Squeeze(Bijection):
     r"""Blocks of pixels become channels.
 
     .. math:: z_{f^2 c + f i + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \quad
@@ -51,32 +54,26 @@ class Squeeze(Transform):
     [0.0, 1.0, 2.0, 3.0]
     """
 
-    bijective = True
-    stochastic_forward = False
-    stochastic_inverse = False
     reversible = True
     event_shape = (None, None, None)
     latent_shape = (None, None, None)
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"{type(self).__name__}: expected factor >= 1, got {factor}")
+        require_at_least(type(self).__name__, 1, factor=factor)
         self.factor = factor
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
-                f"{self.where('forward')}: expected height and width divisible by "
-                f"{self.factor}, got shape {tuple(x.shape)}"
+            raise InputError(
+                f"expected height and width divisible by {self.factor}, got shape {tuple(x.shape)}"
             )
         return to_channels(x, self.factor), zero_ldj(x)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         if z.shape[1] % self.factor**2:
-            raise ValueError(
-                f"{self.where('inverse')}: expected channels divisible by {self.factor**2}, "
-                f"got shape {tuple(z.shape)}"
+            raise InputError(
+                f"expected channels divisible by {self.factor**2}, got shape {tuple(z.shape)}"
             )
         return to_pixels(z, self.factor)
 
@@ -85,14 +82,12 @@ class Squeeze(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         x, z = StandardNormal((1, 2, 4)), StandardNormal((4, 1, 2))
-        return Example(cls(), x.sample_and_log_prob, z)
+        return Example(cls(), x, z)
 
 
-class Unsqueeze(Inverse):
-    r"""Channels become blocks of pixels: :class:`Squeeze` turned round.
+class Unsqueeze(_InverseOf):
+    r"""Channels become blocks of pixels: the inverse of :class:`Squeeze`.
 
     .. math:: z_{c,\, f h + i,\, f w + j} = x_{f^2 c + f i + j,\, h,\, w}, \quad
               0 \le i, j < f, \qquad \mathrm{ldj} = 0
@@ -115,14 +110,13 @@ class Unsqueeze(Inverse):
     [[[[0.0, 1.0], [2.0, 3.0]]]]
     """
 
+    of = Squeeze
+
     def __init__(self, factor: int = 2) -> None:
-        if factor < 1:
-            raise ValueError(f"Unsqueeze: expected factor >= 1, got {factor}")
-        super().__init__(Squeeze(factor))
+        require_at_least("Unsqueeze", 1, factor=factor)
+        super().__init__(factor)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import StandardNormal
-
         x, z = StandardNormal((4, 2, 1)), StandardNormal((1, 4, 2))
-        return Example(cls(), x.sample_and_log_prob, z)
+        return Example(cls(), x, z)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.nets import MLP
 from surflow.transforms.base import Example
 from surflow.transforms.bijections.planar import (
     MARGIN,
+    _example,
     _FromParameters,
     _spread,
     solve_tanh,
@@ -139,13 +141,5 @@ class Sylvester(_FromParameters):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
-        wide = DiagonalNormal((3,), scale=1.8)
-        return Example(
-            cls((3,), num_directions=2, net=_spread(MLP(2, 14, [8], "tanh"))),
-            wide.sample_and_log_prob,
-            StandardNormal((3,)),
-            context=lambda n: torch.randn(n, 2),
-        )
+        net = _spread(MLP(2, 14, [8], "tanh"))
+        return _example(cls((3,), num_directions=2, net=net), 1.8)

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.distributions.discrete import Categorical
+from surflow.nets import MLP
 from surflow.transforms.base import Example, Tail, Transform
+from surflow.transforms.bijections.affine import Affine
 
 
 class DiscretelyIndexed(Transform):
@@ -130,10 +133,6 @@ class DiscretelyIndexed(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-        from surflow.transforms.bijections.affine import Affine
-
         transforms = [
             Affine((2,), shift, scale, learn=True)
             for shift, scale in (([0.5, 0.0], 1.2), ([-0.4, 0.3], [0.9, -1.1]), ([0.0, -0.5], 0.8))
@@ -144,6 +143,6 @@ class DiscretelyIndexed(Transform):
                 gate=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
                 encoder=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
             ),
-            DiagonalNormal((2,), scale=2.2).sample_and_log_prob,
+            DiagonalNormal((2,), scale=2.2),
             StandardNormal((2,)),
         )

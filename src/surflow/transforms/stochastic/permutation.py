@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import InputError
+from surflow.distributions import DiagonalNormal
 from surflow.distributions.order import (
     inverse_order,
     log_factorial,
@@ -13,9 +15,10 @@ from surflow.distributions.order import (
     plackett_luce_sample,
     uniform_order,
 )
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Transform, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Transform, net_output, zero_ldj
 
 
 class StochasticPermutation(Transform):
@@ -25,12 +28,12 @@ class StochasticPermutation(Transform):
               x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
               V = \log p(\tau^{-1} \mid z) - \log q(\tau \mid x)
 
-    A lower bound: both directions are stochastic. With uniform orders V = 0 and any model behind
-    it becomes exchangeable. Learned orders are Plackett-Luce: places are filled one by one, an
-    element with a weight :math:`e^{\ell}` among those left. V scores the permutation that was
-    drawn and its inverse; for distinct elements that is the only one that leads from x to z, and
-    elements that coincide have measure zero. A drawn order has no pathwise gradient: the
-    objectives add the score-function gradient of q.
+    A lower bound: both directions are stochastic. With uniform orders V = 0 and any model that
+    follows becomes exchangeable. Learned orders are Plackett-Luce: places are filled one by one, an
+    element with a weight :math:`e^{\ell}` among those left. V scores the permutation that was drawn
+    and its inverse; for distinct elements that is the only one that leads from x to z, and elements
+    that coincide have measure zero. A drawn order has no pathwise gradient: the objectives add the
+    score-function gradient of q.
 
     Args:
         num_elements: N; needed where orders are learned.
@@ -43,7 +46,7 @@ class StochasticPermutation(Transform):
         ValueError: for learned orders of an unknown number of elements, x or z of another number,
             or a net whose output has a wrong shape.
 
-    Cost: O(N log N) a row in both directions, and a pass of both nets where V is asked for.
+    Cost: O(N log N) a row in both directions, and a pass of both nets where V is computed.
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data) and Table 7.
 
@@ -78,32 +81,28 @@ class StochasticPermutation(Transform):
             free = learn and net is None
             setattr(self, name, nn.Parameter(torch.zeros(num_elements)) if free else None)
 
-    def _check(self, value: Tensor, context: Tensor | None, method: str) -> None:
+    def _check(self, value: Tensor, context: Tensor | None) -> None:
         if context is None and self.conditional:  # even where this direction has no use for it
-            raise ValueError(f"{self.where(method)}: expected a context, got none")
+            raise InputError("expected a context, got none")
         if self.num_elements is not None and value.shape[1] != self.num_elements:
-            raise ValueError(
-                f"{self.where(method)}: expected {self.num_elements} elements along dimension 1, "
+            raise InputError(
+                f"expected {self.num_elements} elements along dimension 1, "
                 f"got shape {tuple(value.shape)}"
             )
 
+    @staticmethod
     def _logits(
-        self,
-        net: nn.Module | None,
-        free: Tensor | None,
-        value: Tensor,
-        context: Tensor | None,
-        method: str,
+        net: nn.Module | None, free: Tensor | None, value: Tensor, context: Tensor | None
     ) -> Tensor | None:
         if net is not None:
-            return net_output(self, net, value, context, tuple(value.shape[:2]), method)
-        return None if free is None else free.to(torch.promote_types(value.dtype, torch.float32))
+            return net_output(net, value, context, tuple(value.shape[:2]))
+        return None if free is None else free.to(working_dtype(value))
 
-    def _q(self, x: Tensor, context: Tensor | None, method: str) -> Tensor | None:
-        return self._logits(self.encoder_net, self.encoder_logits, x, context, method)
+    def _q(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        return self._logits(self.encoder_net, self.encoder_logits, x, context)
 
-    def _p(self, z: Tensor, context: Tensor | None, method: str) -> Tensor | None:
-        return self._logits(self.decoder_net, self.decoder_logits, z, context, method)
+    def _p(self, z: Tensor, context: Tensor | None) -> Tensor | None:
+        return self._logits(self.decoder_net, self.decoder_logits, z, context)
 
     @staticmethod
     def _draw(logits: Tensor | None, value: Tensor) -> Tensor:
@@ -119,42 +118,39 @@ class StochasticPermutation(Transform):
         return plackett_luce_log_prob(logits, order)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check(x, context, "forward")
-        q = self._q(x, context, "forward")
+        self._check(x, context)
+        q = self._q(x, context)
         order = self._draw(q, x)
         z = permuted(x, order)
         if not self.learned:
             return z, zero_ldj(x)
-        p = self._p(z, context, "forward")
+        p = self._p(z, context)
         log_q = self._score(q, order, x)
         record_score(log_q)
         return z, self._score(p, inverse_order(order), z) - log_q
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        self._check(z, context, "inverse")
-        return permuted(z, self._draw(self._p(z, context, "inverse"), z))
+        self._check(z, context)
+        return permuted(z, self._draw(self._p(z, context), z))
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check(z, context, "inverse")
-        p = self._p(z, context, "inverse")
+        self._check(z, context)
+        p = self._p(z, context)
         order = self._draw(p, z)
         x = permuted(z, order)
         if not self.learned:
             return x, zero_ldj(z)
-        q = self._q(x, context, "inverse")
+        q = self._q(x, context)
         log_p = self._score(p, order, z)
         record_score(log_p)
         return x, log_p - self._score(q, inverse_order(order), x)
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal
-        from surflow.nets import MLP
-
         transform = cls(3, True, MLP(3, 3, [8], "tanh", context_features=1), MLP(3, 3, [8], "tanh"))
         return Example(
             transform,
-            DiagonalNormal((3,), scale=1.4).sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.4),
             DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8]),
             context=lambda n: torch.randn(n, 1),
         )

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.latents import Tape
-from surflow.transforms.base import Example, Tail, Transform, repeat_rows
-from surflow.transforms.conditioning import beside
+from surflow.nets import MLP
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Example, Tail, Transform
+from surflow.transforms.conditioning import concatenate_context
 
 
 class VAE(Transform):
@@ -58,8 +62,7 @@ class VAE(Transform):
         for name, part in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, Distribution) or not part.conditional:
                 raise ValueError(f"VAE: expected a conditional distribution as {name}, got {part}")
-        if context_features < 0:
-            raise ValueError(f"VAE: expected context_features >= 0, got {context_features}")
+        require_at_least("VAE", 0, context_features=context_features)
         self.encoder = encoder
         self.decoder = decoder
         self.context_features = context_features
@@ -68,45 +71,39 @@ class VAE(Transform):
         self.integer_data = decoder.integer
         self.integer_latent = encoder.integer
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
-    def _beside(self, seen: Tensor, context: Tensor | None, method: str) -> Tensor:
-        return beside(seen, context, self.context_features, self.where(method))
+    def _given(self, seen: Tensor, context: Tensor | None) -> Tensor:
+        return concatenate_context(seen, context, self.context_features)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, log_q = self.encoder.sample_and_log_prob(context=self._beside(x, context, "forward"))
-        return z, self.decoder.log_prob(x, self._beside(z, context, "forward")) - log_q
+        z, log_q = self.encoder.sample_and_log_prob(context=self._given(x, context))
+        return z, self.decoder.log_prob(x, self._given(z, context)) - log_q
 
     def _forward_samples(
         self, x: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        if not self.encoder.embeds_context:
-            return super()._forward_samples(x, context, num_samples)
-        given = self._beside(x, context, "forward")
+        given = self._given(x, context)
         z, log_q = self.encoder.sample_and_log_prob(context=given, num_samples=num_samples)
         x, context = repeat_rows(x, num_samples), repeat_rows(context, num_samples)
-        return z, self.decoder.log_prob(x, self._beside(z, context, "forward")) - log_q
+        return z, self.decoder.log_prob(x, self._given(z, context)) - log_q
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.decoder.sample(context=self._beside(z, context, "inverse"))
+        return self.decoder.sample(context=self._given(z, context))
 
     def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.encoder.sample(context=self._beside(x, context, "forward"))
+        return self.encoder.sample(context=self._given(x, context))
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = self._beside(z, context, "inverse")
+        given = self._given(z, context)
         x, log_p = self.decoder.sample_and_log_prob(context=given)
-        return x, log_p - self.encoder.log_prob(z, self._beside(x, context, "inverse"))
+        return x, log_p - self.encoder.log_prob(z, self._given(x, context))
 
     def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
         z = self.latent(x, context)
-        self.decoder.write(x, self._beside(z, context, "inverse"), tape)
+        self.decoder.write(x, self._given(z, context), tape)
         return z
 
     def generate(self, z: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
-        return self.decoder.read(self._beside(z, context, "inverse"), tape)
+        return self.decoder.read(self._call("inverse", self._given, z, context), tape)
 
     def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
         nodes, log_volume = rule.line(self.latent_shape, x, "a latent")
@@ -118,12 +115,9 @@ class VAE(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         encoder = DiagonalNormal((1,), net=MLP(2, 2, [8], "tanh"))
         decoder = DiagonalNormal((2,), net=MLP(1, 4, [8], "tanh"))
         with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
             encoder.net.layers[-1].bias.copy_(torch.tensor([0.0, 0.4]))
         wide = DiagonalNormal((2,), scale=2.0)
-        return Example(cls(encoder, decoder), wide.sample_and_log_prob, StandardNormal((1,)))
+        return Example(cls(encoder, decoder), wide, StandardNormal((1,)))

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Box, Example, Inverse, Tail, Transform, sum_event
+from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal
+from surflow.distributions.base import as_shape, register_value, sum_event
+from surflow.nets import MLP
+from surflow.score_function import record_score
+from surflow.transforms.base import Box, Example, Surjection, Tail, net_output
+from surflow.transforms.inverse import _InverseOf
 
 
-class AbsInference(Transform):
+class AbsInference(Surjection):
     r"""The inference surjection z = |x|, with a distribution of the sign to undo it.
 
     .. math:: z_d = |x_d|, \quad x_d = s_d z_d,\ s_d \sim \mathrm{sign}(\pi_d(z)), \qquad
@@ -29,14 +31,14 @@ class AbsInference(Transform):
     Args:
         event_shape: the shape of x.
         element: the coordinate along dimension 1 to fold, or several; None folds all. The others
-            pass unchanged.
+            are unchanged.
         probability: P(x_d >= 0), in (0, 1), for every folded coordinate.
         learn: whether its logit is a parameter.
         net: maps z (and the context, if it has ``context_features``) to the logits of
-            P(x_d >= 0), (B, C_folded, ...); takes the place of ``probability``.
+            P(x_d >= 0), (B, C_folded, ...); replaces ``probability``.
 
     Raises:
-        ValueError: for a probability outside (0, 1), an element that is not there, a net whose
+        ValueError: for a probability outside (0, 1), an unknown element, a net whose
             output has a wrong shape, or, from ``inverse``, a negative z.
 
     Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
@@ -49,9 +51,6 @@ class AbsInference(Transform):
     (tensor([[1., 2.]]), tensor([-1.3863]))
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     constraint = "the latents are >= 0"
 
     def __init__(
@@ -89,35 +88,32 @@ class AbsInference(Transform):
             shape = (len(self.element), *self.event_shape[1:])
             logit = torch.full(shape, probability, dtype=torch.float64).logit()
             logit = logit.to(torch.get_default_dtype())
-            if learn:
-                self.logit = nn.Parameter(logit)
-            else:
-                self.register_buffer("logit", logit)
+            register_value(self, "logit", logit, learn)
 
-    def _logits(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _logits(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Logits of P(x >= 0) at the folded coordinates, (B, C_folded, ...)."""
         if self.net is None:
             return self.logit.expand(z.shape[0], *self.logit.shape)
         expected = (z.shape[0], len(self.element), *z.shape[2:])
-        return net_output(self, self.net, z, context, expected, method)
+        return net_output(self.net, z, context, expected)
 
-    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
-        logits = self._logits(z, context, method)
+    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        logits = self._logits(z, context)
         return sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         chosen = x if self.folds_all else x.index_select(1, self.index)
         z = x.abs() if self.folds_all else torch.where(self.folded, x.abs(), x)
-        return z, self._score(chosen >= 0, z, context, "forward")
+        return z, self._score(chosen >= 0, z, context)
 
-    def _check_support(self, z: Tensor, method: str) -> None:
+    def _check_support(self, z: Tensor) -> None:
         ok = (z >= 0) | ~self.folded
-        require(ok, self.where(method), "values >= 0 at the folded coordinates", z)
+        require(ok, "values >= 0 at the folded coordinates", z)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A signed x for z; whether each folded sign is positive; the logits it came from."""
-        self._check_support(z, "inverse")
-        logits = self._logits(z, context, "inverse")
+        self._check_support(z)
+        logits = self._logits(z, context)
         positive = torch.rand_like(logits) < torch.sigmoid(logits)
         signs = torch.where(positive, 1.0, -1.0).to(z.dtype)
         if self.folds_all:
@@ -154,27 +150,23 @@ class AbsInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import HalfNormal, StandardNormal
-        from surflow.nets import MLP
-
-        normal = StandardNormal((2,))
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
             cls((2,), net=net),
-            normal.sample_and_log_prob,
+            StandardNormal((2,)),
             HalfNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )
 
 
-class AbsGenerative(Inverse):
+class AbsGenerative(_InverseOf):
     r"""The generative surjection x = |z|: inference draws the sign.
 
     .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
               V = -\sum_d \log q(s_d \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`AbsInference` turned round, so a learned
-    sign distribution is the variational posterior q(s|x).
+    A lower bound: forward is stochastic. It is :class:`AbsInference` in the other direction, so a
+    learned sign distribution is the variational posterior q(s|x).
 
     Args:
         event_shape, element, probability, learn, net: see :class:`AbsInference`; the net sees x.
@@ -191,15 +183,7 @@ class AbsGenerative(Inverse):
     tensor([[1., 2.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        element: int | Sequence[int] | None = None,
-        probability: float = 0.5,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(AbsInference(event_shape, element, probability, learn, net))
+    of = AbsInference
 
     def image(self, low: Sequence[float], high: Sequence[float]) -> Box:
         low, high = list(low), list(high)
@@ -214,11 +198,5 @@ class AbsGenerative(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, HalfNormal
-
         base = DiagonalNormal((2,), loc=[0.4, -0.3], scale=[0.8, 1.1])
-        return Example(
-            cls((2,), probability=0.3, learn=True),
-            HalfNormal((2,), scale=1.5).sample_and_log_prob,
-            base,
-        )
+        return Example(cls((2,), probability=0.3, learn=True), HalfNormal((2,), scale=1.5), base)

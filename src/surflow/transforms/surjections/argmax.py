@@ -12,22 +12,31 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import Distribution, as_shape, expand_to, sum_event
+from surflow.distributions import Categorical, Gumbel
+from surflow.distributions.base import Distribution, as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import Logistic
-from surflow.transforms.base import Example, Inverse, Transform, run_net
+from surflow.nets import MLP
+from surflow.numeric import at_least_float32
+from surflow.transforms.base import (
+    Example,
+    Surjection,
+    require_context,
+    require_output,
+    run_net,
+)
 from surflow.transforms.conditioning import (
-    at_least_single,
     check_distribution,
     draw,
-    insist,
     score,
 )
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.rounding import uniform_integers
 
 
@@ -37,7 +46,7 @@ def _log_one_minus_exp(d: Tensor) -> Tensor:
 
 
 def _tiny(dtype: torch.dtype) -> float:
-    """The least distance from a threshold that is told from none."""
+    """The least distance from a threshold that is not zero."""
     return torch.finfo(dtype).eps ** 2
 
 
@@ -48,12 +57,9 @@ def _below(threshold: Tensor, distance: Tensor) -> Tensor:
     return threshold - torch.maximum(distance, least)
 
 
-class _Categories(Transform):
+class _Categories(Surjection):
     """Scores x (C * width, ...) to categories z (C, ...): a subclass gives p(x|z)."""
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     integer_latent = True
 
     def __init__(self, latent_shape: int | Sequence[int], num_classes: int, width: int) -> None:
@@ -67,10 +73,10 @@ class _Categories(Transform):
         # its dtype follows .to(), and says in which dtype to draw for an integer tensor
         self.register_buffer("unit", torch.ones(()), persistent=False)
 
-    def _check_categories(self, z: Tensor, method: str) -> None:
+    def _check_categories(self, z: Tensor) -> None:
         level = z.long()
         inside = (level >= 0) & (level < self.num_classes)
-        require(inside, self.where(method), f"classes 0 to {self.num_classes - 1}", z)
+        require(inside, f"classes 0 to {self.num_classes - 1}", z)
 
     def _per_category(self, values: Tensor) -> Tensor:
         """A vector over the second dimension of (C, width, ...), to broadcast there."""
@@ -94,11 +100,11 @@ class _Categories(Transform):
         """Scores (B, C, width, ...) to categories (B, C, ...), int64."""
 
     @abstractmethod
-    def _score(self, x: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _score(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         """log p(x|z) of scores (B, C, width, ...), (B,), nats."""
 
     @abstractmethod
-    def _draw(self, z: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
+    def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores (B, C, width, ...) of the category z, and their log p(x|z), (B,), nats."""
 
     @property
@@ -108,27 +114,30 @@ class _Categories(Transform):
 
     def category(self, x: Tensor) -> Tensor:
         """The categories of scores, (B, C * width, ...) -> (B, C, ...), int64."""
-        require(~x.isnan(), self.where("forward"), "numbers", x)
+        require(~x.isnan(), "numbers", x)
         return self._category(self._split(x))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z = self.category(x)
-        return z, self._score(self._split(x), z, context, "forward")
+        return z, self._score(self._split(x), z, context)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check_categories(z, "inverse")
-        x, log_p = self._draw(z.long(), context, "inverse")
+        self._check_categories(z)
+        x, log_p = self._draw(z.long(), context)
         return x.flatten(1, 2), log_p
 
 
-class _Generative(Inverse):
+class _Generative(_InverseOf):
     """The other direction: generation reads the categories alone, and scores nothing."""
 
+    def __init__(self, event_shape: int | Sequence[int], *arguments: Any, **options: Any) -> None:
+        super().__init__(event_shape, *arguments, **options)
+
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        insist(context, self.transform._context_features, self.where("inverse"))
+        require_context(context, self.transform._context_features)
         return self.transform.category(z)
 
 
@@ -155,10 +164,6 @@ class _FromNoise(_Categories):
         self.context_features = context_features
 
     @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
-    @property
     def _context_features(self) -> int:
         return self.context_features
 
@@ -170,17 +175,17 @@ class _FromNoise(_Categories):
         """The noise of scores, and log |dx/dv| of each."""
         raise NotImplementedError
 
-    def _score(self, x: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
-        v, log_slope = self._unthresholded(at_least_single(x), z)
+    def _score(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        v, log_slope = self._unthresholded(at_least_float32(x), z)
         v = v.flatten(1, 2).to(x.dtype)
-        where, seen = self.where(method), self._one_hot(z)
-        log_p = score(self.noise, v, seen, context, self.context_features, where)
+        seen = self._one_hot(z)
+        log_p = score(self.noise, v, seen, context, self.context_features)
         return log_p - sum_event(log_slope)
 
-    def _draw(self, z: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        where, seen = self.where(method), self._one_hot(z)
-        v, log_p = draw(self.noise, seen, context, self.context_features, where)
-        x, log_slope = self._thresholded(self._split(at_least_single(v)), z)
+    def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen = self._one_hot(z)
+        v, log_p = draw(self.noise, seen, context, self.context_features)
+        x, log_slope = self._thresholded(self._split(at_least_float32(v)), z)
         return x, log_p - sum_event(log_slope)
 
 
@@ -248,8 +253,6 @@ class ArgmaxInference(_FromNoise):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Categorical
-
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
         return Example(cls((2,), 3, _noise(6, 0.0)), scores_below_a_greatest(2, 3), base)
 
@@ -260,8 +263,8 @@ class ArgmaxGenerative(_Generative):
     .. math:: x = \arg\max_k z_k, \quad z_x = T = v_x,\ z_k = T - \log(1 + e^{T - v_k}),\
               v \sim q(v \mid x), \qquad V = \sum_{k \ne x} \log\sigma(T - v_k) - \log q(v \mid x)
 
-    A lower bound on the log-mass of categorical data. It is :class:`ArgmaxInference` turned
-    round.
+    A lower bound on the log-mass of categorical data. It is the other direction of
+    :class:`ArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...), channel c K + k the score
@@ -286,14 +289,7 @@ class ArgmaxGenerative(_Generative):
     (True, True)
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        noise: Distribution | None = None,
-        context_features: int = 0,
-    ) -> None:
-        super().__init__(ArgmaxInference(event_shape, num_classes, noise, context_features))
+    of = ArgmaxInference
 
     @classmethod
     def example(cls) -> Example:
@@ -319,7 +315,7 @@ class GumbelArgmaxInference(_Categories):
         logits: phi, (K,) or (*latent, K); zeros if left out.
         learn: whether they are a parameter.
         net: maps z one-hot, (B, C K, ...) (and the context, if it has ``context_features``), to
-            phi, (B, C K, ...), channels alternating over categories; takes the place of
+            phi, (B, C K, ...), channels alternating over categories; replaces
             ``logits``.
 
     Raises:
@@ -353,36 +349,28 @@ class GumbelArgmaxInference(_Categories):
         shape = (*self.latent_shape, num_classes)
         value = 0.0 if logits is None else logits
         value = expand_to(value, shape, f"{type(self).__name__}: logits").movedim(-1, 1).clone()
-        if learn:
-            self.logits = nn.Parameter(value)
-        else:
-            self.register_buffer("logits", value)
+        register_value(self, "logits", value, learn)
 
     @property
     def _context_features(self) -> int:
         return getattr(self.net, "context_features", 0)
 
-    def _phi(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _phi(self, z: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, K, ...), or without the batch."""
         if self.net is None:
             phi = self.logits
         else:
-            phi = run_net(self.net, self._one_hot(z), context, self.where(method))
-            if tuple(phi.shape) != (z.shape[0], *self.event_shape):
-                raise ValueError(
-                    f"{self.where(method)}: expected the net to give shape "
-                    f"{(z.shape[0], *self.event_shape)}, got {tuple(phi.shape)}"
-                )
-            phi = self._split(phi)
-        phi = at_least_single(phi)
+            shape = (z.shape[0], *self.event_shape)
+            phi = self._split(require_output(run_net(self.net, self._one_hot(z), context), shape))
+        phi = at_least_float32(phi)
         return phi.expand(z.shape[0], *phi.shape[-len(self.latent_shape) - 1 :])
 
     def _category(self, x: Tensor) -> Tensor:
         return x.argmax(2)
 
-    def _score(self, x: Tensor, z: Tensor, context: Tensor | None, method: str) -> Tensor:
-        phi = self._phi(z, context, method)
-        x = at_least_single(x)
+    def _score(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        phi = self._phi(z, context)
+        x = at_least_float32(x)
         chosen, top = self._chosen(z), x.gather(2, z.unsqueeze(2))
         e = top - phi.logsumexp(2, keepdim=True)
         log_top = -e - torch.exp(-e)
@@ -391,8 +379,8 @@ class GumbelArgmaxInference(_Categories):
         race = torch.exp(phi - x) * -torch.expm1(-distance)
         return sum_event(torch.where(chosen, log_top, phi - x - race))
 
-    def _draw(self, z: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        phi = self._phi(z, context, method)
+    def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        phi = self._phi(z, context)
         tiny = torch.finfo(phi.dtype).tiny
         race = torch.empty_like(phi).exponential_().clamp_min(tiny)
         chosen = self._chosen(z)
@@ -405,14 +393,11 @@ class GumbelArgmaxInference(_Categories):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Categorical, Gumbel
-        from surflow.nets import MLP
-
         net = MLP(6, 6, [8], "tanh", context_features=1)
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
         return Example(
             cls((2,), 3, net=net),
-            Gumbel((6,), scale=1.4).sample_and_log_prob,
+            Gumbel((6,), scale=1.4),
             base,
             context=lambda n: torch.randn(n, 1),
         )
@@ -426,7 +411,7 @@ class GumbelArgmaxGenerative(_Generative):
               z_k \sim \mathrm{Gumbel}(\phi_k)\ \text{given}\ z_k < T, \qquad V = -\log q(z \mid x)
 
     A lower bound; tight, and every draw equal to the log-mass, where the scores' base is
-    Gumbels at the same :math:`\phi`. It is :class:`GumbelArgmaxInference` turned round.
+    Gumbels at the same :math:`\phi`. It is the other direction of :class:`GumbelArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...).
@@ -450,21 +435,10 @@ class GumbelArgmaxGenerative(_Generative):
     tensor([0.2689, 0.7311])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        logits: Sequence[float] | Tensor | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(GumbelArgmaxInference(event_shape, num_classes, logits, learn, net))
+    of = GumbelArgmaxInference
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Gumbel
-        from surflow.nets import MLP
-
         base = Gumbel((6,), loc=[0.4, -0.2, 0.0, 0.3, 0.0, -0.3])
         net = MLP(6, 6, [8], "tanh")
         with torch.no_grad():  # a posterior above the base's left tail, for bounded weights
@@ -523,7 +497,7 @@ class BinaryArgmaxInference(_FromNoise):
     def _category(self, x: Tensor) -> Tensor:
         z = self.spelled(x)
         what = f"signs that spell a class 0 to {self.num_classes - 1}"
-        require(z < self.num_classes, self.where("forward"), what, z)
+        require(z < self.num_classes, what, z)
         return z
 
     def _sign(self, z: Tensor) -> Tensor:
@@ -545,11 +519,8 @@ class BinaryArgmaxInference(_FromNoise):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Categorical
-
-        wide = Logistic((4,), scale=1.7)
         base = Categorical((2,), 4, [[0.2, -0.3, 0.5, 0.0], [0.0, 0.4, -0.4, 0.1]])
-        return Example(cls((2,), 4, _noise(4, -0.3)), wide.sample_and_log_prob, base)
+        return Example(cls((2,), 4, _noise(4, -0.3)), Logistic((4,), scale=1.7), base)
 
 
 class BinaryArgmaxGenerative(_Generative):
@@ -558,7 +529,7 @@ class BinaryArgmaxGenerative(_Generative):
     .. math:: x = \sum_{m < M} 2^m [z_m > 0], \quad z_m = \pm\log(1 + e^{v_m}),\ v \sim q(v \mid x),
               \qquad V = \sum_m \log\sigma(v_m) - \log q(v \mid x)
 
-    A lower bound. It is :class:`BinaryArgmaxInference` turned round.
+    A lower bound. It is the other direction of :class:`BinaryArgmaxInference`.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C M, ...), with
@@ -583,19 +554,12 @@ class BinaryArgmaxGenerative(_Generative):
     ((1, 5, 5), True)
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        num_classes: int,
-        noise: Distribution | None = None,
-        context_features: int = 0,
-    ) -> None:
-        super().__init__(BinaryArgmaxInference(event_shape, num_classes, noise, context_features))
+    of = BinaryArgmaxInference
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         inner = self.transform
-        insist(context, inner._context_features, self.where("inverse"))
-        require(~z.isnan(), self.where("inverse"), "numbers", z)
+        require_context(context, inner._context_features)
+        require(~z.isnan(), "numbers", z)
         return inner.spelled(inner._split(z)).clamp_max(inner.num_classes - 1)
 
     @classmethod
@@ -610,8 +574,6 @@ def _noise(features: int, log_scale: float) -> Distribution:
     Thresholded, a scale above 1 makes a density that grows without limit towards the threshold, one
     below 1 a density that vanishes there, which in a generative example gives large weights.
     """
-    from surflow.nets import MLP
-
     net = MLP(features, 2 * features, [8], "tanh")
     with torch.no_grad():
         net.layers[-1].weight.mul_(0.7)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from surflow.checks import require
-from surflow.transforms.base import Box, Example, Transform
+from surflow.distributions import DiagonalNormal, HalfNormal
+from surflow.transforms.base import Box, Example, Surjection, zero_ldj
 
 LOG_8 = math.log(8.0)
 ROOT_2 = math.sqrt(2.0)
 
 
-class DihedralFold(Transform):
+class DihedralFold(Surjection):
     r"""The inference surjection of the plane onto one eighth of it, by the square's symmetries.
 
     .. math:: a = |x_1|,\ b = |x_2|,\quad z = (|a - b|/\sqrt2,\ \sqrt2\,\min(a, b)),
@@ -23,7 +24,7 @@ class DihedralFold(Transform):
 
     Three absolute values in a row, of both coordinates and of their difference, in coordinates in
     which the image is the positive quadrant and the volume is kept. The eight preimages (two
-    signs, one exchange) are equally likely, so a model behind it is symmetric under the dihedral
+    signs, one exchange) are equally likely, so a model that follows is symmetric under the dihedral
     group D4. Exact: forward is deterministic. A difference below the rounding error of a and b
     counts as that error, so that a point on a diagonal stays inside the quadrant.
 
@@ -40,9 +41,6 @@ class DihedralFold(Transform):
             [1.4142, 1.4142]]), tensor([-2.0794, -2.0794]))
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     event_shape = (2,)
     constraint = "the latents are >= 0"
 
@@ -52,11 +50,10 @@ class DihedralFold(Transform):
         floor = torch.finfo(x.dtype).eps * torch.maximum(a, b)
         difference = torch.maximum((a - b).abs(), floor)
         z = torch.stack([difference / ROOT_2, ROOT_2 * torch.minimum(a, b)], dim=1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return z, torch.full((len(x),), -LOG_8, dtype=dtype, device=x.device)
+        return z, zero_ldj(x) - LOG_8
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        require(z >= 0, self.where("inverse"), "values >= 0", z)
+        require(z >= 0, "values >= 0", z)
         difference, smaller = ROOT_2 * z[:, 0], z[:, 1] / ROOT_2
         x = torch.stack([smaller + difference, smaller], dim=1)
         coins = torch.randint(2, (len(z), 3), device=z.device).bool()
@@ -68,7 +65,4 @@ class DihedralFold(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, HalfNormal
-
-        wide = DiagonalNormal((2,), scale=2.0)
-        return Example(cls(), wide.sample_and_log_prob, HalfNormal((2,)))
+        return Example(cls(), DiagonalNormal((2,), scale=2.0), HalfNormal((2,)))

@@ -9,22 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
-from surflow.distributions.base import as_shape, draw_index
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Tail, Transform
+from surflow.checks import require, require_at_least
+from surflow.distributions import Uniform
+from surflow.distributions.base import as_shape, draw_index, register_value
+from surflow.nets import MLP
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Surjection, Tail, net_output
 
 
-class IntervalFold(Transform):
+class IntervalFold(Surjection):
     r"""The inference surjection that lays K intervals of one coordinate upon one another.
 
     .. math:: x_d \in [b_k, b_{k+1}]:\quad z_d = \frac{x_d - b_k}{b_{k+1} - b_k}, \qquad
               V = \log p(k \mid z) - \log (b_{k+1} - b_k)
 
     Exact: which interval x lies in is not latent. The intervals cut [low, high], their edges are
-    learned if wanted; p(k|z), fixed, learned or from a net of z, undoes the fold. Every second
-    interval is turned round (``zigzag``), so that z is continuous in x; the absolute value is the
+    fixed or learned; p(k|z), fixed, learned or from a net of z, undoes the fold. Every second
+    interval is reversed (``zigzag``), so that z is continuous in x; the absolute value is the
     case of two intervals. This is the layer of RAD (real and discrete) flows.
 
     Args:
@@ -34,15 +35,15 @@ class IntervalFold(Transform):
         low, high: edges of the coordinate's support.
         learn_edges: whether the inner edges are parameters (softmax of K widths).
         learn: whether the K logits of p(k) are a parameter.
-        net: maps z (and the context, if it has ``context_features``) to logits, (B, K); takes the
-            place of the K logits.
-        zigzag: turn every second interval round.
+        net: maps z (and the context, if it has ``context_features``) to logits, (B, K); replaces
+            the K logits.
+        zigzag: reverse every second interval.
 
     Raises:
         ValueError: for sizes out of range, a net whose output has a wrong shape; from ``forward``
             for x_d outside [low, high], from ``inverse`` for z_d outside [0, 1].
 
-    Cost: O(K) a row beside one pass of the net; forward and inverse alike.
+    Cost: O(K) a row and one pass of the net; forward and inverse alike.
 
     Source: Dinh et al. 2019 (RAD), arXiv 1903.07714, Sec. 3; as a surjection Nielsen et al. 2020,
     arXiv 2007.02731, Table 3.
@@ -50,10 +51,6 @@ class IntervalFold(Transform):
     >>> IntervalFold(2, element=0, num_intervals=4, low=-4.0, high=4.0).kind
     'surjective (inference)'
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,
@@ -77,8 +74,7 @@ class IntervalFold(Transform):
             raise ValueError(
                 f"IntervalFold: expected element in 0 to {self.event_shape[0] - 1}, got {element}"
             )
-        if num_intervals < 2:
-            raise ValueError(f"IntervalFold: expected num_intervals >= 2, got {num_intervals}")
+        require_at_least("IntervalFold", 2, num_intervals=num_intervals)
         if not low < high:
             raise ValueError(f"IntervalFold: expected low < high, got {low} and {high}")
         self.element, self.num_intervals = element, num_intervals
@@ -92,22 +88,19 @@ class IntervalFold(Transform):
         self.register_buffer("turned", odd & zigzag, persistent=False)
         self.net = net
         if net is None:
-            if learn:
-                self.logits = nn.Parameter(torch.zeros(num_intervals))
-            else:
-                self.register_buffer("logits", torch.zeros(num_intervals))
+            register_value(self, "logits", torch.zeros(num_intervals), learn)
 
     def edges(self) -> tuple[Tensor, Tensor]:
         """Left edges and widths of the intervals, (K,) each."""
         width = (self.high - self.low) * torch.softmax(self.widths, 0)
         return self.low + F.pad(width.cumsum(0)[:-1], (1, 0)), width
 
-    def log_gate(self, z: Tensor, context: Tensor | None, method: str = "forward") -> Tensor:
+    def log_gate(self, z: Tensor, context: Tensor | None) -> Tensor:
         """log p(k|z), (B, K), nats."""
         if self.net is None:
             return F.log_softmax(self.logits, 0).expand(z.shape[0], -1)
         shape = (z.shape[0], self.num_intervals)
-        return F.log_softmax(net_output(self, self.net, z, context, shape, method), 1)
+        return F.log_softmax(net_output(self.net, z, context, shape), 1)
 
     def _replace(self, value: Tensor, column: Tensor) -> Tensor:
         e = self.element
@@ -117,7 +110,7 @@ class IntervalFold(Transform):
         value = x[:, self.element]
         inside = (value >= self.low) & (value <= self.high)
         expected = f"coordinate {self.element} in [{self.low:g}, {self.high:g}]"
-        require(inside, self.where("forward"), expected, value)
+        require(inside, expected, value)
         left, width = (part.to(x.dtype) for part in self.edges())
         index = (value.unsqueeze(1) >= left[1:]).sum(1)
         place = ((value - left[index]) / width[index]).clamp(0.0, 1.0)
@@ -129,8 +122,8 @@ class IntervalFold(Transform):
         value = z[:, self.element]
         inside = (value >= 0) & (value <= 1)
         expected = f"coordinate {self.element} in [0, 1]"
-        require(inside, self.where("inverse"), expected, value)
-        log_gate = self.log_gate(z, context, "inverse")
+        require(inside, expected, value)
+        log_gate = self.log_gate(z, context)
         index = draw_index(log_gate.exp())
         log_probability = log_gate.gather(1, index).squeeze(1)
         record_score(log_probability)
@@ -162,18 +155,14 @@ class IntervalFold(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Uniform
-        from surflow.nets import MLP
-
         transform = cls(
             (2,), 1, 3, -1.0, 2.0, learn_edges=True, net=MLP(2, 3, [8], "tanh", context_features=1)
         )
         with torch.no_grad():
             transform.widths.copy_(torch.tensor([0.3, -0.2, 0.0]))
-        box = Uniform((2,), [0.0, -1.0], [1.0, 2.0])
         return Example(
             transform,
-            box.sample_and_log_prob,
+            Uniform((2,), [0.0, -1.0], [1.0, 2.0]),
             Uniform((2,)),
             context=lambda n: torch.randn(n, 1),
         )

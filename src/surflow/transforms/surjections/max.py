@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape, sum_event
 from surflow.distributions.location_scale import HalfNormal
 from surflow.latents import Tape
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Surjection, net_output, zero_ldj
+from surflow.transforms.inverse import _InverseOf
 
 
 def remove_one(values: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -56,12 +59,8 @@ def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
     return torch.scatter(below, dim, index, top) - log_p
 
 
-class _Max(Transform):
+class _Max(Surjection):
     """The max over K elements along one dimension of blocks into which a subclass cuts x."""
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     dim: int  # of a block's K elements
 
@@ -112,13 +111,13 @@ class _Max(Transform):
 
     # ---------------------------------------------------------------------------------------------
 
-    def _log_index(self, z: Tensor, context: Tensor | None, method: str) -> Tensor | None:
+    def _log_index(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Log-probability of each of the K places, like blocks; None for uniform."""
         if self.net is not None:
             shape = (z.shape[0], *self.logits_shape)
-            logits = net_output(self, self.net, z, context, shape, method)
+            logits = net_output(self.net, z, context, shape)
         elif self.logits is not None:
-            logits = self.logits.to(torch.promote_types(z.dtype, torch.float32)).unsqueeze(0)
+            logits = self.logits.to(working_dtype(z)).unsqueeze(0)
         else:
             return None
         return F.log_softmax(self._blocks_of_logits(logits), dim=self.dim)
@@ -145,7 +144,7 @@ class _Max(Transform):
         z = self._squeeze(top)
         rest = remove_one(blocks, index, self.dim)
         event = self._pack(top - rest if self.differences else rest)
-        ldj = self._score_index(self._log_index(z, context, "forward"), index, z)
+        ldj = self._score_index(self._log_index(z, context), index, z)
         return z, ldj + self.decoder.log_prob(event, z)
 
     def _draw(self, z: Tensor, event: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -161,15 +160,15 @@ class _Max(Transform):
         rest = top - rest if self.differences else rest
         slack = 8 * torch.finfo(z.dtype).eps * (1 + top.abs())  # for a decoder's rounding
         drawn = "a decoder whose draws lie at or below the max (how far above they lie)"
-        require(rest <= top + slack, self.where("inverse"), drawn, rest - top)
+        require(rest <= top + slack, drawn, rest - top)
         return self._join(insert_one(top, rest, index, self.dim)), index
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        table = self._log_index(z, context, "inverse")
+        table = self._log_index(z, context)
         return self._draw(z, self.decoder.sample(z.shape[0], z), table)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        table = self._log_index(z, context, "inverse")
+        table = self._log_index(z, context)
         event, log_p = self.decoder.sample_and_log_prob(z.shape[0], z)
         x, index = self._draw(z, event, table)
         log_index = self._score_index(table, index, z)
@@ -178,7 +177,7 @@ class _Max(Transform):
 
     def _log_places(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Log-probability of each place of the max, (B, ...) like blocks."""
-        table = self._log_index(z, context, "inverse")
+        table = self._call("inverse", self._log_index, z, context)
         top = self._unsqueeze(z)
         shape = [*top.shape]
         shape[self.dim] = self.num_elements
@@ -213,7 +212,7 @@ class MaxInference(_Max):
 
     Exact: forward is deterministic. The other K - 1 elements, in their order, come from a density
     at or below the max: ``decoder`` gives either their distances z - x >= 0, or (with
-    ``differences=False``) their values. Each position behind dimension 1 has its own max and
+    ``differences=False``) their values. Each position after dimension 1 has its own max and
     index. Of equal maxima the first counts.
 
     Args:
@@ -258,9 +257,6 @@ class MaxInference(_Max):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-        from surflow.nets import MLP
-
         net = MLP(1, 3, [8], "tanh", context_features=1)
         decoder = Exponential((2,), net=MLP(1, 2, [8], "tanh"))
         with torch.no_grad():
@@ -269,23 +265,22 @@ class MaxInference(_Max):
 
         def sample(n: int) -> tuple[Tensor, Tensor]:
             # the same structure with wider parts: a normal max, exponentials below, any place
-            wide = DiagonalNormal((1,), 0.2, 1.2)
-            z, log_r = wide.sample_and_log_prob(n)
+            z, log_r = DiagonalNormal((1,), 0.2, 1.2).sample_and_log_prob(n)
             x, ldj = cls((3,), Exponential((2,), 1.5)).inverse_and_ldj(z)
             return x, log_r + ldj
 
         return Example(cls((3,), decoder, net=net), sample, base, lambda n: torch.randn(n, 1))
 
 
-class MaxGenerative(Inverse):
+class MaxGenerative(_InverseOf):
     r"""The generative surjection x = max(z) over dimension 1: inference draws the rest.
 
     .. math:: x = \max_k z_k, \quad k \sim \mathrm{Cat}(\pi(x)),\ z_k = x,\
               z_{-k} \sim q(z_{-k} \mid x), \qquad
               V = -\log \pi_k(x) - \log q(z_{-k} \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxInference` turned round: x has one
-    element along dimension 1, z has K, and the decoder is the variational posterior of the
+    A lower bound: forward is stochastic. It is :class:`MaxInference` in the other direction: x has
+    one element along dimension 1, z has K, and the decoder is the variational posterior of the
     elements below the max. A drawn index has no pathwise gradient: the objectives add its
     score-function gradient.
 
@@ -305,25 +300,15 @@ class MaxGenerative(Inverse):
     tensor([[4.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        decoder: Distribution | None = None,
-        differences: bool = True,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(MaxInference(event_shape, decoder, differences, learn, net))
+    of = MaxInference
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         transform = cls((3,), Exponential((2,), [1.5, 1.2], learn=True), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1]))
         return Example(
             transform,
-            DiagonalNormal((1,), 0.7, 1.2).sample_and_log_prob,
+            DiagonalNormal((1,), 0.7, 1.2),
             DiagonalNormal((3,), [0.0, 0.2, -0.1], [0.9, 1.0, 0.8]),
         )

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
+from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape
-from surflow.transforms.base import Example, Inverse
+from surflow.transforms.base import Example
+from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.max import _Max
 
 
@@ -69,8 +72,7 @@ class MaxPool2d(_Max):
         if len(self.event_shape) != 3:
             raise ValueError(f"{name}: expected event_shape (C, H, W), got {self.event_shape}")
         c, h, w = self.event_shape
-        if kernel_size < 2:
-            raise ValueError(f"{name}: expected kernel_size >= 2, got {kernel_size}")
+        require_at_least(name, 2, kernel_size=kernel_size)
         if h % kernel_size or w % kernel_size:
             raise ValueError(
                 f"{name}: expected a height and a width that {kernel_size} divides, got {h} x {w}"
@@ -119,8 +121,6 @@ class MaxPool2d(_Max):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         transform = cls((1, 2, 2), decoder=Exponential((3, 1, 1), 0.6, learn=True), learn=True)
         with torch.no_grad():
             transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1))
@@ -137,15 +137,16 @@ class MaxPool2d(_Max):
         return Example(transform, sample, base)
 
 
-class MaxPool2dGenerative(Inverse):
+class MaxPool2dGenerative(_InverseOf):
     r"""The generative surjection x = maxpool(z): inference unpools by a posterior.
 
     .. math:: x_j = \max_k z_{jk}, \quad k_j \sim \mathrm{Cat}(\pi_j(x)),\
               r \sim q(r \mid x),\ z_{j, -k_j} = x_j - r_j, \qquad
               V = -\log q(r \mid x) - \sum_j \log \pi_{j k_j}(x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxPool2d` turned round: x is the small
-    image. A drawn index has no pathwise gradient: the objectives add its score-function gradient.
+    A lower bound: forward is stochastic. It is :class:`MaxPool2d` in the other direction: x is the
+    small image. A drawn index has no pathwise gradient: the objectives add its score-function
+    gradient.
 
     Args:
         event_shape: the shape of z, (C, H, W); x has (C, H/k, W/k).
@@ -163,23 +164,13 @@ class MaxPool2dGenerative(Inverse):
     tensor([5.])
     """
 
-    def __init__(
-        self,
-        event_shape: Sequence[int],
-        kernel_size: int = 2,
-        decoder: Distribution | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(MaxPool2d(event_shape, kernel_size, decoder, learn, net))
+    of = MaxPool2d
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, Exponential
-
         decoder = Exponential((3, 1, 1), scale=1.4, learn=True)
         return Example(
             cls((1, 2, 2), decoder=decoder),
-            DiagonalNormal((1, 1, 1), 0.8, 1.2).sample_and_log_prob,
+            DiagonalNormal((1, 1, 1), 0.8, 1.2),
             DiagonalNormal((1, 2, 2), scale=0.8),
         )

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surflow.checks import require
-from surflow.distributions.base import as_shape, expand_to, sum_event
+from surflow.distributions import DiagonalNormal, ZeroInflated
+from surflow.distributions.base import as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.transforms.base import Example, Surjection, net_output
+from surflow.transforms.inverse import _InverseOf
 
 
-class ReLUInference(Transform):
-    r"""The inference surjection z = max(x, 0), with a half-normal of what falls below zero.
+class ReLUInference(Surjection):
+    r"""The inference surjection z = max(x, 0), with a half-normal for negative values.
 
     .. math:: z_d = \max(x_d, 0), \quad
               x_d = z_d \text{ if } z_d > 0,\ -x_d \sim \mathrm{HalfNormal}(\sigma_d(z))
@@ -28,7 +31,7 @@ class ReLUInference(Transform):
     a density above it, so log p(z) must be taken with respect to Lebesgue measure on z > 0 plus
     a unit atom at 0, as :class:`ZeroInflated` has it; then exp(log p(z) + V) is a density of x
     with respect to Lebesgue measure. A continuous density as base gives no mass to 0 and is
-    wrong here, and so is a layer behind this one that adds a log-determinant for a coordinate at
+    wrong here, and so is a later layer that adds a log-determinant for a coordinate at
     its atom.
 
     Args:
@@ -36,7 +39,7 @@ class ReLUInference(Transform):
         scale: sigma, positive, broadcastable to the event.
         learn: whether log sigma is a parameter.
         net: maps z (and the context, if it has ``context_features``) to log sigma, (B, *event);
-            takes the place of ``scale``.
+            replaces ``scale``.
 
     Raises:
         ValueError: for a scale that is not positive, a net whose output has a wrong shape, or,
@@ -50,10 +53,6 @@ class ReLUInference(Transform):
     >>> layer(torch.tensor([[1.5, -1.0]]))  # log 2 N(-1; 0, 1)
     (tensor([[1.5000, 0.0000]]), tensor([-0.7258]))
     """
-
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
 
     def __init__(
         self,
@@ -72,15 +71,12 @@ class ReLUInference(Transform):
         if net is not None:
             return
         log_scale = scale.log()
-        if learn:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        register_value(self, "log_scale", log_scale, learn)
 
-    def _log_scale(self, z: Tensor, context: Tensor | None, method: str) -> Tensor:
+    def _log_scale(self, z: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
-            return self.log_scale.to(torch.promote_types(z.dtype, torch.float32))
-        return net_output(self, self.net, z, context, tuple(z.shape), method)
+            return self.log_scale.to(working_dtype(z))
+        return net_output(self.net, z, context, tuple(z.shape))
 
     @staticmethod
     def _score(eps: Tensor, below: Tensor, log_scale: Tensor) -> Tensor:
@@ -89,12 +85,12 @@ class ReLUInference(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z = F.relu(x)
-        log_scale = self._log_scale(z, context, "forward")
+        log_scale = self._log_scale(z, context)
         return z, self._score(F.relu(-x) * torch.exp(-log_scale), x <= 0, log_scale)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        require(z >= 0, self.where("inverse"), "values >= 0", z)
-        log_scale = self._log_scale(z, context, "inverse")
+        require(z >= 0, "values >= 0", z)
+        log_scale = self._log_scale(z, context)
         eps = torch.randn(z.shape, device=z.device, dtype=log_scale.dtype).abs()
         below = z <= 0
         x = torch.where(below, (-eps * log_scale.exp()).to(z.dtype), z)
@@ -109,19 +105,16 @@ class ReLUInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, ZeroInflated
-        from surflow.nets import MLP
-
         net = MLP(2, 2, [8], "tanh", context_features=1)
         return Example(
             cls((2,), net=net),
-            DiagonalNormal((2,), -0.3, 2.2).sample_and_log_prob,
+            DiagonalNormal((2,), -0.3, 2.2),
             ZeroInflated((2,), [0.4, 0.6], [1.0, 1.3]),
             context=lambda n: torch.randn(n, 1),
         )
 
 
-class ReLUGenerative(Inverse):
+class ReLUGenerative(_InverseOf):
     r"""The generative surjection x = max(z, 0): inference draws what lies below a zero.
 
     .. math:: x_d = \max(z_d, 0), \quad
@@ -129,11 +122,11 @@ class ReLUGenerative(Inverse):
               \text{ if } x_d = 0, \qquad
               V = -\sum_{d:\, x_d = 0} \log \tfrac{2}{\sigma_d} \varphi(z_d / \sigma_d)
 
-    A lower bound: forward is stochastic. It is :class:`ReLUInference` turned round, for data with
-    exact zeros. The latents have an ordinary density, so any flow may follow; log p(x) is with
-    respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~ p, a zero has
-    the probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws are
-    reparametrised, so the half-normal learns as a variational posterior.
+    A lower bound: forward is stochastic. It is :class:`ReLUInference` in the other direction, for
+    data with exact zeros. The latents have an ordinary density, so any flow may follow; log p(x) is
+    with respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~ p, a zero has the
+    probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws are reparametrised,
+    so the half-normal learns as a variational posterior.
 
     Args:
         event_shape, scale, learn, net: see :class:`ReLUInference`; the net sees x.
@@ -150,21 +143,12 @@ class ReLUGenerative(Inverse):
     tensor([[1.5000, 0.0000]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        scale: float | Sequence[float] | Tensor = 1.0,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(ReLUInference(event_shape, scale, learn, net))
+    of = ReLUInference
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, ZeroInflated
-
         return Example(
             cls((2,), scale=[1.1, 0.9], learn=True),
-            ZeroInflated((2,), 0.4, 1.3).sample_and_log_prob,
+            ZeroInflated((2,), 0.4, 1.3),
             DiagonalNormal((2,), [0.4, -0.3], [0.8, 0.75]),
         )

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from surflow.checks import require
+from surflow.distributions import Categorical, LogitLogistic, Uniform
 from surflow.distributions.base import Distribution
 from surflow.latents import Tape
-from surflow.transforms.base import Example, Inverse, Tail, Transform, repeat_rows, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import at_least_float32, repeat_rows, working_dtype
+from surflow.transforms.base import Example, Surjection, Tail, require_context, zero_ldj
 from surflow.transforms.conditioning import (
-    at_least_single,
     check_distribution,
     draw,
-    insist,
     score,
 )
+from surflow.transforms.inverse import _InverseOf
 
 MAX_LEVELS = 2**16
 EDGE = 0.1  # of a cell: how far noise whose latents are kept stays off its edges
 
 
-class Rounding(Transform):
+class Rounding(Surjection):
     r"""The inference surjection that rounds down, with a density within a cell to undo it.
 
     .. math:: z_d = \lfloor K x_d \rfloor, \quad x_d = (z_d + u_d)/K,\ u \sim p(u \mid z), \qquad
@@ -66,9 +68,6 @@ class Rounding(Transform):
     ([[0, 1, 3]], 4.1589)
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     integer_latent = True
 
     def __init__(
@@ -89,13 +88,9 @@ class Rounding(Transform):
         # its dtype follows .to(), and says in which dtype to draw for an integer tensor
         self.register_buffer("unit", torch.ones(()), persistent=False)
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
     def _code(self, level: Tensor) -> Tensor:
         """What the noise is conditioned on: levels scaled to [-1, 1]."""
-        level = level.to(torch.promote_types(self.unit.dtype, torch.float32))
+        level = level.to(working_dtype(self.unit))
         return (2 * level / max(self.num_levels - 1, 1) - 1).to(self.unit.dtype)
 
     def _margins(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -111,14 +106,14 @@ class Rounding(Transform):
 
     def nearest_level(self, x: Tensor) -> Tensor:
         """The level of the cell in which x lies; beyond the edges, the last level: int64."""
-        x = at_least_single(x)
+        x = at_least_float32(x)
         level = torch.floor(x * self.num_levels if self.scale else x)
         return level.clamp(0, self.num_levels - 1).long()
 
     def check_interval(self, x: Tensor) -> None:
         """Raise ValueError for x outside the interval of the levels."""
         top = 1 if self.scale else self.num_levels
-        require((x >= 0) & (x < top), self.where("forward"), f"values in [0, {top})", x)
+        require((x >= 0) & (x < top), f"values in [0, {top})", x)
 
     def _volume(self, x: Tensor) -> float:
         """log of the ratio of volumes, of u to x, nats."""
@@ -130,14 +125,13 @@ class Rounding(Transform):
         volume = self._volume(x)
         if self.noise is None:
             return z, zero_ldj(x) + volume
-        lifted = at_least_single(x)
+        lifted = at_least_float32(x)
         u = (lifted * self.num_levels if self.scale else lifted) - z
         # off the edges, where a density such as a logit-normal's has no finite logarithm, by half
         # the spacing of the u that there are
         least = max(self._last_place(u.dtype), torch.finfo(x.dtype).eps) / 2
         u = u.to(x.dtype).clamp(least, 1 - least)
-        where = self.where("forward")
-        log_p = score(self.noise, u, self._code(z), context, self.context_features, where)
+        log_p = score(self.noise, u, self._code(z), context, self.context_features)
         return z, log_p + volume
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -149,19 +143,18 @@ class Rounding(Transform):
     def _inverse_and_ldj_samples(
         self, z: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        where = self.where("inverse")
-        dtype = torch.promote_types(self.unit.dtype, torch.float32)
+        dtype = working_dtype(self.unit)
         level = z.to(dtype)
         inside = (level >= 0) & (level < self.num_levels)
-        require(inside, where, f"levels 0 to {self.num_levels - 1}", z)
+        require(inside, f"levels 0 to {self.num_levels - 1}", z)
         if self.noise is None:
             shape = (num_samples * z.shape[0], *z.shape[1:])
             u = torch.rand(shape, dtype=dtype, device=z.device)
             log_p = zero_ldj(u)
         else:
             seen, features = self._code(level), self.context_features
-            u, log_p = draw(self.noise, seen, context, features, where, num_samples)
-            require((u >= 0) & (u <= 1), where, "noise in [0, 1]", u)
+            u, log_p = draw(self.noise, seen, context, features, num_samples)
+            require((u >= 0) & (u <= 1), "noise in [0, 1]", u)
         u = u.to(dtype).clamp(*self._margins(dtype))
         x = repeat_rows(level, num_samples) + u
         x = x / self.num_levels if self.scale else x
@@ -177,14 +170,11 @@ class Rounding(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import Categorical, Uniform
-
-        box = Uniform((2,))
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
-        return Example(cls(3, _noise((2,))), box.sample_and_log_prob, base)
+        return Example(cls(3, _noise((2,))), Uniform((2,)), base)
 
 
-class Dequantization(Inverse):
+class Dequantization(_InverseOf):
     r"""The generative surjection x = ⌊K z⌋: inference adds noise to integers.
 
     .. math:: x_d = \lfloor K z_d \rfloor, \quad z_d = (x_d + u_d)/K,\ u \sim q(u \mid x), \qquad
@@ -194,14 +184,14 @@ class Dequantization(Inverse):
     z in [0, 1). Uniform noise is the default; a flow as the noise makes it variational
     dequantization; :func:`surflow.objectives.iwbo` of a flow that begins with this layer is
     importance-weighted dequantization, whose bound tightens with the number of samples.
-    It is :class:`Rounding` turned round.
+    It is the other direction of :class:`Rounding`.
 
     Args:
         num_levels: K; data are integers 0 ... K - 1. At most 65 536.
         noise: q(u|x), any density on [0, 1]; see :class:`Rounding`. Its draw is scored as drawn,
             never inverted.
         scale: False: z = x + u, in [0, K), and V has no :math:`D \log K`.
-        clamp: whether ``inverse`` takes z beyond the edges to the nearest level, as needed behind
+        clamp: whether ``inverse`` takes z beyond the edges to the nearest level, as needed after
             a flow on the whole line; such mass is lost to the bound. False: it raises.
         context_features: see :class:`Rounding`.
 
@@ -239,6 +229,8 @@ class Dequantization(Inverse):
     (True, torch.int64)
     """
 
+    of = Rounding
+
     def __init__(
         self,
         num_levels: int = 256,
@@ -247,15 +239,15 @@ class Dequantization(Inverse):
         clamp: bool = True,
         context_features: int = 0,
     ) -> None:
-        _check_options(type(self).__name__, num_levels, noise, context_features)
-        super().__init__(Rounding(num_levels, noise, scale, context_features))
+        _check_options("Dequantization", num_levels, noise, context_features)
+        super().__init__(num_levels, noise, scale, context_features)
         self.clamp = clamp
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         # the levels alone: generation does not score the noise
-        insist(context, self.transform.context_features, self.where("inverse"))
+        require_context(context, self.transform.context_features)
         if self.clamp:
-            require(~z.isnan(), self.where("inverse"), "numbers", z)
+            require(~z.isnan(), "numbers", z)
         else:
             self.transform.check_interval(z)
         return self.transform.nearest_level(z)
@@ -269,8 +261,6 @@ class Dequantization(Inverse):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import LogitLogistic
-
         base = LogitLogistic((2,), loc=[0.4, -0.3], scale=0.9)
         return Example(cls(3, _noise((2,))), uniform_integers((2,), 3), base)
 
@@ -291,9 +281,6 @@ def _check_options(
 
 def _noise(shape: tuple[int, ...]) -> Distribution:
     """Noise for a proof, from a net of the levels and not uniform."""
-    from surflow.distributions import LogitLogistic
-    from surflow.nets import MLP
-
     return LogitLogistic(shape, net=MLP(shape[0], 2 * shape[0], [8], "tanh"))
 
 

@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
+from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import Distribution
 from surflow.latents import Tape
-from surflow.transforms.base import Example, Inverse, Tail, Transform, repeat_rows
-from surflow.transforms.conditioning import beside, check_distribution, draw, insist, score
+from surflow.nets import MLP
+from surflow.numeric import repeat_rows
+from surflow.transforms.base import Example, Surjection, Tail, require_context
+from surflow.transforms.conditioning import check_distribution, concatenate_context, draw, score
+from surflow.transforms.inverse import _InverseOf
 
 
-class Slice(Transform):
+class Slice(Surjection):
     r"""The inference surjection that keeps the first channels and lets a density give the others.
 
     .. math:: x = (x_1, x_2), \quad z = x_1, \quad x_2 \sim p(x_2 \mid z), \qquad
@@ -48,10 +53,6 @@ class Slice(Transform):
     ((1, 2, 4, 4), -29.406)
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
-
     def __init__(
         self, decoder: Distribution, keep: int, dim: int = 1, context_features: int = 0
     ) -> None:
@@ -63,8 +64,7 @@ class Slice(Transform):
                 f"{name}: expected dim in 1 to {len(decoder.event_shape)} for a decoder of "
                 f"events {decoder.event_shape}, got {dim}"
             )
-        if keep < 1:
-            raise ValueError(f"{name}: expected keep >= 1, got {keep}")
+        require_at_least(name, 1, keep=keep)
         self.decoder = decoder
         self.keep = keep
         self.dim = dim
@@ -74,10 +74,6 @@ class Slice(Transform):
         self.event_shape = (*before, keep + self.dropped, *after)
         self.latent_shape = (*before, keep, *after)
 
-    @property
-    def conditional(self) -> bool:
-        return self.context_features > 0
-
     def cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the dropped channels."""
         kept, rest = x.split([self.keep, self.dropped], dim=self.dim)
@@ -85,11 +81,10 @@ class Slice(Transform):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         z, rest = self.cut(x)
-        where = self.where("forward")
-        return z, score(self.decoder, rest, z, context, self.context_features, where)
+        return z, score(self.decoder, rest, z, context, self.context_features)
 
     def _latent(self, x: Tensor, context: Tensor | None) -> Tensor:
-        insist(context, self.context_features, self.where("forward"))
+        require_context(context, self.context_features)
         return x.narrow(self.dim, 0, self.keep)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -101,14 +96,13 @@ class Slice(Transform):
     def _inverse_and_ldj_samples(
         self, z: Tensor, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        where = self.where("inverse")
-        rest, log_p = draw(self.decoder, z, context, self.context_features, where, num_samples)
+        rest, log_p = draw(self.decoder, z, context, self.context_features, num_samples)
         z = repeat_rows(z, num_samples)
         return torch.cat([z, rest.to(z.dtype)], dim=self.dim), log_p
 
     def _given(self, z: Tensor, context: Tensor | None) -> Tensor:
         """What the decoder is conditioned on."""
-        return beside(z, context, self.context_features, self.where("inverse"))
+        return self._call("inverse", concatenate_context, z, context, self.context_features)
 
     def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
         z, rest = self.cut(x)
@@ -132,26 +126,22 @@ class Slice(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         decoder = DiagonalNormal((1,), net=MLP(2 + 1, 2, [8], "tanh"))
-        wide = DiagonalNormal((3,), scale=[1.3, 1.3, 2.0])
         return Example(
             cls(decoder, keep=2, context_features=1),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]),
             StandardNormal((2,)),
             context=lambda n: torch.randn(n, 1),
         )
 
 
-class Augment(Inverse):
+class Augment(_InverseOf):
     r"""The generative surjection that drops channels: inference draws them.
 
     .. math:: x = z_1, \quad z = (x, u),\ u \sim q(u \mid x), \qquad V = -\log q(u \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`Slice` turned round; flows on the joint
-    space of x and u (augmented normalizing flows, VFlow) stand behind it.
+    A lower bound: forward is stochastic. It is the other direction of :class:`Slice`; flows on
+    the joint space of x and u (augmented normalizing flows, VFlow) follow it.
 
     Args:
         encoder: q, any density; its event shape is the shape of u. If it is conditional its
@@ -175,24 +165,21 @@ class Augment(Inverse):
     ((5, 3), (5, 2), True)
     """
 
-    def __init__(
-        self, encoder: Distribution, keep: int, dim: int = 1, context_features: int = 0
-    ) -> None:
-        check_distribution(encoder, type(self).__name__, "encoder", context_features)
-        super().__init__(Slice(encoder, keep, dim, context_features))
+    of = Slice
+
+    def __init__(self, encoder: Distribution, *arguments: Any, **options: Any) -> None:
+        check_distribution(encoder, "Augment", "encoder", options.get("context_features", 0))
+        super().__init__(encoder, *arguments, **options)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         # the cut alone: generation does not score the encoder
-        insist(context, self.transform.context_features, self.where("inverse"))
+        require_context(context, self.transform.context_features)
         return self.transform.cut(z)[0]
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, StandardNormal
-        from surflow.nets import MLP
-
         encoder = DiagonalNormal((1,), net=MLP(2, 2, [8], "tanh"))
         with torch.no_grad():  # a wide encoder, so that importance weights stay bounded
             encoder.net.layers[-1].bias.copy_(torch.tensor([0.1, 0.4]))
         wide = DiagonalNormal((2,), scale=1.5)
-        return Example(cls(encoder, keep=2), wide.sample_and_log_prob, StandardNormal((3,)))
+        return Example(cls(encoder, keep=2), wide, StandardNormal((3,)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.checks import require
+from surflow.distributions import DiagonalNormal, OrderStatistics, StandardNormal
 from surflow.distributions.base import as_shape
 from surflow.distributions.order import (
     feature_index,
@@ -18,13 +19,15 @@ from surflow.distributions.order import (
     plackett_luce_sample,
     uniform_order,
 )
-from surflow.scores import record_score
-from surflow.transforms._nets import net_output
-from surflow.transforms.base import Example, Inverse, Transform, zero_ldj
+from surflow.nets import MLP
+from surflow.numeric import working_dtype
+from surflow.score_function import record_score
+from surflow.transforms.base import Example, Surjection, Transform, net_output, zero_ldj
 from surflow.transforms.bijections.ordered import OrderedToReal
+from surflow.transforms.inverse import _InverseOf
 
 
-class SortInference(Transform):
+class SortInference(Surjection):
     r"""The inference surjection z = sort(x), ascending, with a distribution of the order.
 
     .. math:: z = \mathrm{sort}(x), \quad x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
@@ -34,8 +37,8 @@ class SortInference(Transform):
     give V = -log N!, and a model in which the elements are exchangeable; else p is
     Plackett-Luce: the places of x are filled one by one, the element of rank k with a weight
     :math:`e^{\ell_k(z)}` among those left. Elements are sorted along dimension 1; where they are
-    vectors, whole, by one feature. The base must live on sorted z. Among ties, in whatever order
-    they stand, the first counts as the lower.
+    vectors, whole, by one feature. The base must live on sorted z. Of equal
+    elements the first counts as the lower.
 
     Args:
         event_shape: the shape of x, (N, *rest).
@@ -57,9 +60,6 @@ class SortInference(Transform):
     (tensor([[-1.0000,  0.3000,  2.0000]]), tensor([-1.7918]))
     """
 
-    bijective = False
-    stochastic_forward = False
-    stochastic_inverse = True
     constraint = "the latents are sorted"
 
     def __init__(
@@ -80,13 +80,13 @@ class SortInference(Transform):
     def _key(self, x: Tensor) -> Tensor:
         return x[(slice(None), slice(None), *self.by)]
 
-    def _order_logits(self, z: Tensor, context: Tensor | None, method: str) -> Tensor | None:
+    def _order_logits(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Logits of the ranks, broadcastable to (B, N); None for uniform orders."""
         if self.net is not None:
             shape = (z.shape[0], self.num_elements)
-            return net_output(self, self.net, z, context, shape, method)
+            return net_output(self.net, z, context, shape)
         if self.logits is not None:
-            return self.logits.to(torch.promote_types(z.dtype, torch.float32))
+            return self.logits.to(working_dtype(z))
         return None
 
     def _score(self, logits: Tensor | None, ranks: Tensor, z: Tensor) -> Tensor:
@@ -97,18 +97,17 @@ class SortInference(Transform):
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         order = torch.sort(self._key(x), dim=1, stable=True).indices
         z = permuted(x, order)
-        logits = self._order_logits(z, context, "forward")
+        logits = self._order_logits(z, context)
         return z, self._score(logits, inverse_order(order), z)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         key = self._key(z)
         require(
             key[:, 1:] >= key[:, :-1],
-            self.where("inverse"),
             "elements in ascending order along dimension 1",
             key[:, 1:],
         )
-        logits = self._order_logits(z, context, "inverse")
+        logits = self._order_logits(z, context)
         if logits is None:
             ranks = uniform_order(z.shape[0], self.num_elements, z.device)
         else:
@@ -130,27 +129,23 @@ class SortInference(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, OrderStatistics, StandardNormal
-        from surflow.nets import MLP
-
-        wide = DiagonalNormal((3,), scale=1.3)
         return Example(
             cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
-            wide.sample_and_log_prob,
+            DiagonalNormal((3,), scale=1.3),
             OrderStatistics(StandardNormal((3,))),
             context=lambda n: torch.randn(n, 1),
         )
 
 
-class SortGenerative(Inverse):
+class SortGenerative(_InverseOf):
     r"""The generative surjection x = sort(z): inference draws the order that sorting forgets.
 
     .. math:: x = \mathrm{sort}(z), \quad z_i = x_{\sigma_i},\ \sigma \sim q(\sigma \mid x), \qquad
               V = -\log q(\sigma \mid x)
 
-    A lower bound: forward is stochastic. For data that come sorted; it is :class:`SortInference`
-    turned round. Uniform orders are tight for an exchangeable model behind it. A drawn order has
-    no pathwise gradient: the objectives add the score-function gradient of q.
+    A lower bound: forward is stochastic. For data that come sorted; it is the other direction of
+    :class:`SortInference`. Uniform orders are tight if an exchangeable model follows. A drawn order
+    has no pathwise gradient: the objectives add the score-function gradient of q.
 
     Args:
         event_shape, by, learn, net: see :class:`SortInference`; the net sees x.
@@ -167,21 +162,12 @@ class SortGenerative(Inverse):
     tensor([[1., 3.]])
     """
 
-    def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        by: int | Sequence[int] | None = None,
-        learn: bool = False,
-        net: nn.Module | None = None,
-    ) -> None:
-        super().__init__(SortInference(event_shape, by, learn, net))
+    of = SortInference
 
     @classmethod
     def example(cls) -> Example:
-        from surflow.distributions import DiagonalNormal, OrderStatistics
-
         transform = cls((3,), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.4, -0.2, 0.1]))
-        sample = OrderStatistics(DiagonalNormal((3,), scale=1.4)).sample_and_log_prob
+        sample = OrderStatistics(DiagonalNormal((3,), scale=1.4))
         return Example(transform, sample, DiagonalNormal((3,), [0.3, 0.0, -0.2], [0.8, 1.0, 0.9]))

@@ -17,7 +17,7 @@ from surflow.flow import Flow
 from surflow.nets import MLP
 from surflow.objectives import elbo, iwbo
 from surflow.proofs import double_precision
-from surflow.scores import close_tape, open_tape, record_score
+from surflow.score_function import close_tape, open_tape, record_score
 from surflow.transforms import AbsGenerative, Augment
 
 ROWS = 100_000
