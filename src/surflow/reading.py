@@ -108,38 +108,35 @@ class Fields:
 
     def items(self, key: str, known: Collection[str], required: bool = False) -> list[Fields]:
         """The mappings in the list at a key; absent and null are the empty list."""
-        content = self._list(key, required, "a non-empty list" if required else "a list")
+        want = "a non-empty list" if required else "a list"
+        content = self._list(key, want, required, lambda item: True)
         return [
             Fields(item, self._error, self.name(f"{key}[{i}]"), known)
             for i, item in enumerate(content)
         ]
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        """The strings in the list at a key; absent and null are the empty list."""
-        content = self._list(key, False, "a list of strings")
-        for item in content:
-            if not isinstance(item, str):
-                raise self._error(
-                    f"field {self.name(key)!r} must be a list of strings, got {shown(item)}"
-                )
-        return tuple(content)
-
-    def words(self, key: str, known: Collection[str]) -> tuple[str, ...]:
-        """The known strings in the list at a key, one or more."""
-        want = f"a list of some of {', '.join(known)}"
-        content = self._list(key, True, want)
-        for item in content:
-            if item not in known:
-                raise self._error(f"field {self.name(key)!r} must be {want}, got {shown(item)}")
-        return tuple(content)
-
-    def _list(self, key: str, required: bool, want: str) -> list:
-        return self._read(
-            key,
-            REQUIRED if required else [],
-            want,
-            lambda v: isinstance(v, list) and (v or not required),
+    def texts(self, key: str, known: Collection[str] | None = None) -> tuple[str, ...]:
+        """The strings in the list at a key: of any kind, or one or more of the known ones."""
+        want = "a list of strings" if known is None else f"a list of some of {', '.join(known)}"
+        required = known is not None
+        return tuple(
+            self._list(
+                key,
+                want,
+                required,
+                lambda item: isinstance(item, str) and (known is None or item in known),
+            )
         )
+
+    def _list(self, key: str, want: str, required: bool, good: Callable[[Any], bool]) -> list:
+        default = REQUIRED if required else []
+        content = self._read(
+            key, default, want, lambda v: isinstance(v, list) and (v or not required)
+        )
+        for item in content:
+            if not good(item):
+                raise self._error(f"field {self.name(key)!r} must be {want}, got {shown(item)}")
+        return content
 
 
 def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:

@@ -301,7 +301,7 @@ def test_full_disk_at_the_record(call, tiny, config, monkeypatch):
     folder = run_dir(config())
     full = SimpleNamespace(write=FullDisk._raise)
     with monkeypatch.context() as patch:
-        patch.setattr(result, "write_json_atomic", full.write)
+        patch.setattr(result, "write_json", full.write)
         done = call("train", *tiny())
     assert done.code == 2
     last = done.err.splitlines()[-1]

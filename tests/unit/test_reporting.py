@@ -118,6 +118,25 @@ def test_record_round_trip(tmp_path):
     assert find_records(tmp_path / "none") == []
 
 
+def test_committed_records_are_written_as_they_were_read(tmp_path):
+    paths = sorted((ROOT / "results").glob("*/*/records/*.json"))
+    assert paths
+    for path in paths:
+        written = write_json(tmp_path / "record.json", load_record(path).to_json())
+        assert written.read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), path
+
+
+def test_optional_fields_of_a_record(tmp_path):
+    found = load_record(put(tmp_path))
+    assert (found.former_hash, found.measures) == (None, {})
+    assert not {"former_hash", "measures", "missing", "weights"} & set(found.to_json())
+    more = {"former_hash": "f" * 16, "measures": {"likelihood": {"samples": 10}}}
+    found = load_record(put(tmp_path, **more))
+    assert {key: found.to_json()[key] for key in more} == more
+    with pytest.raises(RecordError, match="'former_hash' must be a string matching"):
+        load_record(put(tmp_path, former_hash="old"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

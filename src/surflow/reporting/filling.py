@@ -121,11 +121,16 @@ def build_table(
 ) -> Table:
     """Fill the table with the records that belong in it.
 
-    `expected` maps (row, column, seed) to the config hash that the cell asks for; `protocols` to
-    the part of a score's protocol that it asks for. A record belongs to a cell by artefact, row,
-    seed and its data being the column's; where no column is of its data, by that hash. Records of
-    other artefacts, rows, columns or seeds are left alone.
-    Raises `ValueError` where likelihoods and bounds would be averaged in one cell.
+    A record belongs to a cell by artefact, row, seed and its data being the column's; where no
+    column is of its data, by its hash. Records of other artefacts, rows or seeds are ignored.
+
+    Args:
+        records: what `load_records` gives.
+        expected: the config hash that a cell asks for.
+        protocols: the part of a score's protocol that a cell asks for.
+
+    Raises:
+        ValueError: where likelihoods and bounds would be averaged in one cell.
     """
     seeds = tuple(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -253,31 +258,20 @@ def _fill_cell(
     values = [metric.value for metric in metrics]
     ours = statistics.fmean(values)
     floors = [r.floor[name].value for r in used if name in r.floor]
-    floor = statistics.fmean(floors) if floors else None
     estimator = "; ".join(distinct(metric.estimator for metric in metrics))
     if kinds[0] == "bound" and "bound" not in estimator:
         estimator = f"bound: {estimator}"
     times = [record.wall_time_s for record in used if record.wall_time_s is not None]
-    return replace(
+    cell = replace(
         empty,
         ours=ours,
         std=statistics.stdev(values) if len(values) > 1 else None,
         delta=None if published is None else ours - published,
-        floor=floor,
+        floor=statistics.fmean(floors) if floors else None,
         unit=metrics[0].unit,
         kind=kinds[0],
         estimator=estimator,
-        verdict=verdict_of(
-            column,
-            row,
-            profile=profile,
-            ours=ours,
-            published=published,
-            floor=floor,
-            done=len(used),
-            wanted=wanted,
-            released=any(record.weights for record in used),
-        ),
         wall_time_s=statistics.fmean(times) if times else None,
         records=tuple(used),
     )
+    return replace(cell, verdict=verdict_of(cell, profile, wanted))

@@ -188,7 +188,7 @@ def _numeric(spec: TableSpec) -> range:
 
 
 def _conditions(table: Table) -> list[str]:
-    """What the numbers depend on beside the models: protocols of scores, data, weights."""
+    """What the numbers depend on besides the models: protocols of scores, data, weights."""
     protocols = distinct(
         f"{column.label}: {describe(protocol_of(metric))}"
         for column in table.spec.columns

@@ -300,8 +300,8 @@ def _column(fields: Fields, table: dict[str, Any], rows: Sequence[str]) -> Colum
         **own,
         digits=digits,
         published_digits=fields.whole("published_digits", digits, most=9),
-        profiles=fields.words("profiles", PROFILES) if "profiles" in fields else PROFILES,
-        rows=fields.words("rows", rows) if "rows" in fields else (),
+        profiles=fields.texts("profiles", PROFILES) if "profiles" in fields else PROFILES,
+        rows=fields.texts("rows", rows) if "rows" in fields else (),
     )
 
 

@@ -29,8 +29,8 @@ class Cell:
 
     `ours` is None where nothing was accepted; `verdict` then is ``not run``, ``quoted only``,
     ``no such number`` (the column is not about this model), ``missing: <reason>`` (the run is
-    there, the metric could not be computed) or ``refused: <reason>``. `refusals` and `missing` list
-    what was refused, or is missing, seed by seed, also beside a number.
+    there, the metric could not be computed) or ``refused: <reason>``. `refusals` and `missing` name
+    every seed that was refused or lacks the metric.
     """
 
     row: RowSpec
@@ -52,12 +52,12 @@ class Cell:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds behind `ours`."""
+        """The seeds of `ours`."""
         return tuple(record.seed for record in self.records)
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """The distinct short commits behind `ours`."""
+        """The distinct short commits of `ours`."""
         return distinct(record.short_commit for record in self.records)
 
     @property
@@ -68,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A filled table. `problems` are unreadable records of no known cell; `warnings` are ours."""
+    """A filled table. `problems` are unreadable records of no known cell."""
 
     spec: TableSpec
     profile: str
@@ -84,7 +84,7 @@ class Table:
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """The distinct short commits behind the table."""
+        """The distinct short commits of the records."""
         return distinct(record.short_commit for record in self.records)
 
     @property

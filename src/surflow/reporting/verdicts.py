@@ -8,47 +8,36 @@ from typing import Any
 
 from surflow.record import Record, protocol_value
 from surflow.reporting.spec import ColumnSpec, RowSpec
+from surflow.reporting.table import Cell
 from surflow.reporting.text import describe
 
 _SLACK = 1e-9  # float noise allowed at the edge of a tolerance, in the unit of the metric
 
 
-def verdict_of(
-    column: ColumnSpec,
-    row: RowSpec,
-    *,
-    profile: str,
-    ours: float,
-    published: float | None,
-    floor: float | None,
-    done: int,
-    wanted: int,
-    released: bool = False,
-) -> str:
-    """The verdict on one number (in the unit of the metric) from `done` of `wanted` seeds."""
+def verdict_of(cell: Cell, profile: str, wanted: int) -> str:
+    """The verdict on a cell that has a number, from some of the `wanted` seeds."""
+    released = "released weights: " if any(record.weights for record in cell.records) else ""
     if profile != "paper":
-        text = f"not a reproduction (profile {profile})"
-        return f"released weights: {text}" if released else text
-    text = _comparison(column, row, ours, published, floor)
-    text = f"released weights: {text}" if released else text
-    return text if done == wanted else f"{done} of {wanted} seeds: {text}"
+        return f"{released}not a reproduction (profile {profile})"
+    done = len(cell.records)
+    seeds = "" if done == wanted else f"{done} of {wanted} seeds: "
+    return seeds + released + _comparison(cell)
 
 
-def _comparison(
-    column: ColumnSpec, row: RowSpec, ours: float, published: float | None, floor: float | None
-) -> str:
+def _comparison(cell: Cell) -> str:
     """Our number against the published one, or, where a row has a target, against the floor."""
-    if published is not None:
-        worse = column.worse_by(ours, published)
+    column, target = cell.column, cell.row.target_above_floor
+    if cell.published is not None:
+        worse = column.worse_by(cell.ours, cell.published)
         if worse > column.tolerance + _SLACK:
             return f"worse by {worse:.{column.digits}f}"
         same = worse >= -column.tolerance - _SLACK
         return "reproduced" if same else f"reproduced, better by {-worse:.{column.digits}f}"
-    if row.target_above_floor is None:
+    if target is None:
         return "published value not available"
-    if floor is None:
+    if cell.floor is None:
         return "floor not available"
-    above, target = ours - floor, row.target_above_floor
+    above = cell.ours - cell.floor
     if above <= target + _SLACK:
         return f"within {target:.{column.digits}f} of the floor"
     return f"{above:.{column.digits}f} above the floor, target {target:.{column.digits}f}"

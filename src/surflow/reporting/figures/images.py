@@ -11,7 +11,7 @@ from PIL import Image
 
 from surflow.files import write_bytes
 
-PAPER = 255  # grey level between and behind the images
+PAPER = 255  # grey level between and around the images
 SHOWN_SIDE = 64  # pixels of the picture that a small image's side is brought up to
 
 

@@ -38,7 +38,7 @@ from surflow.reporting.table import Table
 LATENT_PANEL = 2.5  # inches
 LATENT_ARRAYS = ("aggregated", "prior", "kl", "points")
 SHADE = 0.4
-"""Colours follow a density to this power, so that thin regions are seen beside dense ones."""
+"""Colours follow a density to this power, so that thin regions are seen next to dense ones."""
 SHOWN_MASS = 0.98
 """Of the aggregated posterior and of the prior, along each axis, in the window of a picture."""
 
@@ -104,7 +104,7 @@ def _latent_pair(
     picture: Mapping[str, np.ndarray],
     record: Record | None,
 ) -> None:
-    """The aggregated posterior beside the prior, and what is said of them."""
+    """The aggregated posterior, the prior, and their captions."""
     densities = [picture["aggregated"], picture["prior"]]
     top = max(_highest(density) for density in densities) or 1.0
     for axes, density in zip(pair, densities, strict=True):
