@@ -24,7 +24,6 @@ from benchmarks import harness, images, spline, step, vae
 from surflow.cli.command import command
 from surflow.errors import UserError
 
-
 CONF = Path(__file__).parent / "conf"
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from surflow.cli.train import train
 from surflow.config import build as config_object
 from surflow.errors import UserError
-from surflow.flow import Flow
 from surflow.files import relative, write_bytes, write_json, write_text
-from surflow.training.origin import origin as origin_of
-from surflow.training.origin import origin_line
+from surflow.flow import Flow
 from surflow.training.hardware import can_compile
 from surflow.training.module import FlowModule
+from surflow.training.origin import origin as origin_of
+from surflow.training.origin import origin_line
 from surflow.training.run import Run
 
 K = TypeVar("K")

@@ -277,7 +277,7 @@ def _computed(node: Any) -> Any:
 def _same(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         default = list(default)
-    return type(value) is type(default) and value == default or (
+    return (type(value) is type(default) and value == default) or (
         isinstance(value, int | float)
         and isinstance(default, int | float)
         and not isinstance(value, bool)

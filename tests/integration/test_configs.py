@@ -9,8 +9,8 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-
 from surflow.cli.common import build_data, build_flow, check_everything, user_error_behind
+
 from surflow.cli.report import load_table_spec
 from surflow.config import (
     ADDED_LATER,
@@ -304,11 +304,26 @@ def test_model_of_digits(data, model):
             ["objective.free_bits=1", "objective.num_samples=2"],
             "objective.num_samples: expected 1 with annealing or free bits",
         ),
-        (["measures.samples.n=1"], "measures.samples.n: expected 0 .none. or at least 2 images, got 1"),
-        (["measures.samples.n=5"], "measures.samples.n: scores of samples are for images, not data=checkerboard"),
-        (["measures.samples.extractor=inceptoin"], "measures.samples.extractor: .*did you mean 'inception'"),
-        (["measures.samples.reference=[tset]"], "measures.samples.reference: expected one of train, valid, test"),
-        (["measures.samples.temperature=0"], "measures.samples.temperature: expected a positive number, got 0"),
+        (
+            ["measures.samples.n=1"],
+            "measures.samples.n: expected 0 .none. or at least 2 images, got 1",
+        ),
+        (
+            ["measures.samples.n=5"],
+            "measures.samples.n: scores of samples are for images, not data=checkerboard",
+        ),
+        (
+            ["measures.samples.extractor=inceptoin"],
+            "measures.samples.extractor: .*did you mean 'inception'",
+        ),
+        (
+            ["measures.samples.reference=[tset]"],
+            "measures.samples.reference: expected one of train, valid, test",
+        ),
+        (
+            ["measures.samples.temperature=0"],
+            "measures.samples.temperature: expected a positive number, got 0",
+        ),
         (["weights.source=offcial"], "weights.source: .* did you mean 'official'"),
         (["weights.path=x"], "weights.path: of no effect without weights.source=official"),
         (["compute.memory=reversed"], "compute.memory: expected one of stored, reversible"),

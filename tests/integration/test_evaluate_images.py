@@ -6,11 +6,11 @@ import math
 import re
 
 import pytest
+from surflow.cli.common import load_flow
+from surflow.cli.result import trained_of
 
 import surflow.progress
-from surflow.cli.common import load_flow
 from surflow.cli.evaluate import evaluate_run
-from surflow.cli.result import trained_of
 from surflow.config import run_dir
 from surflow.evaluation import likelihood
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from surflow.cli.common import build_data, check_everything
+
 from surflow.compat import make_torchvision_importable
 from surflow.config import compose, conf_dir, config_hash
 from surflow.data.published import CIFAR10

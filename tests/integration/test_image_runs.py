@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from surflow.cli.result import scores_due
+
 from surflow.config import compose, run_dir
 from surflow.errors import UserError
 from surflow.models import official_flow, read_tensors

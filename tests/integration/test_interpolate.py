@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from surflow.cli.common import load_flow
+
 from surflow.cli.interpolate import run_config
 from surflow.cli.train import train
 from surflow.config import compose, config_hash, run_dir

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from surflow.cli.common import load_flow
+
 from surflow.cli.train import what_to_compile
 from surflow.config import compose, run_dir
 from surflow.data.point_sets import SpatialDigits
@@ -140,6 +140,7 @@ def test_nets_and_not_the_loss_are_compiled():
 @pytest.mark.slow
 def test_a_compiled_net_gives_the_same(config):
     from surflow.cli.common import build_data, build_flow
+
     from surflow.memory import set_memory
     from surflow.training.module import can_compile
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from surflow.cli.launch import (
     Allotment,
     Job,
@@ -22,6 +21,7 @@ from surflow.cli.launch import (
     slurm_parameters,
     visible_gpus,
 )
+
 from surflow.cli.report import load_table_spec, plan_cells, write_report
 from surflow.cli.reproduce import allot, reproduce
 from surflow.cli.request import check_request, make_command, results_name, settle

@@ -134,7 +134,11 @@ def test_scores_of_samples_in_the_record(run, call):
     """A complete run gets the scores that it lacks, without training again."""
     overrides, folder = run
     record = json.loads((folder / "record.json").read_text())
-    wanted = ["measures.samples.n=40", "measures.samples.extractor=random_features", "measures.samples.temperature=0.9"]
+    wanted = [
+        "measures.samples.n=40",
+        "measures.samples.extractor=random_features",
+        "measures.samples.temperature=0.9",
+    ]
     done = call("train", *overrides, *wanted)
     assert done.code == 0, done.err
     scored = json.loads((folder / "record.json").read_text())

@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-
 from surflow.cli.common import build_data, build_flow
+from surflow.training.logging import Elapsed
+
 from surflow.config import config_hash, run_dir
 from surflow.data.batches import TensorBatches
 from surflow.errors import UserError
-from surflow.training.logging import Elapsed
 
 LONG = ("trainer.max_epochs=8", "data.batch_size=16", "trainer.log_every_n_steps=7")
 
@@ -230,7 +230,9 @@ def test_accumulation_is_a_larger_batch(train, rows, weights):
 
 
 def test_schedule_moves_the_rate(train, rows):
-    _, folder, _ = train("schedule=cosine", "schedule.warmup_steps=4", "trainer.log_every_n_steps=1")
+    _, folder, _ = train(
+        "schedule=cosine", "schedule.warmup_steps=4", "trainer.log_every_n_steps=1"
+    )
     got = [float(r["lr"]) for r in rows(folder) if r["lr"]]
     wanted = [
         1e-3 * min(1, (step + 1) / 4) * 0.5 * (1 + math.cos(math.pi * step / 10))

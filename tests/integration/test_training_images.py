@@ -20,6 +20,7 @@ make_torchvision_importable()
 import pytorch_lightning as pl  # noqa: E402
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from pytorch_lightning.strategies import DDPStrategy  # noqa: E402
+from surflow.training.logging import CSVMetrics  # noqa: E402
 
 from surflow.data.embedded import Digits  # noqa: E402
 from surflow.data.module import block_rows  # noqa: E402
@@ -35,7 +36,6 @@ from surflow.training.checkpoint import (  # noqa: E402
     load_checkpoint,
     resume_point,
 )
-from surflow.training.logging import CSVMetrics  # noqa: E402
 from surflow.training.module import FlowModule, Objective, can_compile  # noqa: E402
 from surflow.training.schedules import staged  # noqa: E402
 from surflow.transforms import AffineCoupling, Transform  # noqa: E402

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from surflow.cli.common import build_data, load_flow
 
 from surflow.cli import report
-from surflow.cli.common import build_data, load_flow
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
 from surflow.files import write_json
@@ -126,6 +126,7 @@ def test_latents_of_the_run(run):
 def test_pictures_are_the_same_twice(run, tmp_path):
     """They follow from the seed, and leave the random state and the mode of the flow alone."""
     from surflow.cli.result import trained_of
+
     from surflow.evaluation.pictures import draw_pictures
 
     overrides, folder = run

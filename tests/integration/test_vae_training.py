@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from surflow.cli.common import load_flow
 
 import surflow.training.module as training
-from surflow.cli.common import load_flow
 from surflow.config import ADDED_LATER, compose, config_hash
 
 VAE = (

@@ -176,7 +176,9 @@ def test_scores_added_later_reach_the_summary(command, tmp_path):
     first = command("train", *arguments)
     assert first.code == 0, first.err
     assert "pool_flow-slice digits seed 0  epoch 1/1" in first.err
-    done = command("train", *arguments, "measures.samples.n=16", "measures.samples.extractor=random_features")
+    done = command(
+        "train", *arguments, "measures.samples.n=16", "measures.samples.extractor=random_features"
+    )
     assert done.code == 0, done.err
     (record,) = tmp_path.rglob("record.json")
     metrics = json.loads(record.read_text())["metrics"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from surflow.cli.common import build_data, check_everything
+
 from surflow.config import compose, config_hash
 from surflow.data import point_sets
 from surflow.data.downloads import Published
@@ -373,7 +373,10 @@ def test_the_place_of_the_cache_makes_no_other_run():
             "model=coupling_flow is not for sets of points",
         ),
         (["data=spatial_digits", "model=pool_flow"], "model=pool_flow is not for sets of points"),
-        (["data=spatial_digits", "model=set_flow", "measures.samples.n=5"], "measures.samples.n: scores of samples"),
+        (
+            ["data=spatial_digits", "model=set_flow", "measures.samples.n=5"],
+            "measures.samples.n: scores of samples",
+        ),
     ],
 )
 def test_what_does_not_fit_together(overrides, message):

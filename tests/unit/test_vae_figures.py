@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
+from surflow.data.digits import DigitData
+from surflow.data.images import ImageData
 from surflow.data.pixels import BrokenSamples
+from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.evaluation.sampling import draw_unit
 from surflow.evaluation.vae import (
     Decoded,
@@ -19,9 +22,6 @@ from surflow.evaluation.vae import (
     grid_log_density,
     latent_arrays,
 )
-from surflow.data.digits import DigitData
-from surflow.data.images import ImageData
-from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, StandardNormal, Uniform
 from surflow.files import write_json
 from surflow.flow import Flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors

@@ -160,7 +160,9 @@ class TimedCheckpoint(Checkpoint):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not minutes >= 0:
-            raise ValueError(f"callbacks.timed_checkpoint.minutes: expected minutes >= 0, got {minutes}")
+            raise ValueError(
+                f"callbacks.timed_checkpoint.minutes: expected minutes >= 0, got {minutes}"
+            )
         if look_every < 1:
             raise ValueError(f"look_every: expected a positive number, got {look_every}")
         self.seconds = 60.0 * minutes

@@ -65,9 +65,7 @@ def fit(run: Run, times: Elapsed) -> Flow | None:
     csv.start(_resumed_step(run, last))
     trainer = make_trainer(run, module, times, csv)
     try:
-        trainer.fit(
-            module, datamodule=run.data, ckpt_path=str(last) if last.is_file() else None
-        )
+        trainer.fit(module, datamodule=run.data, ckpt_path=str(last) if last.is_file() else None)
     except SystemExit:  # what Lightning makes of ctrl-c
         if trainer.interrupted:
             raise KeyboardInterrupt from None

@@ -13,8 +13,8 @@ from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from surflow.errors import UserError
-from surflow.flow import Ledger
 from surflow.files import write_text
+from surflow.flow import Ledger
 
 
 class CSVMetrics(Logger):

@@ -112,9 +112,7 @@ class Run:
                 "surjection of your choice; use model=pool_flow, or surjection=none"
             )
         if chosen and takes.surjection is None:
-            raise UserError(
-                f"surjection={name}: model={model} takes none; use surjection=none"
-            )
+            raise UserError(f"surjection={name}: model={model} takes none; use surjection=none")
 
     @property
     def builder_takes(self) -> Takes:
@@ -148,7 +146,11 @@ class Run:
         facts = takes.of(self.data)
         if takes.surjection is not None:
             surjection = build(self.config["surjection"])
-            if surjection is not None and not takes.between and not isinstance(surjection, torch.nn.Module):
+            if (
+                surjection is not None
+                and not takes.between
+                and not isinstance(surjection, torch.nn.Module)
+            ):
                 surjection = surjection(self.data.event_shape)
             facts[takes.surjection] = surjection
         flow = builder(**facts)
@@ -226,7 +228,9 @@ class Run:
         try:
             digests = self.data_digest()
         except (UserError, OSError):  # the files are elsewhere: nothing to compare with
-            print(f"{relative(self.folder)}: its data are not here to compare with", file=sys.stderr)
+            print(
+                f"{relative(self.folder)}: its data are not here to compare with", file=sys.stderr
+            )
             return
         changed = [s for s, digest in digests.items() if told.get(s, {}).get("sha256") != digest]
         if changed:
