@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -109,10 +111,33 @@ class Inverse(Transform):
         )
 
 
+def _options(construct: Callable[..., None]) -> list[inspect.Parameter]:
+    parameters = inspect.signature(construct).parameters.values()
+    return [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
 class _InverseOf(Inverse):
-    """The other direction of one class of layers, made from that class's arguments."""
+    """The other direction of one class of layers, made from that class's arguments.
+
+    The constructor has the signature of that class, from which options in a config are known; an
+    ``__init__`` may rename the first arguments.
+    """
 
     of: ClassVar[type[Transform]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "of" not in vars(cls):
+            return
+        construct = cls.__init__
+        own, of = _options(construct), _options(cls.of.__init__)
+
+        @functools.wraps(construct)
+        def __init__(self: _InverseOf, *arguments: Any, **options: Any) -> None:
+            construct(self, *arguments, **options)
+
+        __init__.__signature__ = inspect.Signature([*own, *of[len(own) :]])
+        cls.__init__ = __init__
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(self.of(*arguments, **options))
