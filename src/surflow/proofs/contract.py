@@ -14,16 +14,19 @@ from surflow.proofs.proof import Trial, check, expect, expect_row, expect_small,
 @check
 def batch_of_one(trial: Trial):
     """One row goes through both directions, and comes out as one row."""
-    x, context, latent = trial.both_sides(1)
-    for name, method, value, _ in trial.methods(x, latent):
-        side, like = ("z", latent) if name == "forward" else ("x", x)
-        found, *ldj = trial.call(method, value, context)
-        shape, expected = tuple(found.shape), tuple(like.shape)
-        expect(shape == expected, f"{name}: expected {side} {expected}, got {shape}")
-        for contribution in ldj:
-            expect_row(contribution, 1, name)
-        finite = all(bool(v.isfinite().all()) for v in (found, *ldj))
-        expect(finite, "a batch of one gives values that are not finite")
+    t = trial.t
+    x, context, _ = trial.inputs(1)
+    z, ldj = t(x, context)
+    latent = trial.latents(1)
+    (back, pair), again = t.inverse_and_ldj(latent, context), t.inverse(latent, context)
+    expect_row(ldj, 1, "forward")
+    expect_row(pair, 1, "inverse_and_ldj")
+    found = {"forward": (z, latent), "inverse": (again, x), "inverse_and_ldj": (back, x)}
+    for name, (value, like) in found.items():
+        shape, expected = tuple(value.shape), tuple(like.shape)
+        expect(shape == expected, f"{name}: expected {expected}, got {shape}")
+    finite = all(bool(v.isfinite().all()) for v in (z, ldj, back, pair))
+    expect(finite, "a batch of one gives values that are not finite")
     return "a batch of one works both ways", {}
 
 
@@ -35,7 +38,7 @@ def row_independence(trial: Trial, n: int = 32, tolerance: float = 1e-9):
     """
     t, keep, gaps = trial.t, n // 4, {}
     for name, method, stochastic, draw in (
-        ("forward", t, t.stochastic_forward, lambda: trial.example.sample(n)[0]),
+        ("forward", t, t.stochastic_forward, lambda: trial.inputs(n)[0]),
         ("inverse", t.inverse_and_ldj, t.stochastic_inverse, lambda: trial.latents(n)),
     ):
         value, other = draw(), draw()
@@ -48,8 +51,7 @@ def row_independence(trial: Trial, n: int = 32, tolerance: float = 1e-9):
         found = [gap(a[:keep], b[:keep]) for a, b in zip(first, second, strict=True)]
         if not stochastic:
             order = torch.randperm(n)
-            given = None if context is None else context[order]
-            permuted = trial.call(method, value[order], given)
+            permuted = trial.call(method, value[order], None if context is None else context[order])
             found += [gap(b, a[order]) for a, b in zip(first, permuted, strict=True)]
         gaps[name] = max(found)
     worst = expect_small(gaps, tolerance, "a row changes with the other rows, by {gap:.3g}")
@@ -102,8 +104,7 @@ def dtypes(trial: Trial, n: int = 64, tolerance: float = 1e-3):
 @check
 def contexts(trial: Trial, n: int = 8):
     """A layer that reads a context requires one; a layer that reads none ignores it."""
-    t = trial.t
-    x, context, latent = trial.both_sides(n)
+    t, (x, context, latent) = trial.t, trial.both_sides(n)
     has = "has no" if context is None else "has a"
     said = f"conditional is {t.conditional}, but the example {has} context"
     expect(t.conditional == (context is not None), said)

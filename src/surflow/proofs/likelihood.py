@@ -128,18 +128,18 @@ def generation(
             total += flat @ torch.randn(flat.shape[1], num_features, generator=mixes).double()
         return torch.tanh(total)
 
-    worst, errors = 0.0, 0.0
+    worst, spread = 0.0, 0.0
     for generated, ours_v, model_v in ((drawn, ldj, pair), (again, None, None)):
         ours = mixed(x, z, context, ours_v) * weight.unsqueeze(1)
         model = mixed(generated, latent, context, model_v)
         error = ((ours.var(0) + model.var(0)) / n).sqrt()
         difference = (ours.mean(0) - model.mean(0)).abs()
         worst = max(worst, (difference / (error + 1e-12)).max().item())
-        errors = max(errors, error.max().item())
-    measured = {"deviation": worst, "standard_error": errors, "n": float(n)}
+        spread = max(spread, error.max().item())
+    measured = {"deviation": worst, "standard_error": spread, "n": float(n)}
     said = f"means of {num_features} features differ by at most {worst:.2f} standard errors"
-    fine = errors <= max_standard_error
-    expect(fine, f"{said} of {errors:.3g}: too coarse a measure", **measured)
+    coarse = f"{said} of {spread:.3g}: too coarse a measure"
+    expect(spread <= max_standard_error, coarse, **measured)
     expect(worst <= 5, said, **measured)
     return said, measured
 
@@ -151,8 +151,7 @@ def agreement(trial: Trial, n: int = 256, tolerance: float = 1e-7):
     Where forward is deterministic, ``inverse_and_ldj`` gives the contribution that ``forward``
     gives at the x it returned, and leads back to the same z.
     """
-    t, gaps = trial.t, {}
-    context = trial.context(n)
+    t, gaps, context = trial.t, {}, trial.context(n)
     x, latent = trial.inputs(n)[0], trial.latents(n)
     if not t.stochastic_forward:
         generated, ldj = t.inverse_and_ldj(latent, context)
