@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from surflow.cli.command import guarded
-from surflow.config import compose, config_hash, options_of, resolved, target_of
+from surflow.config import build, compose, config_hash, options_of, resolved, target_of
 from surflow.errors import UserError
 from surflow.files import relative, replacing, write_json
 
@@ -39,7 +39,16 @@ MOVED = {
 }
 """Keys with another place; all others keep theirs."""
 
-GROUPS = ("data", "model", "surjection", "optimizer", "schedule", "objective", "trainer")
+GROUPS = (
+    "data",
+    "model",
+    "surjection",
+    "optimizer",
+    "schedule",
+    "objective",
+    "trainer",
+    "callbacks",
+)
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,9 +76,16 @@ def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
         chosen.append("callbacks=ema")
     chosen += [f"profile={earlier['profile']['name']}", f"seed={earlier['seed']}"]
     config = resolved(compose(chosen))
-    found = {MOVED.get(key, key): value for key, value in leaves(dict(earlier))}
-    for key, value in found.items():
-        _put(config, key, value)
+    data = build(config["data"])
+    # values that now follow from the data, where the config is silent
+    derived = {f"data.{name}": value for name, value in vars(data).items()}
+    derived["objective.unit"] = data.unit
+    for key, value in leaves(dict(earlier)):
+        group, _, name = key.partition(".")
+        known = derived.get(key)
+        known = list(known) if isinstance(known, tuple) else known
+        if group in GROUPS and (name in config[group] or known != value):
+            _put(config, MOVED.get(key, key), value)
     return config
 
 
