@@ -51,16 +51,16 @@ class PartlyHalfNormal(Distribution):
         mask[list(folded)] = True
         self.register_buffer("mask", mask)
         self.half = HalfNormal(event_shape, scale=scale)
-        self.normal = DiagonalNormal(event_shape, scale=scale)
+        self.whole = DiagonalNormal(event_shape, scale=scale)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
-        log_normal = self.normal._standard_log_prob(x / self.normal.log_scale.exp())
-        log_normal = log_normal - self.normal.log_scale
+        log_normal = self.whole._standard_log_prob(x / self.whole.log_scale.exp())
+        log_normal = log_normal - self.whole.log_scale
         log_half = torch.where(x >= 0, log_normal + torch.tensor(2.0).log(), -torch.inf)
         return sum_event(torch.where(self.mask, log_half, log_normal))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
-        x = self.normal.sample(n, temperature=temperature)
+        x = self.whole.sample(n, temperature=temperature)
         return torch.where(self.mask, x.abs(), x)
 
 

@@ -108,33 +108,6 @@ def test_a_room_imports_from_what_lies_before_it(room):
         assert rooms(path) - {room} <= ALLOWED[room], path
 
 
-def circles(graph: dict[str, set[str]]) -> list[str]:
-    """The modules that lie on a circle of imports: whatever is left once ends are taken off."""
-    left = {name: set(to) for name, to in graph.items()}
-    while ends := {name for name, to in left.items() if not to & left.keys()}:
-        left = {name: to for name, to in left.items() if name not in ends}
-    while starts := left.keys() - {name for to in left.values() for name in to}:
-        left = {name: to for name, to in left.items() if name not in starts}
-    return sorted(left)
-
-
-def test_no_circle_of_imports():
-    """Imports inside functions count; one from a package's face counts as of its __init__."""
-    modules = {
-        ".".join(("surflow", *path.relative_to(SOURCE).with_suffix("").parts)): path
-        for path in SOURCE.rglob("*.py")
-    }
-    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
-    graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
-    assert len(graph) > 100 and graph["surflow.flow"]
-    assert circles(graph) == []
-
-
-def test_a_circle_of_imports_is_found():
-    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"d", "torch"}}
-    assert circles(graph) == ["b", "c"]
-
-
 @pytest.mark.parametrize("room", FORBIDDEN)
 def test_a_room_does_not_import_from_what_lies_behind_it(room):
     for path in files(room):
