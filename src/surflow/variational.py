@@ -88,6 +88,7 @@ def prior_flow(flow: Flow) -> Flow:
     Raises:
         ValueError: for a flow without a VAE layer.
 
+    >>> from surflow.distributions import DiagonalNormal
     >>> from surflow.nets import MLP
     >>> from surflow.transforms import Affine
     >>> encoder, decoder = (DiagonalNormal(2, net=MLP(2, 4, [8])) for _ in range(2))
