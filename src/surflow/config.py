@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +35,9 @@ OPEN_GROUPS = (
 
 NODE_GROUPS = ("callbacks", "measures", "logger")
 """Groups that hold several nodes by name."""
+
+OPTIONAL_GROUPS: dict[str, set[str]] = {"surjection": {"name"}, "profiler": set()}
+"""Groups whose node may be left out, with the keys that it then has."""
 
 HASHED_GROUPS = (
     "data",
@@ -123,13 +128,16 @@ def target_of(node: Mapping[str, Any], where: str = "") -> Callable[..., Any]:
     Raises:
         UserError: for a name that cannot be imported.
     """
-    from hydra.utils import get_object
-
+    first, *names = node["_target_"].split(".")
     try:
-        return get_object(node["_target_"])
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: cannot import {node['_target_']!r} ({reason})") from error
+        found: Any = import_module(first)
+        for i, name in enumerate(names, 1):
+            if isinstance(found, ModuleType) and name not in vars(found):
+                import_module(".".join([first, *names[:i]]))
+            found = getattr(found, name)
+    except Exception as error:  # of the imported module, too
+        raise UserError(f"{where}: cannot import {node['_target_']!r} ({error})") from error
+    return found
 
 
 def options_of(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
@@ -169,28 +177,42 @@ def nodes(config: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         yield from nodes(value, f"{where}.{key}" if where else str(key))
 
 
-def check_options(config: Mapping[str, Any]) -> None:
-    """Refuse a key that the target of its node does not take.
+def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]]) -> None:
+    """Refuse a node without a target, and a key that the target of its node does not take.
+
+    Args:
+        config: resolved.
+        given: options that the run sets itself, by the key of the node.
 
     Raises:
         UserError: one line: the key, its target, the nearest known options.
     """
-    for group in NODE_GROUPS:
-        for key, node in config[group].items():
-            if node and not node.get("_target_"):
+    for group in OPEN_GROUPS:
+        several = group in NODE_GROUPS
+        content = (config[group] or {}) if several else {"": config[group]}
+        for key, node in content.items():
+            where = f"{group}.{key}" if several else group
+            if node is None and (several or group in OPTIONAL_GROUPS):
+                continue
+            if not isinstance(node, dict) or not (
+                node.keys() <= OPTIONAL_GROUPS.get(group, set()) or node.get("_target_")
+            ):
                 raise UserError(
-                    f"{group}.{key}: expected a node with _target_, got {node}; {group}={key} "
-                    "chooses one where there is such an option"
+                    f"{where}: expected a node with _target_, got {node}; {group}=<name> chooses "
+                    "one of conf/" + group
                 )
-    for where, node in nodes({group: config.get(group) for group in OPEN_GROUPS}):
-        known, others = options_of(target_of(node, where))
+    for where, node in nodes({group: config[group] for group in OPEN_GROUPS}):
+        options, others = options_of(target_of(node, where))
+        known = [key for key in options if key not in given.get(where, ())]
         for key in node:
-            if others or key in known or key == "name" or key.startswith("_"):
+            if key in known or key == "name" or key.startswith("_"):
+                continue
+            if others and key not in options:
                 continue
             elsewhere = [f"{at}.{key}" for at, keys in _plain_groups(config) if key in keys]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else close_match(key, known)
             raise UserError(
-                f"{where}.{key}: unknown option of {node['_target_']}{hint} Known: "
+                f"{where}.{key}: unknown option of {node['_target_']}{hint or ';'} Known: "
                 f"{', '.join(known)}"
             )
 
@@ -209,13 +231,23 @@ def build(node: Any, **given: Any) -> Any:
     Args:
         node: of a config, or plain.
         given: further arguments, such as ``seed``.
+
+    Raises:
+        UserError: for options that the target refuses.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not plain or not plain.get("_target_"):
         return None
-    return instantiate(_without_labels(plain), _convert_="all", **given)
+    try:
+        return instantiate(_without_labels(plain), _convert_="all", **given)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, TypeError):
+            raise UserError(f"{plain['_target_']}: {cause}") from error
+        raise UserError(str(cause)) from error
 
 
 def _without_labels(node: Any) -> Any:
@@ -240,6 +272,8 @@ def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
     """
     plain = resolved(cfg) if isinstance(cfg, DictConfig) else cfg
     found: dict[str, Any] = {"seed": plain["seed"]}
+    if plain["weights"]["source"] is not None:
+        found["weights"] = plain["weights"]["source"]
     for group in HASHED_GROUPS:
         content = _computed(plain.get(group))
         if content:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """What is wrong, where, and what would be right, in one line."""
+
+
+@contextlib.contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Name the node of the config whose options a block builds something of.
+
+    Raises:
+        UserError: for a TypeError or an AttributeError in the block.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: an option does not fit ({error})") from error
 
 
 def close_match(word: str, known: Iterable[str]) -> str:

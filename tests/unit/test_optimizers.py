@@ -39,5 +39,6 @@ def test_the_chosen_one_steps_as_itself(algorithm, plain):
 def test_another_name():
     from surflow.training.optimizers import one_of
 
+    known = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
     with pytest.raises(ValueError, match=r"expected one of adam, rmsprop, got .sgd"):
-        one_of([torch.nn.Parameter(torch.ones(1))], "sgd", 0.1, {})
+        one_of([torch.nn.Parameter(torch.ones(1))], "sgd", 0.1, known)

@@ -11,9 +11,9 @@ import torch
 
 from surflow import (
     distributions,
+    evaluation,
     flow,
     memory,
-    metrics,
     models,
     nets,
     objectives,
@@ -38,7 +38,7 @@ MODULES = [
     objectives,
     proofs,
     variational,
-    *modules_of(metrics),
+    *modules_of(evaluation),
     *modules_of(models),
     *modules_of(transforms),
     *modules_of(distributions),

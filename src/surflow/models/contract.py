@@ -48,6 +48,11 @@ class Takes:
     surjection: str | None = None
     between: bool = False
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The parameters of the builder that are no options."""
+        return self.facts if self.surjection is None else (*self.facts, self.surjection)
+
     def check(self, name: str, data: Any) -> None:
         """Refuse data of another kind or shape.
 

@@ -47,6 +47,18 @@ FILES = (
 """Files of a run that a repetition replaces."""
 
 
+FIXED = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+"""Lightning's options that every run has."""
+
+TRAINER_GIVEN = ("callbacks", "logger", "profiler", "plugins", "default_root_dir", *FIXED)
+"""Lightning's options that a run sets itself."""
+
+
 def fit(run: Run, times: Elapsed) -> Flow | None:
     """Train a run to its last epoch, from its last checkpoint where there is one.
 
@@ -118,7 +130,7 @@ def make_trainer(run: Run, module: FlowModule, times: Elapsed, csv: CSVMetrics) 
         RunProgress(f"{row} {data} seed {run.seed}"),
         times,
         # those of the config come first: a checkpoint holds this epoch's average
-        *(build(node) for node in run.config["callbacks"].values() if node),
+        *run.callbacks,
         # its own save_last skips the epochs that are not the best: so two of them, best first
         ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
         ModelCheckpoint(filename="last", **saving),
@@ -130,10 +142,7 @@ def make_trainer(run: Run, module: FlowModule, times: Elapsed, csv: CSVMetrics) 
         profiler=build(run.config["profiler"]),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.folder),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+        **FIXED,
     )
 
 

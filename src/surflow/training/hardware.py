@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, is_whole
 from surflow.memory import MODES
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -37,7 +37,7 @@ def check_trainer(trainer: Mapping[str, Any], batch_size: int) -> None:
     """
     for key in ("max_epochs", "accumulate_grad_batches", "num_nodes", "log_every_n_steps"):
         value = trainer.get(key)
-        if value is not None and not _positive(value):
+        if value is not None and not is_whole(value):
             raise UserError(f"trainer.{key}: expected a positive whole number, got {value}")
     clip = trainer.get("gradient_clip_val")
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
@@ -72,12 +72,12 @@ def _check_devices(trainer: Mapping[str, Any], on_cpu: bool, batch_size: int) ->
             "trainer.devices=-1: all devices, but there is no accelerator; on a CPU give the "
             "number of processes, such as trainer.devices=2"
         )
-    if not (devices in ("auto", -1) or _positive(devices)):
+    if not (devices in ("auto", -1) or is_whole(devices)):
         raise UserError(
             f"trainer.devices: expected a positive whole number, -1 or auto, got {devices}"
         )
     there = torch.cuda.device_count()
-    if _positive(devices) and not on_cpu and there and devices > there:
+    if is_whole(devices) and not on_cpu and there and devices > there:
         raise UserError(f"trainer.devices={devices}: this machine has {there} GPU(s)")
     here = there if not on_cpu and devices == -1 else devices
     processes = trainer.get("num_nodes", 1) * (here if isinstance(here, int) else 1)
@@ -94,7 +94,7 @@ def check_compute(compute: Mapping[str, Any]) -> None:
         UserError: one line: the key, what is wrong, what would be right.
     """
     threads = compute["threads"]
-    if threads is not None and not _positive(threads):
+    if threads is not None and not is_whole(threads):
         raise UserError(f"compute.threads: expected a positive whole number or null, got {threads}")
     if compute["compile"] not in ("auto", "nets", True, False):
         raise UserError(
@@ -105,15 +105,11 @@ def check_compute(compute: Mapping[str, Any]) -> None:
         raise UserError(
             f"compute.channels_last: expected auto, true or false, got {compute['channels_last']}"
         )
-    if not _positive(compute["finite_check_every"]):
+    if not is_whole(compute["finite_check_every"]):
         raise UserError(
             "compute.finite_check_every: expected a positive whole number, got "
             f"{compute['finite_check_every']}"
         )
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def what_to_compile(compute: Mapping[str, Any], dims: int) -> str | None:

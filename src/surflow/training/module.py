@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surflow.checks import check_values
 from surflow.draws import seed_draws
-from surflow.errors import UserError
+from surflow.errors import UserError, named_errors
 from surflow.flow import Flow
 from surflow.memory import use_channels_last
 from surflow.objectives import iwbo
@@ -118,7 +118,8 @@ class FlowModule(pl.LightningModule):
     # Training ----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._parameters_with_rates())
+        with named_errors("optimizer"):
+            optimizer = self.make_optimizer(self._parameters_with_rates())
         total = int(self.trainer.estimated_stepping_batches)
         start = max(group.get("start", 0) for group in optimizer.param_groups)
         if start >= total:
@@ -127,7 +128,8 @@ class FlowModule(pl.LightningModule):
                 f"run, got {start}"
             )
         per_epoch = max(1, total // max(1, self.trainer.max_epochs or 1))
-        scheduler = self.make_schedule(optimizer, total_steps=total, steps_per_epoch=per_epoch)
+        with named_errors("schedule"):
+            scheduler = self.make_schedule(optimizer, total_steps=total, steps_per_epoch=per_epoch)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from surflow.errors import check_choice
+from surflow.errors import check_choice, is_whole
 from surflow.flow import Flow
 from surflow.variational import ANNEALED, linear_warm_up
 
@@ -45,11 +45,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         for key in ("num_samples", "eval_samples"):
-            if not _whole(getattr(self, key), 1):
+            if not is_whole(getattr(self, key), 1):
                 raise ValueError(
                     f"objective.{key}: expected a positive whole number, got {getattr(self, key)}"
                 )
-        if not _whole(self.iwbo_samples, 0):
+        if not is_whole(self.iwbo_samples, 0):
             raise ValueError(
                 "objective.iwbo_samples: expected 0 (no IWBO) or a positive whole number, got "
                 f"{self.iwbo_samples}"
@@ -61,7 +61,7 @@ class Objective:
             raise ValueError(
                 f"objective.beta_start: expected a number from 0 to 1, got {self.beta_start}"
             )
-        if not _whole(self.beta_steps, 0):
+        if not is_whole(self.beta_steps, 0):
             raise ValueError(
                 "objective.beta_steps: expected 0 (none) or a whole number of steps, got "
                 f"{self.beta_steps}"
@@ -104,7 +104,3 @@ def scale_of(unit: str, num_dims: int) -> float:
 
 def _real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from surflow.config import build, check_options, config_hash, resolved, run_dir, target_of
+from surflow.config import (
+    PROFILES,
+    build,
+    check_options,
+    config_hash,
+    options_of,
+    resolved,
+    run_dir,
+    target_of,
+)
 from surflow.data.module import TensorDataModule
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, is_whole, named_errors
 from surflow.evaluation.likelihood import forget
 from surflow.evaluation.pictures import draw_pictures
 from surflow.evaluation.trained import Trained, run_measures
@@ -28,13 +37,22 @@ from surflow.models.official import find_checkpoint, load_official, read_tensors
 from surflow.record import RECORD_NAME, Record, RecordError, lacking, load_record
 from surflow.training.callbacks import Elapsed
 from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
-from surflow.training.fit import FILES, fit
+from surflow.training.fit import FILES, TRAINER_GIVEN, fit
 from surflow.training.hardware import check_compute, check_trainer, device_of_accelerator
 from surflow.training.loggers import RunName, log_result
 from surflow.training.objective import Objective
 from surflow.training.origin import commit, origin, peak_memory_mib
 
 WEIGHT_SOURCES = ("official",)
+
+GIVEN = {
+    "data": ("seed",),
+    "surjection": ("shape",),
+    "optimizer": ("params",),
+    "schedule": ("optimizer", "total_steps", "steps_per_epoch"),
+    "trainer": TRAINER_GIVEN,
+}
+"""Options that a run sets itself, by the group whose target takes them."""
 
 
 class Run:
@@ -49,6 +67,8 @@ class Run:
         folder: runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>.
         objective: what is maximised and reported.
         data: the DataModule, not set up before it is needed.
+        measures: functions of a trained model, by name.
+        callbacks: Lightning's, those that the config names.
         device: the first one of the trainer's accelerator.
 
     Raises:
@@ -58,7 +78,7 @@ class Run:
     def __init__(self, cfg: DictConfig) -> None:
         self.times = Elapsed()
         self.config = resolved(cfg)
-        check_options(self.config)
+        check_options(self.config, GIVEN | {"model": self.builder_takes.given})
         self._check_plain_keys()
         self.seed: int = self.config["seed"]
         self.objective: Objective = build(self.config["objective"])
@@ -70,6 +90,7 @@ class Run:
             for name, node in self.config["measures"].items()
             if (measure := build(node)) is not None
         }
+        self.callbacks = [build(node) for node in self.config["callbacks"].values() if node]
         self.builder_takes.check(self.config["model"]["name"], self.data)
         for measure in self.measures.values():
             getattr(measure, "check", lambda data: None)(self.data)
@@ -84,7 +105,11 @@ class Run:
 
     def _check_plain_keys(self) -> None:
         seed, weights = self.config["seed"], self.config["weights"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        check_choice("profile", self.config["profile"]["name"], PROFILES, UserError)
+        lr = self.config["optimizer"].get("lr")
+        if lr is not None and not (isinstance(lr, int | float) and lr > 0):
+            raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
+        if not is_whole(seed, 0) or seed >= 2**31:
             raise UserError(f"seed: expected a whole number from 0 to 2^31 - 1, got {seed}")
         if weights["source"] is not None:
             check_choice("weights.source", weights["source"], WEIGHT_SOURCES, UserError)
@@ -146,14 +171,13 @@ class Run:
         facts = takes.of(self.data)
         if takes.surjection is not None:
             surjection = build(self.config["surjection"])
-            if (
-                surjection is not None
-                and not takes.between
-                and not isinstance(surjection, torch.nn.Module)
-            ):
-                surjection = surjection(self.data.event_shape)
+            made = surjection is None or isinstance(surjection, torch.nn.Module)
+            if not made and not takes.between:
+                with named_errors("surjection"):
+                    surjection = surjection(self.data.event_shape)
             facts[takes.surjection] = surjection
-        flow = builder(**facts)
+        with named_errors("model"):
+            flow = builder(**facts)
         return flow.double() if str(self.config["trainer"].get("precision")) == "64-true" else flow
 
     def load_flow(self, checkpoint: str | Path | None = None) -> tuple[Flow, Path]:
@@ -282,7 +306,12 @@ class Run:
     def loggers(self) -> list[Any]:
         """The loggers that the config names; metrics.csv is written without them."""
         name = RunName(self.folder, self.config, self.hash)
-        return [build(node, run=name) for node in self.config["logger"].values() if node]
+        found = []
+        for node in (self.config["logger"] or {}).values():
+            if node:
+                takes_name = "run" in options_of(target_of(node))[0]
+                found.append(build(node, **({"run": name} if takes_name else {})))
+        return found
 
     def train(self) -> Flow | None:
         """Train to the last epoch, from the last checkpoint where there is one.
