@@ -6,13 +6,12 @@ import math
 import re
 
 import pytest
-from surflow.cli.common import load_flow
-from surflow.cli.result import trained_of
 
 import surflow.progress
 from surflow.cli.evaluate import evaluate_run
 from surflow.config import run_dir
 from surflow.evaluation import likelihood
+from surflow.training.run import Run
 
 DIGITS = (
     "data=digits",
@@ -74,18 +73,18 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def score(compose, monkeypatch):
-    """Score a split of a config's flow with a progress of the test's own."""
+    """Score a run's flow on test with a progress of the test's own."""
 
-    def run(cfg, flow, data, progress):
+    def score(run, flow, progress):
         @contextlib.contextmanager
         def shown(unit):
             yield progress
 
         with monkeypatch.context() as patched:
             patched.setattr(likelihood, "shown_progress", shown)
-            likelihood.likelihood(trained_of(cfg, flow, data, "test", run_dir(cfg)))
+            likelihood.likelihood(run.trained(flow))
 
-    return run
+    return score
 
 
 def test_evaluation_is_the_record_and_says_what_is_a_bound(trained, digits, call):
@@ -169,7 +168,8 @@ def test_an_interrupted_evaluation_goes_on(trained, compose, score, small_blocks
     folder = run_dir(cfg)
     unbroken = evaluate_run(cfg)
     wanted = json.loads((folder / "evaluation_test.json").read_text())
-    flow, data, _ = load_flow(cfg)
+    run = Run(cfg)
+    flow, _ = run.load_flow()
     told = []
 
     def stop(what, done, total):
@@ -178,7 +178,7 @@ def test_an_interrupted_evaluation_goes_on(trained, compose, score, small_blocks
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(cfg, flow, data, stop)
+        score(run, flow, stop)
     assert told == [(20, 144), (24, 144), (44, 144), (64, 144), (84, 144)]
     kept = likelihood.unfinished(folder, "test")
     assert kept.is_file()
@@ -216,7 +216,8 @@ def test_other_weights_do_not_go_on(trained, compose, score, small_blocks):
 
     cfg = compose()
     folder = run_dir(cfg)
-    flow, data, _ = load_flow(cfg)
+    run = Run(cfg)
+    flow, _ = run.load_flow()
 
     def stop(what, done, total):
         if done > 50:
@@ -225,7 +226,7 @@ def test_other_weights_do_not_go_on(trained, compose, score, small_blocks):
     with torch.no_grad():
         next(flow.parameters()).mul_(1.01)
     with pytest.raises(KeyboardInterrupt):
-        score(cfg, flow, data, stop)
+        score(run, flow, stop)
     kept = likelihood.unfinished(folder, "test")
     assert kept.is_file()
     found = evaluate_run(cfg)

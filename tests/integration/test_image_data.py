@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from surflow.cli.common import build_data, check_everything
+from omegaconf import OmegaConf
 
 from surflow.compat import make_torchvision_importable
-from surflow.config import compose, conf_dir, config_hash
+from surflow.config import build, compose, conf_dir, config_hash, target_of
+from surflow.data.digits import DigitData
+from surflow.data.images import ImageData
 from surflow.data.published import CIFAR10
 from surflow.distributions import StandardNormal, Uniform
 from surflow.evaluation.likelihood import evaluate
 from surflow.flow import Flow
-from surflow.training.module import FlowModule, Objective
+from surflow.training.module import FlowModule
+from surflow.training.run import Run
 from surflow.training.schedules import constant
 from surflow.transforms import ActNorm, Dequantization
 
@@ -24,8 +27,11 @@ make_torchvision_importable()
 import pytorch_lightning as pl  # noqa: E402
 
 DATA = Path(conf_dir()) / "data"
-IMAGES = sorted(
-    p.stem for p in DATA.glob("*.yaml") if p.stem[0] != "_" and "- _images" in p.read_text()
+TARGETS = {p.stem: target_of(OmegaConf.load(p)) for p in DATA.glob("*.yaml")}
+IMAGES = sorted(  # not flat
+    name
+    for name, kind in TARGETS.items()
+    if issubclass(kind, ImageData) and not issubclass(kind, DigitData)
 )
 FOLDERS = ("image_arrays", "image_folder")
 MODEL = ("model=pool_flow", "surjection=slice")
@@ -51,6 +57,12 @@ def write_set(root: Path, train: int = 40, shape=(3, 8, 8)) -> list[str]:
     return [*overrides, f"data.event_shape={list(shape)}".replace(" ", "")]
 
 
+def build_data(cfg):
+    data = build(cfg.data, seed=cfg.seed)
+    data.setup()
+    return data
+
+
 # Configs
 
 
@@ -62,24 +74,21 @@ def test_the_data_sets_of_the_published_tables_are_there():
 def test_config_says_what_the_module_does(name, tmp_path):
     folder = ["data.folder=set"] if name in FOLDERS else []
     cfg = compose([*MODEL, f"data={name}", f"data.root={tmp_path}", *folder])
-    check_everything(cfg)
-    assert cfg.data.name == (name if name not in FOLDERS else "set")
-    assert cfg.objective.unit == "bpd"
-    assert (
-        compose([*MODEL, f"data={name}", *folder, "objective.unit=nats"]).objective.unit == "nats"
-    )
+    run = Run(cfg)
+    data = run.data
+    assert data.name == (name if name not in FOLDERS else "set")
+    assert run.unit == "bpd"
+    assert Run(compose([*MODEL, f"data={name}", *folder, "objective.unit=nats"])).unit == "nats"
     assert config_hash(cfg) == config_hash(
         compose([*MODEL, f"data={name}", "data.root=b", *folder])
     )
     assert config_hash(cfg) != config_hash(compose([*MODEL, f"data={name}", "data.pad=7", *folder]))
-    from hydra.utils import instantiate
-
-    data = instantiate(cfg.data.module)
-    assert tuple(cfg.data.event_shape) == data.event_shape
-    assert data.num_dims == math.prod(cfg.data.event_shape)
-    assert data.num_levels == cfg.data.num_levels
+    shapes = {"digits": (1, 8, 8), "imagenet64": (3, 64, 64)}
+    assert data.event_shape == data.image_shape == shapes.get(name, (3, 32, 32))
+    assert data.num_dims == math.prod(data.event_shape)
+    assert data.num_levels == (17 if name == "digits" else 256)
     assert data.root == tmp_path
-    published = (True, 2, 0.04) if name == "cifar10" else (False, 0, 0.0)
+    published = (True, 2, 0.04) if name in ("cifar10", "cifar10_subset") else (False, 0, 0.0)
     a = data.augmentation
     assert (a.flip, a.pad, a.translate) == published
 
@@ -174,7 +183,8 @@ def fit(tmp_path, overrides, epochs=3, save_at=None, ckpt=None):
         flow,
         optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-2),
         schedule=constant,
-        objective=Objective(1, data.unit, data.num_dims),
+        unit=data.unit,
+        num_dims=data.num_dims,
         seed=3,
     )
     trainer = pl.Trainer(

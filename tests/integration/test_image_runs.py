@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surflow.cli.result import scores_due
 
 from surflow.config import compose, run_dir
 from surflow.errors import UserError
@@ -17,6 +16,7 @@ from surflow.models import official_flow, read_tensors
 from surflow.models.official import find_checkpoint
 from surflow.objectives import bits_per_dim, elbo
 from surflow.record import load_record
+from surflow.training.run import Run
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 SMALL = (
@@ -88,7 +88,7 @@ def test_scores_of_samples_are_added_to_a_complete_run(call, tmp_path):
     before, trained = record_of(folder), (folder / "last.ckpt").stat().st_mtime_ns
     wanted = [*overrides, "measures.samples.n=32", "measures.samples.extractor=random_features"]
     assert run_dir(compose(wanted)) == folder  # the same run
-    assert scores_due(compose(wanted), load_record(folder))
+    assert Run(compose(wanted)).missing_measures(load_record(folder)).keys() == {"samples"}
     done = call("train", *wanted)
     assert done.code == 0, done.err
     after = record_of(folder)
@@ -99,10 +99,10 @@ def test_scores_of_samples_are_added_to_a_complete_run(call, tmp_path):
     assert score["protocol"]["n"] == score["count"] == 32
     assert score["protocol"]["reference"]["images"] == 80  # train and valid
     assert score["value"] > 0
-    assert not scores_due(compose(wanted), load_record(folder))
+    assert not Run(compose(wanted)).missing_measures(load_record(folder))
     assert "already complete" in call("train", *wanted).out
     other = compose([*wanted, "measures.samples.temperature=0.5"])
-    assert scores_due(other, load_record(folder))  # of another protocol
+    assert Run(other).missing_measures(load_record(folder))  # of another protocol
 
 
 def test_without_inception_weights_the_rest_is_scored(call, tmp_path, monkeypatch):
@@ -157,9 +157,9 @@ def test_released_weights_are_scored_without_training(call, tmp_path):
     assert record["weights"]["parameters"] == record["parameters"]
     assert not (folder / "last.ckpt").exists()
     flow = official_flow(read_tensors(file))
-    from surflow.cli.common import build_data
-
-    x = build_data(compose(overrides)).splits["test"]
+    data = Run(compose(overrides)).data
+    data.setup()
+    x = data.splits["test"]
     torch.manual_seed(1)
     with torch.no_grad():
         bits = bits_per_dim(elbo(flow, x, num_samples=4), 3072)

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surflow.cli.common import load_flow
 
-from surflow.cli.interpolate import run_config
 from surflow.cli.train import train
 from surflow.config import compose, config_hash, run_dir
 from surflow.evaluation.pictures import interpolation_figure
+from surflow.training.run import Run
 
 GLOW = ("model=glow", "model.num_scales=2", "model.num_steps=1", "model.hidden_channels=8")
 REALNVP = ("model=realnvp", "model.mid_channels=4", "model.num_blocks=1")
@@ -69,7 +68,8 @@ def test_picture_begins_and_ends_with_test_images(trained, call, tmp_path):
     assert "images on the spherical way" in done.out
     grid = cells(out, columns=4)
     assert grid.shape == (3, 4, 32, 32, 3)
-    flow, data, _ = load_flow(compose([*overrides], "evaluate"))
+    run = Run(compose(overrides))
+    flow, data = run.load_flow()[0], run.data
     test = {image.tobytes() for image in data.splits["test"].permute(0, 2, 3, 1).byte().numpy()}
     for row in grid:
         assert row[0].tobytes() in test and row[-1].tobytes() in test
@@ -100,7 +100,7 @@ def test_own_keys_are_not_of_the_run():
     overrides = [*GLOW, *TINY]
     digest = config_hash(compose(overrides))
     for extra in ([], ["pairs=2", "steps=3", "path=linear"]):
-        assert config_hash(run_config(compose([*overrides, *extra], "interpolate"))) == digest
+        assert config_hash(compose([*overrides, *extra], "interpolate")) == digest
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_vectors_have_no_picture(call, tmp_path):
 def test_weights_survive_saving(trained):
     """Both models' state holds all that evaluation needs: two loads, one number."""
     overrides, _ = trained
-    cfg = compose([*overrides], "evaluate")
+    run = Run(compose(overrides))
     values = []
     for _ in range(2):
-        flow, data, _ = load_flow(cfg)
+        flow, _ = run.load_flow()
         torch.manual_seed(0)
         with torch.no_grad():
-            values.append(flow.log_prob(data.splits["test"][:4]))
+            values.append(flow.log_prob(run.data.splits["test"][:4]))
     assert torch.equal(*values)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surflow.cli.common import load_flow
 
-from surflow.cli.train import what_to_compile
 from surflow.config import compose, run_dir
 from surflow.data.point_sets import SpatialDigits
+from surflow.training.hardware import what_to_compile
+from surflow.training.run import Run
 
 SETS = (
     "data=spatial_digits",
@@ -74,8 +74,9 @@ def test_a_record_has_scores_a_point_and_pictures(order, train):
 
 def test_likelihood_of_a_trained_sort_flow_has_no_order(train):
     cfg, folder, metrics = train("model.order=sort", "model.dropout=0.1")
-    flow, data, _ = load_flow(cfg, folder / "last.ckpt")
-    x = data.splits["test"]
+    run = Run(cfg)
+    flow, _ = run.load_flow(folder / "last.ckpt")
+    x = run.data.splits["test"]
     with torch.no_grad():
         value = flow.log_prob(x)
         assert torch.equal(flow.log_prob(x[:, torch.randperm(16)]), value)
@@ -133,23 +134,20 @@ def test_data_command(call, tmp_path):
 
 def test_nets_and_not_the_loss_are_compiled():
     cfg = compose([*SETS, "compute.compile=auto"])
-    assert what_to_compile(cfg) in ("nets", None)  # None: no compiler here
-    assert what_to_compile(compose([*SETS])) is None
+    assert what_to_compile(cfg.compute, 2) in ("nets", None)  # None: no compiler here
+    assert what_to_compile(compose([*SETS]).compute, 2) is None
 
 
 @pytest.mark.slow
 def test_a_compiled_net_gives_the_same(config):
-    from surflow.cli.common import build_data, build_flow
-
     from surflow.memory import set_memory
-    from surflow.training.module import can_compile
+    from surflow.training.hardware import can_compile
 
     if not can_compile():
         pytest.skip("no C++ compiler")
-    cfg = config("model.order=sort", "model.num_flows=1")
-    data = build_data(cfg)
-    flow = build_flow(cfg, data)
-    x = data.splits["train"][:32]
+    run = Run(config("model.order=sort", "model.num_flows=1"))
+    flow = run.build_flow()
+    x = run.data.splits["train"][:32]
     flow.log_prob(x)  # actnorm sets itself
     with torch.no_grad():
         for p in flow.parameters():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from surflow.config import compose, run_dir
 from surflow.evaluation.pictures import side_by_side
+from surflow.training.run import Run
 
 SMALL = (
     "model.num_steps=1",
@@ -49,9 +50,7 @@ def test_a_progressive_flow_from_command_to_record(chain, command, tmp_path):
         for name in ("data", "super_resolution", "levels"):
             assert arrays[name].shape == (32, 3, 32, 32) and arrays[name].dtype == np.uint8
         # a row: the test image of 4 x 4 pixels, of 8 x 8 ..., the finest as it is
-        from surflow.cli.common import build_data
-
-        data = build_data(compose(overrides))
+        data = Run(compose(overrides)).data
         data.setup()
         test = data.splits["test"]
         rows = arrays["data"].reshape(8, 4, 3, 32, 32)

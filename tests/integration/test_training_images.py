@@ -20,7 +20,6 @@ make_torchvision_importable()
 import pytorch_lightning as pl  # noqa: E402
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from pytorch_lightning.strategies import DDPStrategy  # noqa: E402
-from surflow.training.logging import CSVMetrics  # noqa: E402
 
 from surflow.data.embedded import Digits  # noqa: E402
 from surflow.data.module import block_rows  # noqa: E402
@@ -36,7 +35,9 @@ from surflow.training.checkpoint import (  # noqa: E402
     load_checkpoint,
     resume_point,
 )
-from surflow.training.module import FlowModule, Objective, can_compile  # noqa: E402
+from surflow.training.hardware import can_compile  # noqa: E402
+from surflow.training.loggers import CSVMetrics  # noqa: E402
+from surflow.training.module import FlowModule  # noqa: E402
 from surflow.training.schedules import staged  # noqa: E402
 from surflow.transforms import AffineCoupling, Transform  # noqa: E402
 
@@ -183,9 +184,9 @@ def fit(
             cooldown_lr=1e-3,
             warmup_overwrites_decay=True,
         ),
-        objective=Objective(1, "bpd", 64),
+        unit="bpd",
+        num_dims=64,
         seed=3,
-        log_every=3,
     )
     last = folder / "last.ckpt"
     csv_file = CSVMetrics(folder / "metrics.csv", [module.train_key, module.val_key, "lr"])
@@ -194,13 +195,14 @@ def fit(
     callbacks = [
         Steps(folder / "steps.pt"),
         *([EMA(ema)] if ema else []),
-        *([TimedCheckpoint(last, minutes, look_every=1)] if minutes is not None else []),
+        *([TimedCheckpoint(minutes, look_every=1)] if minutes is not None else []),
         ModelCheckpoint(filename="best", monitor=module.val_key, **saving),
         ModelCheckpoint(filename="last", **saving),
         *([stop] if stop else []),
     ]
     several = DDPStrategy(process_group_backend="gloo", start_method="fork")
     trainer = pl.Trainer(
+        default_root_dir=folder,
         max_epochs=epochs,
         accelerator="cpu",
         devices=processes,
@@ -214,7 +216,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        log_every_n_steps=1,
+        log_every_n_steps=3,
     )
     trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
 
@@ -381,11 +383,12 @@ def test_a_clock_decides(tmp_path):
 
     class Trainer:
         accumulate_grad_batches, num_training_batches, world_size = 2, 100, 1
+        default_root_dir = tmp_path
 
         def save_checkpoint(self, path):
             saved.append((done, path))
 
-    callback = TimedCheckpoint(tmp_path / "last.ckpt", 0.5, clock=lambda: now[0])
+    callback = TimedCheckpoint(0.5, clock=lambda: now[0])
     trainer = Trainer()
     callback.on_train_start(trainer, None)
     for done in range(1, 101):
@@ -394,8 +397,8 @@ def test_a_clock_decides(tmp_path):
     # every 30 seconds are 6 batches, and the epoch's end has a checkpoint of its own
     assert [n for n, _ in saved] == list(range(6, 100, 6))
     assert {path for _, path in saved} == {tmp_path / "last.ckpt"}
-    with pytest.raises(ValueError, match=r"trainer\.checkpoint_minutes: expected minutes >= 0"):
-        TimedCheckpoint(tmp_path / "last.ckpt", -1)
+    with pytest.raises(ValueError, match=r"callbacks\.timed_checkpoint\.minutes: expected minutes >= 0"):
+        TimedCheckpoint(-1)
 
 
 # One step, however it is cut
@@ -452,7 +455,8 @@ def test_a_group_that_is_not_full_weighs_its_rows_alike(tmp_path):
         flow,
         optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-2),
         schedule=lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-        objective=Objective(1, "bpd", 64),
+        unit="bpd",
+        num_dims=64,
     )
     seen = []
 
@@ -491,7 +495,8 @@ def validate(processes=1, eval_batch_size=128, folder=None, rate=0.0):
         make_flow(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, rate),
         schedule=lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-        objective=Objective(1, "bpd", 64),
+        unit="bpd",
+        num_dims=64,
         seed=3,
     )
     file = CSVMetrics(folder / "metrics.csv", [module.train_key, module.val_key, "lr"])
@@ -593,7 +598,7 @@ def test_a_step_reads_nothing_from_the_device():
     x = make_data(8).splits["train"][:4]
     flow = make_flow(actnorm=True)
     flow.log_prob(x)  # sets the normalisations
-    module = FlowModule(flow, None, None, Objective(1, "bpd", 64))
+    module = FlowModule(flow, None, None, unit="bpd", num_dims=64)
     adamax = torch.optim.Adamax(flow.parameters(), foreach=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with pytest.raises(DataDependentOutputException):
@@ -609,7 +614,7 @@ def test_autocast_keeps_likelihoods_and_latents_in_float32():
     """In bits a dimension, bfloat16 nets are within 0.05 of float32 ones, here within 0.02."""
     flow = make_flow(num_steps=2, mid_channels=8, depth=2, growth=4, actnorm=True)
     give_noise(flow)
-    module = FlowModule(flow, None, None, Objective(1, "bpd", 64))
+    module = FlowModule(flow, None, None, unit="bpd", num_dims=64)
     x = make_data(8).splits["train"][:64]
     flow.log_prob(x)  # sets the normalisations
     seen = {}
@@ -674,7 +679,7 @@ def test_a_compiled_step_is_the_eager_one():
     losses, gradients = [], []
     for compiled in (False, True):
         flow = make_flow(dequantization="uniform")
-        module = FlowModule(flow, None, None, Objective(1, "bpd", 64), compile=compiled)
+        module = FlowModule(flow, None, None, unit="bpd", num_dims=64, compile=compiled)
         flow.transforms[0].transform.noise = Given(u)
         losses.append(module._loss(x))
         gradients.append(torch.autograd.grad(losses[-1], list(flow.parameters())))

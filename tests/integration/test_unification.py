@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from surflow.cli.report import load_table_spec, plan_cells, write_report
+from surflow.cli.cells import plan_cells, runs_of, write_report
+from surflow.cli.request import results_folder, table_spec
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
 
@@ -18,7 +19,7 @@ SMALL = (
     "data.valid_size=128",
     "data.test_size=60",
     "trainer.max_epochs=2",
-    "model.truth.num_samples=[1,10]",
+    "measures.truth.num_samples=[1,10]",
     "objective.eval_samples=10",
     "logger=csv",
 )
@@ -77,11 +78,12 @@ def test_the_page_is_written(tmp_path, capfd):
         ],
         "reproduce",
     )
-    spec = load_table_spec("unification")
+    spec = table_spec("unification").of_profile("smoke")
     cells = plan_cells(cfg, spec)
-    for key in cells.chosen:
-        train(cells.configs[key])
-    folder = write_report(cfg, spec, cells)
+    for key in runs_of(cells):
+        train(cells[key].config)
+    write_report(cfg, spec, cells)
+    folder = results_folder(cfg)
     with open(folder / "table.csv", newline="") as file:
         lines = {line["row"]: line for line in csv.DictReader(file)}
     assert sorted(lines) == ["ppca", "rad"]
@@ -109,7 +111,7 @@ def test_committed_results_agree_with_the_theory():
     with open(RESULTS / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == [
-        row.name for row in load_table_spec("unification").rows
+        row.name for row in table_spec("unification").rows
     ]
     for line in lines:
         if line["number"] == "exact":

@@ -1,15 +1,20 @@
 """What a run of a VAE leaves to look at, and the commands and tables that draw it."""
 
+import csv
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surflow.cli.common import build_data, load_flow
 
-from surflow.cli import report
+from surflow.cli.cells import plan_cells, write_report
+from surflow.cli.request import results_folder, table_spec
 from surflow.cli.train import train
 from surflow.config import compose, run_dir
+from surflow.evaluation.pictures import draw_pictures
 from surflow.files import write_json
+from surflow.training.run import Run
 
 TINY = (
     "model=vae_prior",
@@ -45,7 +50,8 @@ def arrays(path):
 
 def parts_of(overrides):
     """Flow, data, and the nets of the VAE layer by themselves: (loc, scale) and probabilities."""
-    flow, data, _ = load_flow(compose(overrides))
+    run = Run(compose(overrides))
+    flow, data = run.load_flow()[0], run.data
     vae = flow.transforms[0]
 
     def posterior(x):
@@ -125,18 +131,14 @@ def test_latents_of_the_run(run):
 
 def test_pictures_are_the_same_twice(run, tmp_path):
     """They follow from the seed, and leave the random state and the mode of the flow alone."""
-    from surflow.cli.result import trained_of
-
-    from surflow.evaluation.pictures import draw_pictures
-
     overrides, folder = run
-    cfg = compose(overrides)
-    flow, data, _ = load_flow(cfg)
+    own = Run(compose(overrides))
+    flow, _ = own.load_flow()
     flow.train()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    trained = trained_of(cfg, flow, data, "test", tmp_path)
-    names = draw_pictures(trained, cfg.row)
+    trained = replace(own.trained(flow), folder=tmp_path)
+    names = draw_pictures(trained, own.config["row"])
     assert torch.equal(torch.get_rng_state(), state) and flow.training
     assert list(names) == [
         "figures/samples",
@@ -198,7 +200,8 @@ def test_grey_values_are_shown_as_such(call, tmp_path):
     overrides = [*TINY, f"run.root={tmp_path}", "data=digits_grey", "trainer.max_epochs=1"]
     assert call("train", *overrides).code == 0
     folder = run_dir(compose(overrides))
-    data = build_data(compose(overrides))
+    data = Run(compose(overrides)).data
+    data.setup()
     found = arrays(folder / "reconstructions.npz")
     expected = 255 * data.splits["train"][:100].numpy().reshape(100, 1, 8, 8)
     assert np.abs(found["data"] - expected).max() <= 0.51
@@ -218,8 +221,8 @@ def test_a_table_of_vaes_is_drawn(run, tmp_path):
         ],
         "report",
     )
-    spec = report.load_table_spec("vae_prior", "smoke")
-    cells = report.plan_cells(cfg, spec)
+    spec = table_spec("vae_prior").of_profile("smoke")
+    cells = plan_cells(cfg, spec)
     metrics = {
         c.metric: {
             "value": 7.0,
@@ -244,20 +247,21 @@ def test_a_table_of_vaes_is_drawn(run, tmp_path):
             "surjection": "none",
             "profile": "smoke",
             "seed": 0,
-            "config_hash": cells.hashes[key],
+            "config_hash": cells[key].hash,
             "config": {"data": {"num_levels": 17}},
             "status": "complete",
             "metrics": metrics,
             "commit": "ab" * 20,
             "dirty": False,
         }
-        home = write_json(cells.folder(key) / "record.json", content).parent
+        home = write_json(cells[key].folder / "record.json", content).parent
         for name in ("images.npz", "reconstructions.npz", "latent.npz", "metrics.csv"):
             (home / name).write_bytes((folder / name).read_bytes())
-    table = report.fill_table(cfg, spec, cells)
+    write_report(cfg, spec, cells)
+    out = results_folder(cfg)
     # a count of latents follows no protocol of samples
-    assert {cell.ours for cell in table.cells.values()} == {7.0}
-    out = report.write_report(cfg, spec, cells)
+    with open(out / "table.csv", newline="") as file:
+        assert {float(line["value"]) for line in csv.DictReader(file)} == {7.0}
     page = (out / "table.md").read_text()
     for name in ("published", "samples", "reconstructions", "latent", "learning_curves"):
         assert f"({name}.png)" in page and (out / f"{name}.png").stat().st_size > 5000

@@ -528,8 +528,8 @@ def test_wrong_reference(reference, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": 1}, "measures.samples.n: expected at least 2, got 1"),
-        ({"batch_size": 0}, "measures.samples.batch_size: expected at least 1, got 0"),
+        ({"n": 1}, "measures.samples.n: expected a whole number >= 2, got 1"),
+        ({"batch_size": 0}, "measures.samples.batch_size: expected a positive whole number, got 0"),
         ({"temperature": 0.0}, "measures.samples.temperature: expected a positive number, got 0.0"),
         ({"extractor": "inceptoin"}, "did you mean 'inception'"),
     ],
@@ -718,8 +718,8 @@ def test_the_measure_of_samples(tmp_path, capsys):
     assert list(trained.folder.glob("*")) == []
     assert len(list((tmp_path / ".reference").iterdir())) == 1
     assert "30 samples scored: reference features" in capsys.readouterr().err
-    with pytest.raises(UserError, match="expected one of train, valid, got 'test'"):
-        Samples(**options, reference="test")(trained)
+    with pytest.raises(ValueError, match="expected one of train, valid, test, got 'tset'"):
+        Samples(**options, reference="tset")
     trained.data.event_shape = (2,)
     with pytest.raises(UserError, match="scores of samples are for images, not data=given"):
         Samples(**options)(trained)

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from surflow.cli.common import build_data, check_everything
 
-from surflow.config import compose, config_hash
+from surflow.config import build, compose, config_hash
 from surflow.data import point_sets
 from surflow.data.downloads import Published
 from surflow.data.embedded import Digits
@@ -24,6 +23,7 @@ from surflow.errors import UserError
 from surflow.evaluation.likelihood import evaluate, per_point
 from surflow.flow import Flow
 from surflow.models import set_flow
+from surflow.training.run import Run
 from surflow.transforms import Affine
 
 KEY = (3, 1)
@@ -294,8 +294,8 @@ def test_the_points_of_mnist(tmp_path):
     folder = os.environ.get("SURFLOW_TEST_DATA")
     if not folder or not (Path(folder) / "MNIST").is_dir():
         pytest.skip("SURFLOW_TEST_DATA names no folder with MNIST")
-    overrides = ["data=spatial_mnist", "model=set_flow", f"data.cache={tmp_path}"]
-    data = build_data(compose([*overrides, f"data.root={folder}", "data.download=false"]))
+    data = SpatialMNIST(root=folder, cache=str(tmp_path), download=False)
+    data.setup()
     told = data.provenance()["splits"]
     assert {s: x["rows"] for s, x in told.items()} == {
         "train": 50_000,
@@ -370,9 +370,10 @@ def test_the_place_of_the_cache_makes_no_other_run():
         (["model=set_flow"], "model=set_flow is for sets of points, and data=checkerboard"),
         (
             ["data=spatial_digits"],
-            "model=coupling_flow is not for sets of points",
+            r"model=coupling_flow is for vectors, and data=spatial_digits is set data of shape \[16, 2\]; "
+            "model=set_flow is for sets of points",
         ),
-        (["data=spatial_digits", "model=pool_flow"], "model=pool_flow is not for sets of points"),
+        (["data=spatial_digits", "model=pool_flow"], "model=pool_flow is for images, and data="),
         (
             ["data=spatial_digits", "model=set_flow", "measures.samples.n=5"],
             "measures.samples.n: scores of samples",
@@ -381,7 +382,7 @@ def test_the_place_of_the_cache_makes_no_other_run():
 )
 def test_what_does_not_fit_together(overrides, message):
     with pytest.raises(UserError, match=message):
-        check_everything(compose(overrides))
+        Run(compose(overrides))
 
 
 @pytest.mark.parametrize(
@@ -401,4 +402,4 @@ def test_what_does_not_fit_together(overrides, message):
 )
 def test_data_that_cannot_be(override, message):
     with pytest.raises(Exception, match=message):
-        build_data(compose(["data=spatial_digits", "model=set_flow", override]))
+        build(compose(["data=spatial_digits", override]).data).setup()

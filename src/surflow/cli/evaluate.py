@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from surflow.cli.command import command
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, is_whole
 from surflow.evaluation.likelihood import forget
 from surflow.evaluation.trained import Trained, run_measures
 from surflow.files import relative, write_json
@@ -26,7 +26,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     """
     check_choice("split", cfg.split, ("train", "valid", "test"), UserError)
     for key in ("eval_samples", "iwbo_samples"):
-        if cfg[key] is not None and not (isinstance(cfg[key], int) and cfg[key] > 0):
+        if cfg[key] is not None and not is_whole(cfg[key]):
             raise UserError(f"{key}: expected a positive whole number, got {cfg[key]}")
     run = Run(cfg)
     for name in cfg.only or ():
@@ -45,15 +45,16 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     # other numbers of draws stand next to the run's own scores, not in their place
     asked = any(value is not None for value in (cfg.checkpoint, *draws.values()))
     logged = {f"evaluate/{name}" if asked else name: value for name, value in values.items()}
-    log_result(run.loggers, logged, {f"{cfg.split}/ledger": trained.ledger}, {})
+    tables = {f"{cfg.split}/ledger": trained.ledger} if trained.ledger else {}
+    log_result(run.loggers, logged, tables, {})
     return values
 
 
 def _show(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric]) -> None:
     profile = run.config["profile"]["name"]
     print(f"{relative(path)}, {len(trained.rows)} {trained.split} points, profile {profile}\n")
-    print(trained.ledger)
-    print()
+    if trained.ledger is not None:
+        print(f"{trained.ledger}\n")
     for metric in metrics.values():
         print(metric)
     floor = run.data.floor
@@ -72,7 +73,7 @@ def _write(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric]
         "profile": run.config["profile"]["name"],
         "split": trained.split,
         "metrics": {name: metric.to_json() for name, metric in metrics.items()},
-        "ledger": trained.ledger.to_json()["rows"],
+        "ledger": trained.ledger.to_json()["rows"] if trained.ledger else [],
         "commit": head,
         "dirty": dirty,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from surflow.cli.command import command
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, is_whole
 from surflow.evaluation.pictures import interpolation_figure
 from surflow.files import relative
 from surflow.models.interpolation import PATHS
@@ -17,7 +17,7 @@ from surflow.training.run import Run
 def interpolate_run(cfg: DictConfig) -> Path:
     """Draw the picture with the weights of a checkpoint; returns the .png file."""
     for key, least in (("pairs", 1), ("steps", 2)):
-        if not isinstance(cfg[key], int) or cfg[key] < least:
+        if not is_whole(cfg[key], least):
             raise UserError(f"{key}: expected a whole number >= {least}, got {cfg[key]}")
     check_choice("path", cfg.path, PATHS, UserError)
     run = Run(cfg)

@@ -195,7 +195,7 @@ class Samples:
         """The scores; the reasons of missing ones go to ``trained.missing``.
 
         Raises:
-            UserError: for data that are no images, or a split that they do not have.
+            UserError: for data that are no images.
         """
         data, protocol = trained.data, self.protocol
         if protocol is None:

@@ -24,8 +24,10 @@ FACTS: dict[str, Callable[[Any], Any]] = {
 DIMS = {"features": 1, "shape": 3, "num_points": 2}
 """Dimensions of a row of the data for builders of vectors, images, sets."""
 
+NOUNS = {1: "vectors", 2: "sets of points", 3: "images"}
+
 ADVICE = {
-    1: "model=coupling_flow is for points and tables",
+    1: "model=coupling_flow is for vectors",
     2: "model=set_flow is for sets of points",
     3: "model=pool_flow, realnvp or glow are for images",
 }
@@ -66,10 +68,10 @@ class Takes:
         dims = next(DIMS[fact] for fact in self.facts if fact in DIMS)
         event = list(data.event_shape)
         if data.kind not in self.kinds or len(event) != dims:
+            what = f"{' and '.join(self.kinds)} data" if len(event) == dims else NOUNS[dims]
             raise UserError(
-                f"model={name} is for {' or '.join(self.kinds)} data with {dims} dimension(s) a "
-                f"row, and data={data.name} is {data.kind} data of shape {event}; "
-                f"{ADVICE.get(len(event), 'choose other data')}"
+                f"model={name} is for {what}, and data={data.name} is {data.kind} data of shape "
+                f"{event}; {ADVICE.get(len(event), 'choose other data')}"
             )
         if "num_levels" in self.facts and data.num_levels is None:
             raise UserError(
