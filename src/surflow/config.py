@@ -199,7 +199,7 @@ def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]
             ):
                 raise UserError(
                     f"{where}: expected a node with _target_, got {node}; {group}=<name> chooses "
-                    "one of conf/" + group
+                    "one"
                 )
     for where, node in nodes({group: config[group] for group in OPEN_GROUPS}):
         options, others = options_of(target_of(node, where))
