@@ -265,8 +265,8 @@ def _without_labels(node: Any) -> Any:
 
 
 def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """16 hex digits of what a run computes: its seed and the options that differ from the defaults
-    of their targets, without those that change no result.
+    """16 hex digits of what a run computes: its seed, the source of released weights, and the
+    options that differ from the defaults of their targets, without those that change no result.
 
     A target names the latter itself, as ``runtime``.
     """
