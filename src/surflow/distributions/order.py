@@ -87,7 +87,6 @@ class PlackettLuce(Distribution):
             permutations of 0 ... N - 1, or a tensor that is not of integers.
 
     Cost: O(N log N) to draw and to score a row.
-
     Source: Plackett 1975, J. R. Stat. Soc. C 24; Gumbel sampling: Yellott 1977, J. Math. Psych. 15.
 
     >>> p = PlackettLuce(3, logits=[0.0, 1.0, 2.0])
@@ -149,7 +148,6 @@ class OrderStatistics(Distribution):
         ValueError: for an index that does not point at one feature.
 
     Cost: O(N log N) to draw, O(N) to score, a row.
-
     Source: David & Nagaraja 2003, Order Statistics, Sec. 2.2.
 
     >>> from surflow.distributions import StandardNormal

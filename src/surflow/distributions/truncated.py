@@ -42,7 +42,6 @@ class Exponential(LocationScale):
         ValueError: for a scale that is not positive, or does not broadcast.
 
     Cost: O(D) to draw and to score.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 (as a density of remainders).
 
     >>> p = Exponential((1,), scale=2.0)
@@ -106,7 +105,6 @@ class TruncatedNormal(Distribution):
             ``high="context"``, or parameters that do not broadcast.
 
     Cost: O(D) to draw (5 Newton steps) and to score.
-
     Source: Robert 1995, Stat. Comput. 5 (the density); Nielsen et al. 2020, arXiv 2007.02731,
     Table 6 (below a maximum).
 
@@ -253,9 +251,7 @@ class _Frame:
         small = y < 1e-2
         big = torch.where(small, 1.0, y)
         log_sinhc = torch.where(
-            small,
-            y.square() / 6,
-            big + torch.log1p(-torch.exp(-2 * big)) - torch.log(2 * big),
+            small, y.square() / 6, big + torch.log1p(-torch.exp(-2 * big)) - torch.log(2 * big)
         )
         width = torch.where(self.narrow, self.width, 1.0).clamp(min=torch.finfo(loc.dtype).tiny)
         flat = width.log() + log_sinhc - 0.5 * above - HALF_LOG_TWO_PI
@@ -351,7 +347,6 @@ class ZeroInflated(Distribution):
         ValueError: for a probability outside (0, 1), or a scale that is not positive.
 
     Cost: O(D) to draw and to score.
-
     Source: the codomain of the ReLU surjections in Nielsen et al. 2020, arXiv 2007.02731, Table 6.
 
     >>> p = ZeroInflated((1,), probability=0.25)

@@ -155,8 +155,6 @@ class LipschitzMLP(nn.Module):
         ValueError: for sizes or a coefficient that are not positive, an unknown activation or
             norm.
 
-    >>> import torch
-    >>> from surflow.nets import LipschitzMLP
     >>> g = LipschitzMLP(2, 2, [16], coefficient=0.5)
     >>> a, b = torch.randn(2, 100, 2)
     >>> bool(((g(a) - g(b)).norm(dim=1) <= 0.5 * (a - b).norm(dim=1)).all())

@@ -75,7 +75,6 @@ class MADE(nn.Module):
             layers of several sizes with ``residual``.
 
     Cost: forward one pass; sequential the arithmetic of one pass, in D steps.
-
     Source: Germain et al. 2015, arXiv 1502.03509, Sec. 3 and 4.
 
     >>> net = MADE(3, 2, [16], ordering="reversed")

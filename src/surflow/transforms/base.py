@@ -120,7 +120,8 @@ class Example:
         sample: a density r that covers the support of the model: a distribution, or
             ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
-        context: ``context(n)`` draws a context for n rows, None for an unconditional instance.
+        context: ``context(n)`` draws a context for n rows, or an int F: (n, F) normals; None for an
+            unconditional instance.
         latent: ``latent(n)`` draws points z of the codomain for the round trip that starts there;
             None: ``base.sample(n)``.
     """
@@ -128,10 +129,13 @@ class Example:
     transform: Transform
     sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
     base: Any
-    context: Callable[[int], Tensor] | None = None
+    context: Callable[[int], Tensor] | int | None = None
     latent: Callable[[int], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.context, int):
+            features = self.context
+            self.context = lambda n: torch.randn(n, features)
         if isinstance(self.sample, Distribution):
             self.sample = self.sample.sample_and_log_prob
 

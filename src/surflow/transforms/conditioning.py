@@ -81,11 +81,7 @@ def draw(
 
 
 def score(
-    distribution: Distribution,
-    value: Tensor,
-    seen: Tensor,
-    context: Tensor | None,
-    features: int,
+    distribution: Distribution, value: Tensor, seen: Tensor, context: Tensor | None, features: int
 ) -> Tensor:
     """The log-density of ``value``, given ``seen`` where conditional: (B,), nats."""
     if not distribution.conditional:

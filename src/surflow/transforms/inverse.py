@@ -28,7 +28,6 @@ class Inverse(Transform):
         transform: the layer.
 
     Cost: that of the layer, forward and inverse exchanged.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
 
     >>> from surflow.transforms import AbsInference

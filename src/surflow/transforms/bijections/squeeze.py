@@ -46,7 +46,6 @@ class Squeeze(Bijection):
             divisible by f².
 
     Cost: forward and inverse one copy.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
 
     >>> import torch
@@ -102,7 +101,6 @@ class Unsqueeze(_InverseOf):
             divisible by f.
 
     Cost: forward and inverse one copy.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
 
     >>> import torch

@@ -47,7 +47,6 @@ class StochasticPermutation(Transform):
             or a net whose output has a wrong shape.
 
     Cost: O(N log N) a row in both directions, and a pass of both nets where V is computed.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data) and Table 7.
 
     >>> layer = StochasticPermutation()
@@ -152,5 +151,5 @@ class StochasticPermutation(Transform):
             transform,
             DiagonalNormal((3,), scale=1.4),
             DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8]),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )

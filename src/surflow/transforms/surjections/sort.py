@@ -51,7 +51,6 @@ class SortInference(Surjection):
             wrong shape, or, from ``inverse``, a z that is not sorted.
 
     Cost: O(N log N) a row in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = SortInference((3,))
@@ -103,9 +102,7 @@ class SortInference(Surjection):
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         key = self._key(z)
         require(
-            key[:, 1:] >= key[:, :-1],
-            "elements in ascending order along dimension 1",
-            key[:, 1:],
+            key[:, 1:] >= key[:, :-1], "elements in ascending order along dimension 1", key[:, 1:]
         )
         logits = self._order_logits(z, context)
         if logits is None:
@@ -133,7 +130,7 @@ class SortInference(Surjection):
             cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
             DiagonalNormal((3,), scale=1.3),
             OrderStatistics(StandardNormal((3,))),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )
 
 
@@ -154,7 +151,6 @@ class SortGenerative(_InverseOf):
         ValueError: as :class:`SortInference`; from ``forward``, for an x that is not sorted.
 
     Cost: O(N log N) a row in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = SortGenerative((2,))
