@@ -32,7 +32,6 @@ class Exponential(LocationScale):
     .. math:: \log p(x) = \sum_d -x_d / s_d - \log s_d, \quad x_d \ge 0
 
     Args:
-        event_shape: the shape of one x.
         scale: the mean s, positive, broadcastable to the event.
         learn: whether log s is a parameter.
         parameter_shape: the shape of the scale, broadcastable to the event; default: the event.
@@ -87,7 +86,6 @@ class TruncatedNormal(Distribution):
     narrower than one. Draws are reparametrised.
 
     Args:
-        event_shape: the shape of one x.
         loc, scale: of the normal before truncation, broadcastable to the event.
         low, high: the edges, broadcastable to the event, possibly infinite. ``high="context"``:
             the context itself is the upper edge, (B, ...) broadcastable to (B, *event), and there
@@ -337,7 +335,6 @@ class ZeroInflated(Distribution):
     what a rectified variable has.
 
     Args:
-        event_shape: the shape of one x.
         probability: of zero, in (0, 1), broadcastable to the event.
         scale: of the half-normal, positive, broadcastable to the event.
         learn: whether the logits of zero and log scale are parameters.

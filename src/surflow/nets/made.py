@@ -20,7 +20,6 @@ class MaskedLinear(nn.Linear):
     .. math:: y = (M \odot W)\,x + b
 
     Args:
-        in_features, out_features: sizes of input and output.
         mask: M, (out, in); False cuts a connection.
 
     Raises:

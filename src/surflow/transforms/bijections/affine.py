@@ -130,7 +130,6 @@ class Affine(Bijection):
     .. math:: z = s \odot x + t, \qquad \mathrm{ldj} = \sum_d \log |s_d|
 
     Args:
-        event_shape: the shape of x.
         shift: t, broadcastable to the event.
         scale: s, not zero, broadcastable to the event; its sign is kept when it is learned.
         learn: whether t and log |s| are parameters.

@@ -133,8 +133,6 @@ class MaskedSplineAutoregressive(Autoregressive):
     .. math:: z_d = \mathrm{RQS}(x_d;\, \theta_d(x_{<d})), \qquad
               \mathrm{ldj} = \sum_d \log \mathrm{RQS}'(x_d)
 
-    Exact.
-
     Args:
         features: D; x is (B, D).
         num_bins, bound, min_bin, min_slope: see :class:`RationalQuadraticSpline`.

@@ -305,7 +305,6 @@ class Elementwise(Bijection):
     .. math:: z_d = f(x_d; \theta_d), \qquad \mathrm{ldj} = \sum_d \log |f'(x_d; \theta_d)|
 
     Args:
-        event_shape: the shape of x.
         map: the map f, such as a spline.
         net: maps a context (B, ...) to parameters (B, C * P, ...), channels alternating over the
             P parameters; without it the parameters are free and start at zero.

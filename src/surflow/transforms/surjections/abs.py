@@ -29,7 +29,6 @@ class AbsInference(Surjection):
     folded coordinate; with a learned :math:`\pi(z)` it can be anti-symmetric.
 
     Args:
-        event_shape: the shape of x.
         element: the coordinate along dimension 1 to fold, or several; None folds all. The others
             are unchanged.
         probability: P(x_d >= 0), in (0, 1), for every folded coordinate.

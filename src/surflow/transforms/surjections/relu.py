@@ -35,7 +35,6 @@ class ReLUInference(Surjection):
     its atom.
 
     Args:
-        event_shape: the shape of x.
         scale: sigma, positive, broadcastable to the event.
         learn: whether log sigma is a parameter.
         net: maps z (and the context, if it has ``context_features``) to log sigma, (B, *event);
