@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -65,6 +65,31 @@ def require_at_least(owner: str, least: int, **values: float) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{owner}: expected {name} >= {least}, got {value}")
+
+
+def require_positive(owner: str, **values: float | Tensor) -> None:
+    """Raise ``ValueError`` for the first of a constructor's arguments that is not positive."""
+    for name, value in values.items():
+        if not bool((torch.as_tensor(value) > 0).all()):
+            got = value.tolist() if isinstance(value, Tensor) else value
+            raise ValueError(f"{owner}: expected {name} > 0, got {got}")
+
+
+def require_fraction(owner: str, **values: float | Tensor) -> None:
+    """Raise ``ValueError`` for the first of a constructor's arguments outside (0, 1)."""
+    for name, value in values.items():
+        given = torch.as_tensor(value)
+        if not bool(((given > 0) & (given < 1)).all()):
+            got = value.tolist() if isinstance(value, Tensor) else value
+            raise ValueError(f"{owner}: expected 0 < {name} < 1, got {got}")
+
+
+def require_one_of(owner: str, known: Iterable[str], **values: str) -> None:
+    """Raise ``ValueError``, which lists what is known, for an unknown option."""
+    for name, value in values.items():
+        if value not in known:
+            names = ", ".join(known)
+            raise ValueError(f"{owner}: expected {name} to be one of {names}, got {value!r}")
 
 
 def require_positive_sizes(owner: str, **sizes: int) -> None:

@@ -32,7 +32,6 @@ class AutoregressiveBernoulli(Distribution):
 
     Cost: ``log_prob`` one pass of both nets. ``sample`` one pass of ``net``, and of ``local`` H W
     passes over windows of (r + 1) × (2 r + 1) pixels, r being its reach.
-
     Source: van den Oord et al. 2016, arXiv 1601.06759; as a decoder, Chen et al. 2017, arXiv
     1611.02731, Sec. 3.1.
     """

@@ -44,7 +44,6 @@ class ChannelAutoregressive(Distribution):
 
     Cost: ``log_prob`` one pass of the LSTM over C images, whose first layer and inputs run on all
     at once; ``sample`` C steps of all layers, one after the other.
-
     Source: Mahajan, Bhattacharyya et al. 2020 (mAR-SCF), arXiv 2004.03891, Sec. 4.1 and
     Algorithm 1; sizes and embedding of the authors' code.
 

@@ -26,7 +26,6 @@ class Bernoulli(Distribution):
     ``log_prob`` takes real-valued x in [0, 1] too (the cross-entropy of a grey value).
 
     Args:
-        event_shape: the shape of one x.
         probability: P(x = 1), broadcastable to the event.
         learn: whether the logits are a parameter.
         net: maps a context to logits, (B, *event).
@@ -78,7 +77,6 @@ class Categorical(Distribution):
     .. math:: \log p(x) = \sum_d \log \mathrm{softmax}(\ell_d)_{x_d}
 
     Args:
-        event_shape: the shape of one x.
         num_classes: K.
         logits: (K,) or (*event, K); zeros if left out.
         learn: whether the logits are a parameter.

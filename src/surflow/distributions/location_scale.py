@@ -21,7 +21,6 @@ class LocationScale(Distribution):
     .. math:: \log p(x) = \sum_d \log s((x_d - \mu_d) e^{-\lambda_d}) - \lambda_d
 
     Args:
-        event_shape: the shape of one x.
         loc: location, broadcastable to the event.
         scale: positive scale, broadcastable to the event.
         learn: whether loc and log_scale are parameters.
@@ -141,11 +140,7 @@ class DiagonalNormal(LocationScale):
 
 
 class StandardNormal(DiagonalNormal):
-    r"""The standard normal, :math:`\mathcal N(0, I)`.
-
-    Args:
-        event_shape: the shape of one x.
-    """
+    r"""The standard normal, :math:`\mathcal N(0, I)`."""
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__(event_shape, parameter_shape=[1] * len(as_shape(event_shape)))

@@ -73,7 +73,6 @@ class DiagonalNormalMixture(Distribution):
     .. math:: \log p(x) = \log \sum_k \pi_k \prod_d \mathcal N(x_d; \mu_{kd}, \sigma_{kd}^2)
 
     Args:
-        event_shape: the shape of one x.
         num_components: K.
         spread: standard deviation of the initial locations (unconditional).
         learn: whether weights, locations and log-scales are parameters.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surflow.checks import InputError, require, require_at_least
 from surflow.distributions.base import Distribution, expand_to, register_value
-from surflow.numeric import at_least_float32
+from surflow.numeric import at_least_float32, working_dtype
 
 
 def log_factorial(n: int) -> float:
@@ -19,15 +19,7 @@ def log_factorial(n: int) -> float:
 
 
 def permuted(x: Tensor, order: Tensor) -> Tensor:
-    """Elements along dimension 1 in a given order: y[b, i] = x[b, order[b, i]].
-
-    Args:
-        x: (B, N, *rest).
-        order: (B, N), integers, each row a permutation of 0 ... N - 1.
-
-    Returns:
-        (B, N, *rest).
-    """
+    """Elements of x (B, N, *rest) in an order (B, N) of integers: y[b, i] = x[b, order[b, i]]."""
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand_as(x))
 
@@ -43,14 +35,11 @@ def uniform_order(n: int, num_elements: int, device: torch.device) -> Tensor:
 
 
 def plackett_luce_log_prob(logits: Tensor, order: Tensor) -> Tensor:
-    """Log-probability of taking the elements out in this order without replacement.
+    """Log-probability of taking the elements out in this order without replacement, (B,), nats.
 
     Args:
         logits: broadcastable to (B, N); float32 or better.
         order: (B, N); the element taken i-th is order[:, i].
-
-    Returns:
-        (B,), nats.
     """
     taken = logits.expand(order.shape).gather(1, order)
     left = taken.flip(1).logcumsumexp(1).flip(1)  # over the elements not yet taken
@@ -66,6 +55,21 @@ def plackett_luce_sample(logits: Tensor, n: int) -> Tensor:
     u = torch.rand(n, logits.shape[-1], device=logits.device, dtype=logits.dtype)
     gumbel = -(-u.clamp_min(torch.finfo(u.dtype).tiny).log()).log()
     return torch.argsort(logits + gumbel, dim=1, descending=True)
+
+
+def draw_order(logits: Tensor | None, like: Tensor) -> Tensor:
+    """An order of the elements of each row of ``like``, (B, N); without logits uniform."""
+    if logits is None:
+        return uniform_order(*like.shape[:2], like.device)
+    return plackett_luce_sample(logits, like.shape[0])
+
+
+def score_order(logits: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
+    """The log-probability of what :func:`draw_order` gives, (B,), nats."""
+    if logits is not None:
+        return plackett_luce_log_prob(logits, order)
+    zero = torch.zeros(like.shape[0], device=like.device, dtype=working_dtype(like))
+    return zero - log_factorial(like.shape[1])
 
 
 class PlackettLuce(Distribution):
@@ -87,7 +91,6 @@ class PlackettLuce(Distribution):
             permutations of 0 ... N - 1, or a tensor that is not of integers.
 
     Cost: O(N log N) to draw and to score a row.
-
     Source: Plackett 1975, J. R. Stat. Soc. C 24; Gumbel sampling: Yellott 1977, J. Math. Psych. 15.
 
     >>> p = PlackettLuce(3, logits=[0.0, 1.0, 2.0])
@@ -122,10 +125,8 @@ class PlackettLuce(Distribution):
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.is_floating_point():
             raise InputError(f"expected an integer tensor, got {x.dtype}")
-        places = torch.arange(self.num_elements, device=x.device)
-        ok = x.sort(1).values == places
-        expected = f"rows that are permutations of 0 to {self.num_elements - 1}"
-        require(ok, expected, x)
+        ok = x.sort(1).values == torch.arange(self.num_elements, device=x.device)
+        require(ok, f"rows that are permutations of 0 to {self.num_elements - 1}", x)
         return plackett_luce_log_prob(self.logits_of(context), x.long())
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
@@ -149,7 +150,6 @@ class OrderStatistics(Distribution):
         ValueError: for an index that does not point at one feature.
 
     Cost: O(N log N) to draw, O(N) to score, a row.
-
     Source: David & Nagaraja 2003, Order Statistics, Sec. 2.2.
 
     >>> from surflow.distributions import StandardNormal

@@ -32,7 +32,6 @@ class Exponential(LocationScale):
     .. math:: \log p(x) = \sum_d -x_d / s_d - \log s_d, \quad x_d \ge 0
 
     Args:
-        event_shape: the shape of one x.
         scale: the mean s, positive, broadcastable to the event.
         learn: whether log s is a parameter.
         parameter_shape: the shape of the scale, broadcastable to the event; default: the event.
@@ -42,7 +41,6 @@ class Exponential(LocationScale):
         ValueError: for a scale that is not positive, or does not broadcast.
 
     Cost: O(D) to draw and to score.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 (as a density of remainders).
 
     >>> p = Exponential((1,), scale=2.0)
@@ -88,7 +86,6 @@ class TruncatedNormal(Distribution):
     narrower than one. Draws are reparametrised.
 
     Args:
-        event_shape: the shape of one x.
         loc, scale: of the normal before truncation, broadcastable to the event.
         low, high: the edges, broadcastable to the event, possibly infinite. ``high="context"``:
             the context itself is the upper edge, (B, ...) broadcastable to (B, *event), and there
@@ -106,7 +103,6 @@ class TruncatedNormal(Distribution):
             ``high="context"``, or parameters that do not broadcast.
 
     Cost: O(D) to draw (5 Newton steps) and to score.
-
     Source: Robert 1995, Stat. Comput. 5 (the density); Nielsen et al. 2020, arXiv 2007.02731,
     Table 6 (below a maximum).
 
@@ -253,9 +249,7 @@ class _Frame:
         small = y < 1e-2
         big = torch.where(small, 1.0, y)
         log_sinhc = torch.where(
-            small,
-            y.square() / 6,
-            big + torch.log1p(-torch.exp(-2 * big)) - torch.log(2 * big),
+            small, y.square() / 6, big + torch.log1p(-torch.exp(-2 * big)) - torch.log(2 * big)
         )
         width = torch.where(self.narrow, self.width, 1.0).clamp(min=torch.finfo(loc.dtype).tiny)
         flat = width.log() + log_sinhc - 0.5 * above - HALF_LOG_TWO_PI
@@ -341,7 +335,6 @@ class ZeroInflated(Distribution):
     what a rectified variable has.
 
     Args:
-        event_shape: the shape of one x.
         probability: of zero, in (0, 1), broadcastable to the event.
         scale: of the half-normal, positive, broadcastable to the event.
         learn: whether the logits of zero and log scale are parameters.
@@ -351,7 +344,6 @@ class ZeroInflated(Distribution):
         ValueError: for a probability outside (0, 1), or a scale that is not positive.
 
     Cost: O(D) to draw and to score.
-
     Source: the codomain of the ReLU surjections in Nielsen et al. 2020, arXiv 2007.02731, Table 6.
 
     >>> p = ZeroInflated((1,), probability=0.25)

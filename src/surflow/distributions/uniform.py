@@ -17,7 +17,6 @@ class Uniform(Distribution):
     .. math:: \log p(x) = -\sum_d \log(h_d - l_d)
 
     Args:
-        event_shape: the shape of one x.
         low, high: the edges, broadcastable to the event.
 
     Raises:

@@ -33,7 +33,6 @@ class ConvLSTM(nn.Module):
         ValueError: for sizes that are not positive, or an even kernel.
 
     Cost: 2 T convolutions a layer, of which T one after the other.
-
     Source: Shi et al. 2015, arXiv 1506.04214, Sec. 3.1 (without peepholes).
 
     >>> net = ConvLSTM(2, 4, num_layers=2)

@@ -18,7 +18,6 @@ class PlainBlock(nn.Module):
     stride s where the sizes differ. V starts at zero, so that a deep net starts shallow.
 
     Args:
-        in_channels, out_channels: sizes.
         stride: s.
     """
 
@@ -97,7 +96,6 @@ class ImageDecoder(nn.Module):
     The mirror image of :class:`ImageEncoder`; sizes are doubled by repeating pixels.
 
     Args:
-        in_features: size of the input.
         shape: (C, H, W), of which the height and width are the output's.
         out_channels: channels of the output.
         mid_features: size of a layer between the input and the first stage.

@@ -14,9 +14,6 @@ class GatedConv2d(nn.Module):
 
     .. math:: y = a + b \odot \sigma(c), \qquad (a, b, c) = W x + w
 
-    Args:
-        in_channels, out_channels: sizes.
-
     Raises:
         ValueError: for sizes that are not positive.
     """
@@ -57,7 +54,6 @@ class DenseBlock(nn.Module):
     """Dense layers, and a 1×1 convolution of all their channels: (B, in, H, W) -> (B, out, H, W).
 
     Args:
-        in_channels, out_channels: sizes.
         depth: number of :class:`DenseLayer`.
         growth: channels that each adds.
         gated: whether the last convolution is a :class:`GatedConv2d`.
@@ -97,7 +93,6 @@ class DenseNet(nn.Module):
     """Residual dense blocks between two 1×1 convolutions: (B, in, H, W) -> (B, out, H, W).
 
     Args:
-        in_channels, out_channels: sizes of input and output.
         mid_channels: size between the blocks.
         depth: dense layers a block.
         growth: channels that each adds.
@@ -162,7 +157,6 @@ class ImageEmbedding(nn.Module):
     A dense block, a 2×2 convolution with stride 2, and another dense block.
 
     Args:
-        in_channels, out_channels: sizes.
         mid_channels: size between the blocks.
         depth, growth, gated: see :class:`DenseBlock`.
 

@@ -46,9 +46,7 @@ class ConvAttentionBlock(nn.Module):
 
     Args:
         channels: C, divisible by num_heads.
-        dropout: the probability.
         attention: whether there is attention.
-        num_heads: its heads.
 
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.3.
     """
@@ -97,7 +95,6 @@ class ConvAttentionNet(nn.Module):
     The output is float32 or better whatever the precision of the convolutions.
 
     Args:
-        in_channels, out_channels: sizes of input and output.
         mid_channels: of the blocks, divisible by num_heads.
         num_blocks: number of :class:`ConvAttentionBlock`.
         dropout, attention, num_heads: see :class:`ConvAttentionBlock`.

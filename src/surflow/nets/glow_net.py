@@ -23,7 +23,6 @@ class StandardisedConv2d(nn.Conv2d):
     filters, so that they cost nothing an element. Odd kernels, zero padding.
 
     Args:
-        in_channels, out_channels: sizes.
         kernel_size: odd.
 
     Raises:
@@ -87,7 +86,6 @@ class ZeroConv2d(nn.Conv2d):
     The output is float32 or better whatever the precision of the convolution.
 
     Args:
-        in_channels, out_channels: sizes.
         kernel_size: odd; zero padding keeps height and width.
 
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.3; the factor of the authors' code.
@@ -115,7 +113,6 @@ class GlowNet(nn.Module):
     :class:`ZeroConv2d`.
 
     Args:
-        in_channels, out_channels: sizes of input and output.
         hidden_channels: of the two hidden layers.
         standardise: whether the first batch standardises the hidden layers.
         context_features: F of an image that the first convolution sees too, after x: (B, F, H, W),

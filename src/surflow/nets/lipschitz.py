@@ -47,7 +47,6 @@ class LipschitzLinear(nn.Linear):
     .. math:: y = \tilde W x + b, \qquad \tilde W = W \min(1, c / \lVert W \rVert_2)
 
     Args:
-        in_features, out_features: sizes.
         bound: c, positive.
         norm: "exact", by singular values; "power", in training by power iteration that goes on
             from call to call (an estimate from below, so that a step may exceed the bound a
@@ -145,7 +144,6 @@ class LipschitzMLP(nn.Module):
     alone.
 
     Args:
-        in_features, out_features, hidden_features: sizes.
         activation: elu, lipswish, softplus or tanh, whose slopes lie in [-1, 1].
         coefficient: below 1 for a residual flow.
         context_features: size of the context; 0 for none.
@@ -155,8 +153,6 @@ class LipschitzMLP(nn.Module):
         ValueError: for sizes or a coefficient that are not positive, an unknown activation or
             norm.
 
-    >>> import torch
-    >>> from surflow.nets import LipschitzMLP
     >>> g = LipschitzMLP(2, 2, [16], coefficient=0.5)
     >>> a, b = torch.randn(2, 100, 2)
     >>> bool(((g(a) - g(b)).norm(dim=1) <= 0.5 * (a - b).norm(dim=1)).all())

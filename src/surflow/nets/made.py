@@ -20,7 +20,6 @@ class MaskedLinear(nn.Linear):
     .. math:: y = (M \odot W)\,x + b
 
     Args:
-        in_features, out_features: sizes of input and output.
         mask: M, (out, in); False cuts a connection.
 
     Raises:
@@ -75,7 +74,6 @@ class MADE(nn.Module):
             layers of several sizes with ``residual``.
 
     Cost: forward one pass; sequential the arithmetic of one pass, in D steps.
-
     Source: Germain et al. 2015, arXiv 1502.03509, Sec. 3 and 4.
 
     >>> net = MADE(3, 2, [16], ordering="reversed")

@@ -16,7 +16,6 @@ class MaskedConv2d(nn.Conv2d):
     too. Height and width are kept.
 
     Args:
-        in_channels, out_channels: sizes.
         kernel_size: odd.
         centre: whether a pixel sees itself: not in the first layer of a net, whose input is x.
 

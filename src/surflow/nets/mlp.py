@@ -47,7 +47,6 @@ class MLP(nn.Module):
     """Fully connected layers with an activation between them: (B, in) -> (B, out).
 
     Args:
-        in_features, out_features: sizes of input and output.
         hidden_features: sizes of the hidden layers.
         activation: relu, elu, gelu, silu or tanh.
         context_features: size of a context that is concatenated to the input; 0 for none.

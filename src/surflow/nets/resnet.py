@@ -19,7 +19,6 @@ class WeightNormConv2d(nn.Conv2d):
     ``weight`` V.
 
     Args:
-        in_channels, out_channels: sizes.
         kernel_size: odd.
         zero_init: start with g = 0, at the output zero.
 
@@ -87,7 +86,6 @@ class ResNet(nn.Module):
     of a batch depend on each other; in evaluation mode it does not.
 
     Args:
-        in_channels, out_channels: sizes of input and output.
         mid_channels: feature maps of a block.
         num_blocks: number of :class:`ResidualBlock`.
         batch_norm: whether there is batch normalisation.

@@ -29,7 +29,6 @@ class SelfAttention(nn.Module):
         ValueError: for heads that do not divide the features.
 
     Cost: O(N D² + N² D) a set.
-
     Source: Vaswani et al. 2017, arXiv 1706.03762, Sec. 3.2; initial weights: Child et al. 2019,
     arXiv 1904.10509, Sec. 6.
     """
@@ -71,7 +70,6 @@ class TransformerBlock(nn.Module):
         out_gain: factor on the initial weights of the last layer of both parts.
 
     Cost: O(N D² + N D F + N² D) a set, F the size of the hidden layer.
-
     Source: Child et al. 2019, arXiv 1904.10509, Sec. 5.2 and 6.
     """
 
@@ -129,7 +127,6 @@ class SetTransformer(nn.Module):
             dropout outside [0, 1), or, from ``forward``, an input of another shape.
 
     Cost: ``num_layers`` blocks.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data), whose activation is
     x σ(1.702 x) where this has the GELU; blocks of Child et al. 2019, arXiv 1904.10509.
 

@@ -93,14 +93,7 @@ def require_output(out: Tensor, shape: tuple[int, ...]) -> Tensor:
 def net_output(
     net: nn.Module, value: Tensor, context: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
-    """The net's output on ``value`` (and the context if it takes one), float32 or better.
-
-    Args:
-        net: the net.
-        value: x or z, (B, ...).
-        context: (B, ...), or None.
-        shape: of the output, with the batch.
-    """
+    """The net's output on ``value``, of this shape (batch included), float32 or better."""
     return require_output(run_net(net, value, context), shape).to(working_dtype(value))
 
 
@@ -120,7 +113,8 @@ class Example:
         sample: a density r that covers the support of the model: a distribution, or
             ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
-        context: ``context(n)`` draws a context for n rows, None for an unconditional instance.
+        context: ``context(n)`` draws a context for n rows, or an int F: (n, F) normals; None for an
+            unconditional instance.
         latent: ``latent(n)`` draws points z of the codomain for the round trip that starts there;
             None: ``base.sample(n)``.
     """
@@ -128,10 +122,13 @@ class Example:
     transform: Transform
     sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
     base: Any
-    context: Callable[[int], Tensor] | None = None
+    context: Callable[[int], Tensor] | int | None = None
     latent: Callable[[int], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.context, int):
+            features = self.context
+            self.context = lambda n: torch.randn(n, features)
         if isinstance(self.sample, Distribution):
             self.sample = self.sample.sample_and_log_prob
 
@@ -142,8 +139,7 @@ class Transform(nn.Module, ABC):
     A subclass declares three booleans and implements :meth:`_forward`, :meth:`_inverse` and
     :meth:`example`. It must guarantee:
 
-    * ``_forward`` returns z and a contribution of shape (B,) in nats, such that with base density
-      p the expectation of exp(log p(z) + ldj) over z is the density of x;
+    * with base density p the expectation of exp(log p(z) + ldj) over z is the density of x;
     * a row of the result depends on that row of the input only;
     * a layer with a stochastic forward also implements :meth:`_inverse_and_ldj`, which scores the
       pair (x, z) that it generates, which :class:`Inverse` needs.
@@ -194,11 +190,8 @@ class Transform(nn.Module, ABC):
         cls._several_as_one("_inverse_and_ldj_samples", "_inverse_and_ldj")
         if inspect.isabstract(cls) or cls.__name__.startswith("_"):
             return
-        missing = [
-            flag
-            for flag in ("bijective", "stochastic_forward", "stochastic_inverse")
-            if not hasattr(cls, flag)
-        ]
+        flags = ("bijective", "stochastic_forward", "stochastic_inverse")
+        missing = [flag for flag in flags if not hasattr(cls, flag)]
         if missing:
             raise TypeError(f"{cls.__name__} must declare {', '.join(missing)}")
 
@@ -258,13 +251,9 @@ class Transform(nn.Module, ABC):
         yield f"{prefix}{self.label}", self
 
     def unfold(self, turned: bool = False) -> Iterator[tuple[Transform, bool]]:
-        """The layers in the order in which they run, nested sequences and inverses unfolded.
+        """The layers in the order in which they run, each with whether it runs from z to x.
 
-        Args:
-            turned: whether this one runs from z to x.
-
-        Yields:
-            each layer, and whether it runs from z to x.
+        Nested sequences and inverses are unfolded.
         """
         yield self, turned
 
@@ -277,10 +266,7 @@ class Transform(nn.Module, ABC):
         return None
 
     def infer(self, x: Tensor, context: Tensor | None, tape: Tape) -> Tensor:
-        """z, with what generation would draw written on the tape.
-
-        A layer whose generation is deterministic writes nothing: z says all about x.
-        """
+        """z, with what generation would draw (if anything) written on the tape."""
         if self.stochastic_inverse:
             raise ValueError(
                 f"interpolation: {tape.layer} draws when it generates, and what it drew cannot be "
@@ -294,15 +280,12 @@ class Transform(nn.Module, ABC):
         return self.inverse(z, context)
 
     def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
-        """log p(x), with what inference draws summed or integrated out.
+        """log p(x), (B,), nats, with what inference draws summed or integrated out.
 
         Args:
             x: (B, *event).
             tail: log p of latents.
             rule: how to integrate: a :class:`surflow.evaluation.marginal.Rule`.
-
-        Returns:
-            (B,), nats.
         """
         if self.stochastic_forward:
             raise ValueError(f"marginal_log_prob: does not know how to sum out {self.label}")
@@ -317,14 +300,9 @@ class Transform(nn.Module, ABC):
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
     ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor], Tensor, Tensor]:
-        """From an output, the input and the graph that leads back.
+        """From an output (z, or x where ``turned``), the input and the graph that leads back.
 
         For a backward pass that kept the output only; to be called with gradients enabled.
-
-        Args:
-            value: z, or x where ``turned``.
-            context: (B, ...) or None.
-            turned: whether the layer ran from z to x.
 
         Returns:
             The input in parts that are leaves of the graph; a function that joins such parts (their
@@ -377,14 +355,8 @@ class Transform(nn.Module, ABC):
         embedding of a dequantizer's context) is computed once a row. A layer with random estimates
         draws them for every sample.
 
-        Args:
-            x: data, (B, *event).
-            context: (B, ...) or None.
-            num_samples: K.
-
         Returns:
-            z: (K B, *latent), sample k of row b at k B + b.
-            ldj: (K B,), nats.
+            z (K B, *latent) and ldj (K B,), nats, K = num_samples; sample k of row b at k B + b.
 
         Raises:
             ValueError: as ``forward``, and for num_samples < 1.
@@ -521,10 +493,8 @@ def kind_of(bijective: bool, stochastic_forward: bool, stochastic_inverse: bool)
     """The name of a kind from its three flags."""
     if bijective:
         return "bijective"
-    if stochastic_forward and stochastic_inverse:
-        return "stochastic"
     if stochastic_forward:
-        return "surjective (generative)"
+        return "stochastic" if stochastic_inverse else "surjective (generative)"
     return "surjective (inference)"
 
 

@@ -14,14 +14,8 @@ from surflow.transforms.base import require_context
 def check_distribution(
     distribution: Distribution, owner: str, role: str, context_features: int
 ) -> None:
-    """Raise ValueError unless a layer can use ``distribution`` as its ``role``.
-
-    Args:
-        distribution: must be a density; with ``context_features`` also conditional.
-        owner: the class that takes it.
-        role: the argument's name.
-        context_features: features of the flow's context that it sees; 0 for none.
-    """
+    """Raise ValueError unless ``distribution`` is a density, with context features a conditional
+    one; ``owner`` is the class that takes it and ``role`` the argument's name."""
     if not isinstance(distribution, Distribution) or distribution.discrete:
         raise ValueError(
             f"{owner}: expected a density (a Distribution that is not discrete) as {role}, "
@@ -81,11 +75,7 @@ def draw(
 
 
 def score(
-    distribution: Distribution,
-    value: Tensor,
-    seen: Tensor,
-    context: Tensor | None,
-    features: int,
+    distribution: Distribution, value: Tensor, seen: Tensor, context: Tensor | None, features: int
 ) -> Tensor:
     """The log-density of ``value``, given ``seen`` where conditional: (B,), nats."""
     if not distribution.conditional:

@@ -24,11 +24,7 @@ class Inverse(Transform):
     -log q(z|x), and the other way round; a stochastic layer swaps encoder and decoder. One class
     therefore gives the second direction of every layer.
 
-    Args:
-        transform: the layer.
-
     Cost: that of the layer, forward and inverse exchanged.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).
 
     >>> from surflow.transforms import AbsInference

@@ -38,7 +38,6 @@ class Sequential(Transform):
             :class:`Transform`.
 
     Cost: the sum of its parts'; forward and inverse each run every layer once.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
 
     >>> from surflow.transforms import AbsInference, Inverse, Softplus
@@ -55,9 +54,8 @@ class Sequential(Transform):
         transforms = list(transforms)
         for i, t in enumerate(transforms):
             if not isinstance(t, Transform):
-                raise TypeError(
-                    f"Sequential: layer {i} must be a Transform, got {type(t).__name__}"
-                )
+                what = type(t).__name__
+                raise TypeError(f"Sequential: layer {i} must be a Transform, got {what}")
         self.transforms = nn.ModuleList(transforms)
 
     def __len__(self) -> int:
@@ -76,27 +74,22 @@ class Sequential(Transform):
     compiles = property(lambda self: all(t.compiles for t in self.transforms))
     estimated = property(lambda self: any(t.estimated for t in self.transforms))
 
+    event_shape = property(lambda self: self.transforms[0].event_shape if len(self) else None)
+    latent_shape = property(lambda self: self._shape_of_latent())
+    integer_data = property(lambda self: self.transforms[0].integer_data if len(self) else False)
+    integer_latent = property(
+        lambda self: self.transforms[-1].integer_latent if len(self) else False
+    )
+
     @property
     def why_not_compiled(self) -> str:  # type: ignore[override]
         return "; ".join(
             f"{t.label}: {t.why_not_compiled}" for t in self.transforms if not t.compiles
         )
 
-    event_shape = property(lambda self: self.transforms[0].event_shape if len(self) else None)
-
-    @property
-    def latent_shape(self) -> tuple[int | None, ...] | None:  # type: ignore[override]
-        return self.transforms[-1]._shape_of_latent() if len(self) else None
-
     def _shape_of_latent(self) -> tuple[int | None, ...] | None:
         # the last layer's own: where that takes any shape, the first layer's says nothing of z
-        return self.latent_shape
-
-    integer_data = property(lambda self: self.transforms[0].integer_data if len(self) else False)
-
-    @property
-    def integer_latent(self) -> bool:  # type: ignore[override]
-        return self.transforms[-1].integer_latent if len(self) else False
+        return self.transforms[-1]._shape_of_latent() if len(self) else None
 
     def _run(
         self,
@@ -107,12 +100,8 @@ class Sequential(Transform):
         scored: bool = True,
         ldj: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The output of ``layers``, and their contributions added to ``ldj``.
-
-        Args:
-            turned: whether to run from z to x.
-            scored: whether contributions are asked for.
-        """
+        """The output of ``layers``, from z to x where ``turned``, and their contributions added to
+        ``ldj`` where ``scored``."""
         if self.memory is not None and _has_gradient(x, context, *self.parameters()):
             x, part = self.memory.run(layers, x, context, turned, scored)
             return x, part if ldj is None else ldj + part
@@ -184,15 +173,7 @@ class Sequential(Transform):
 
     @classmethod
     def example(cls) -> Example:
-        return Example(
-            cls(
-                [
-                    Affine((2,), shift=[0.3, -0.2], scale=[1.5, 0.7]),
-                    AbsInference((2,), probability=0.3),
-                    Softplus(),
-                    Affine((2,), shift=-0.6931471805599453),
-                ]
-            ),
-            DiagonalNormal((2,), scale=2.0),
-            HalfNormal((2,)),
-        )
+        first = Affine((2,), shift=[0.3, -0.2], scale=[1.5, 0.7])
+        last = Affine((2,), shift=-0.6931471805599453)
+        layers = [first, AbsInference((2,), probability=0.3), Softplus(), last]
+        return Example(cls(layers), DiagonalNormal((2,), scale=2.0), HalfNormal((2,)))

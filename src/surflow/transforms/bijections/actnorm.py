@@ -29,7 +29,6 @@ class ActNorm(Bijection):
             single value a channel, which has no standard deviation.
 
     Cost: O(D) a row, and one pass over the first batch; forward and inverse alike.
-
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.1.
 
     >>> layer = ActNorm(num_channels=3)

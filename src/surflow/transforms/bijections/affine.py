@@ -58,7 +58,6 @@ class AffineMap(ElementwiseMap):
         ValueError: for an unknown name.
 
     Cost: O(1) an element; forward and inverse alike.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2 (with g = exp).
 
     >>> z, ldj = AffineMap("softplus").forward(torch.ones(1), torch.zeros(1, 2))
@@ -96,7 +95,6 @@ class AdditiveMap(ElementwiseMap):
     .. math:: z = x + t, \qquad \log |dz/dx| = 0
 
     Cost: O(1) an element; forward and inverse alike.
-
     Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
 
     >>> z, ldj = AdditiveMap().forward(torch.ones(1), torch.ones(1, 1))
@@ -132,7 +130,6 @@ class Affine(Bijection):
     .. math:: z = s \odot x + t, \qquad \mathrm{ldj} = \sum_d \log |s_d|
 
     Args:
-        event_shape: the shape of x.
         shift: t, broadcastable to the event.
         scale: s, not zero, broadcastable to the event; its sign is kept when it is learned.
         learn: whether t and log |s| are parameters.
@@ -143,7 +140,6 @@ class Affine(Bijection):
         ValueError: for a zero scale, parameters that do not broadcast, or a wrong shape of x.
 
     Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
-
     Source: elementary; the map of Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
 
     >>> layer = Affine(3, shift=1.0, scale=[2.0, 0.5, -1.0])
@@ -210,9 +206,4 @@ class Affine(Bijection):
     @classmethod
     def example(cls) -> Example:
         transform = cls((3,), [0.5, 0.0, -1.0], [1.3, -0.6, 2.0], learn=True, net=MLP(2, 6, [8]))
-        return Example(
-            transform,
-            DiagonalNormal((3,), scale=2.5),
-            StandardNormal((3,)),
-            context=lambda n: torch.randn(n, 2),
-        )
+        return Example(transform, DiagonalNormal((3,), scale=2.5), StandardNormal((3,)), context=2)

@@ -41,7 +41,6 @@ class Autoregressive(Bijection):
             or a missing context.
 
     Cost: forward one pass of the net; inverse D steps with the arithmetic of one pass together.
-
     Source: Papamakarios et al. 2017, arXiv 1705.07057, Sec. 3; Kingma et al. 2016, 1606.04934.
 
     >>> Autoregressive(AffineMap("softplus"), MADE(3, 2, [16])).inverse(torch.ones(5, 3)).shape
@@ -92,7 +91,7 @@ class Autoregressive(Bijection):
     def example(cls) -> Example:
         net = MADE(3, 14, [12, 12], "tanh", context_features=2, ordering=[1, 2, 0], residual=True)
         spline = RationalQuadraticSpline(5, bound=2.0)
-        return _example(cls(spline, net), context=lambda n: torch.randn(n, 2))
+        return _example(cls(spline, net), context=2)
 
 
 class MaskedAffineAutoregressive(Autoregressive):
@@ -113,7 +112,6 @@ class MaskedAffineAutoregressive(Autoregressive):
         ValueError: for an unknown scale, or arguments that :class:`MADE` refuses.
 
     Cost: forward one pass of the net; inverse D steps with the arithmetic of one pass together.
-
     Source: Papamakarios et al. 2017, arXiv 1705.07057, Sec. 3.1.
 
     >>> MaskedAffineAutoregressive(2, hidden_features=[8])(torch.zeros(5, 2))[0].shape
@@ -135,8 +133,6 @@ class MaskedSplineAutoregressive(Autoregressive):
     .. math:: z_d = \mathrm{RQS}(x_d;\, \theta_d(x_{<d})), \qquad
               \mathrm{ldj} = \sum_d \log \mathrm{RQS}'(x_d)
 
-    Exact.
-
     Args:
         features: D; x is (B, D).
         num_bins, bound, min_bin, min_slope: see :class:`RationalQuadraticSpline`.
@@ -147,7 +143,6 @@ class MaskedSplineAutoregressive(Autoregressive):
             (``bound=None``), for values outside [0, 1].
 
     Cost: forward one pass of the net; inverse D steps with the arithmetic of one pass together.
-
     Source: Durkan et al. 2019, arXiv 1906.04032, Sec. 3.2.
 
     >>> MaskedSplineAutoregressive(2, num_bins=4, hidden_features=[8])(torch.zeros(5, 2))[1].shape
@@ -187,7 +182,6 @@ class MaskedLogisticMixtureAutoregressive(Autoregressive):
         ValueError: for K < 1, or arguments that :class:`MADE` refuses.
 
     Cost: forward one pass of the net; inverse D steps, each with 32 bisections (64 in float64).
-
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2; parameters as in 1705.07057.
 
     >>> MaskedLogisticMixtureAutoregressive(2, 4, hidden_features=[8])(torch.zeros(5, 2))[1].shape

@@ -45,7 +45,6 @@ class BatchNorm(Bijection):
             channel, which has no variance; for sizes out of range.
 
     Cost: forward and inverse O(1) an element; in training one more pass for the statistics.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, App. E; Papamakarios et al. 2017, arXiv 1705.07057.
 
     >>> layer = BatchNorm(2).eval()  # running mean 0 and variance 1 until it has trained

@@ -33,7 +33,6 @@ class BoxToReal(Bijection):
         ValueError: unless low < high everywhere and β > 0; for x on or outside an edge.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: the logit of Dinh et al. 2017, arXiv 1605.08803, Sec. 4.1, and the inverse softplus,
     chosen by the edges.
 

@@ -97,9 +97,6 @@ class Continuous(Bijection):
     Source: Chen et al. 2018, arXiv 1806.07366, Sec. 4; Grathwohl et al. 2019, arXiv 1810.01367,
     Sec. 3.
 
-    >>> import torch
-    >>> from surflow.nets import MLP
-    >>> from surflow.transforms import Continuous
     >>> layer = Continuous(MLP(2 + 1, 2, [16], "tanh"), solver="rk4")
     >>> x = torch.tensor([[0.5, -1.0]])
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-4)
@@ -265,5 +262,5 @@ class Continuous(Bijection):
             cls(net, solver="rk4", num_steps=6, end_time=0.5),
             DiagonalNormal((2,), scale=1.8),
             StandardNormal((2,)),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )

@@ -46,7 +46,6 @@ class Conv1x1(Bijection):
         ValueError: for an unknown parametrisation, C < 1, or x of another shape.
 
     Cost: O(C²) a pixel and O(C³) once a call, forward and inverse.
-
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2; "qr" Hoogeboom et al. 2019.
 
     >>> Conv1x1(3, "plu")(torch.zeros(2, 3, 4, 4))[0].shape
@@ -139,7 +138,6 @@ class PeriodicConv2d(Bijection):
             than the kernel.
 
     Cost: forward and inverse each O(C² + C log HW) a pixel, and O(C³ HW) once a call.
-
     Source: Hoogeboom et al. 2019, arXiv 1901.11137, periodic convolutions.
 
     >>> PeriodicConv2d(3, kernel_size=3).inverse(torch.zeros(2, 3, 8, 8)).shape

@@ -50,10 +50,8 @@ class Coupling(Bijection):
 
     Cost: one pass of the net and one evaluation of the map an element; forward and inverse alike,
     unless the map's differ.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2; with splines Durkan et al. 2019.
 
-    >>> from surflow.nets import MLP
     >>> layer = Coupling(AffineMap("softplus"), MLP(2, 4, [64]), split="alternate")
     >>> layer.kind
     'bijective'
@@ -219,8 +217,7 @@ class Coupling(Bijection):
     def example(cls) -> Example:
         net = MLP(2, 2 * 14, [16], "tanh", context_features=1)
         return _example(
-            cls(RationalQuadraticSpline(5, bound=3.0), net, split="alternate", swap=True),
-            context=lambda n: torch.randn(n, 1),
+            cls(RationalQuadraticSpline(5, bound=3.0), net, split="alternate", swap=True), context=1
         )
 
 
@@ -235,10 +232,8 @@ class AffineCoupling(Coupling):
         split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net and O(D) a row; forward and inverse alike.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.2.
 
-    >>> from surflow.nets import MLP
     >>> layer = AffineCoupling(MLP(2, 4, [64]), scale="tanh_exp")
     >>> x = torch.ones(1, 4)
     >>> bool(torch.allclose(layer.inverse(layer(x)[0]), x))
@@ -263,10 +258,8 @@ class AdditiveCoupling(Coupling):
         split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net and O(D) a row; forward and inverse alike.
-
     Source: Dinh et al. 2015, arXiv 1410.8516, Sec. 3.2.
 
-    >>> from surflow.nets import MLP
     >>> layer = AdditiveCoupling(MLP(2, 2, [64]), swap=True)
     >>> layer(torch.ones(1, 4))[1]
     tensor([0.])
@@ -293,10 +286,8 @@ class RationalQuadraticSplineCoupling(Coupling):
         split, swap, mask, dim: see :class:`Coupling`.
 
     Cost: one pass of the net and O(K) an element, K the number of bins; forward and inverse alike.
-
     Source: Durkan et al. 2019, arXiv 1906.04032.
 
-    >>> from surflow.nets import MLP
     >>> layer = RationalQuadraticSplineCoupling(MLP(2, 2 * 23, [64]), num_bins=8, bound=3.0)
     >>> x = torch.tensor([[0.1, 0.2, 0.3, 7.0]])
     >>> bool((layer(x)[0][:, 3] == 7.0).all())  # beyond the bound: as it is
@@ -332,10 +323,8 @@ class LogisticMixtureCoupling(Coupling):
 
     Cost: one pass of the net and O(K) an element; the inverse is a bisection, some tens of
     evaluations of the map.
-
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2.
 
-    >>> from surflow.nets import MLP
     >>> layer = LogisticMixtureCoupling(MLP(2, 2 * 14, [64]), num_components=4)
     >>> layer.map.num_params
     14

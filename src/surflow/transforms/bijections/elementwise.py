@@ -55,7 +55,6 @@ class Exp(_ElementwiseBijection):
         ValueError: from ``inverse``, for z that is not positive.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = Exp()(torch.zeros(1, 2))
@@ -89,7 +88,6 @@ class Log(_InverseOf):
         ValueError: for x that is not positive.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = Log()(torch.full((1, 2), math.e))
@@ -121,7 +119,6 @@ class Sigmoid(_ElementwiseBijection):
         ValueError: from ``inverse``, for z outside (0, 1).
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = Sigmoid()(torch.zeros(1, 2))
@@ -156,7 +153,6 @@ class Logit(_InverseOf):
         ValueError: for x outside (0, 1); 0 and 1 themselves have no latent.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 4.1.
 
     >>> z, ldj = Logit()(torch.full((1, 2), 0.5))
@@ -180,7 +176,6 @@ class Softplus(_ElementwiseBijection):
         ValueError: from ``inverse``, for z that is not positive.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = Softplus()(torch.zeros(1, 2))
@@ -214,7 +209,6 @@ class SoftplusInverse(_InverseOf):
         ValueError: for x that is not positive.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = SoftplusInverse()(torch.ones(1, 2))
@@ -241,7 +235,6 @@ class Tanh(_ElementwiseBijection):
         ValueError: from ``inverse``, for z outside (-1, 1).
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = Tanh()(torch.zeros(1, 2))
@@ -279,7 +272,6 @@ class LeakyReLU(_ElementwiseBijection):
         ValueError: for a slope that is not positive.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: elementary; as layers of flows, Papamakarios et al. 2021, arXiv 1912.02762, Sec. 3.
 
     >>> z, ldj = LeakyReLU(0.5)(torch.tensor([[-1.0, 1.0]]))
@@ -313,7 +305,6 @@ class Elementwise(Bijection):
     .. math:: z_d = f(x_d; \theta_d), \qquad \mathrm{ldj} = \sum_d \log |f'(x_d; \theta_d)|
 
     Args:
-        event_shape: the shape of x.
         map: the map f, such as a spline.
         net: maps a context (B, ...) to parameters (B, C * P, ...), channels alternating over the
             P parameters; without it the parameters are free and start at zero.
@@ -323,11 +314,9 @@ class Elementwise(Bijection):
 
     Cost: one evaluation of the map an element, and one pass of the net if there is one; forward and
     inverse alike, unless the map's differ.
-
     Source: elementary; the maps are those of couplings, Papamakarios et al. 2021, arXiv
     1912.02762, Sec. 3.
 
-    >>> from surflow.transforms import RationalQuadraticSpline
     >>> layer = Elementwise(3, RationalQuadraticSpline(num_bins=8, bound=3.0))
     >>> tuple(layer.params.shape)  # K widths, K heights, K - 1 slopes
     (3, 23)

@@ -29,7 +29,6 @@ class Haar(Bijection):
         ValueError: for an odd H or W, or, from ``inverse``, channels not divisible by 4.
 
     Cost: forward and inverse two copies and O(D) sums.
-
     Source: Haar 1910; as a layer of a flow, Yu et al. 2020 (Wavelet Flow), arXiv 2010.13821,
     Sec. 3.
 

@@ -135,7 +135,6 @@ class FullLinear(_LinearBijection):
         ValueError: for another size along dimension 1, D < 1, or an unknown init.
 
     Cost: O(D²) a position and O(D³) once a call, forward and inverse.
-
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2.
 
     >>> FullLinear(3, init="identity")(torch.ones(1, 3))[0].tolist()
@@ -179,7 +178,6 @@ class PLULinear(_LinearBijection):
         ValueError: for another size along dimension 1, D < 1, or an unknown init.
 
     Cost: O(D²) a position, by products or by triangular solves; for images O(D³) once a call.
-
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2.
 
     >>> PLULinear(3, init="identity")(torch.ones(1, 3))[0].tolist()
@@ -247,7 +245,6 @@ class HouseholderLinear(_LinearBijection):
         ValueError: for another size along dimension 1, D < 1 or K < 1.
 
     Cost: O(D K) a vector or O(D²) a pixel, and O(D K²) once a call, forward and inverse.
-
     Source: Tomczak & Welling 2016, arXiv 1611.09630, the Householder transformation.
 
     >>> layer = HouseholderLinear(3)
@@ -306,7 +303,6 @@ class QRLinear(HouseholderLinear):
         ValueError: for another size along dimension 1, D < 1 or K < 1.
 
     Cost: O(D² + D K) a vector or O(D²) a pixel, and O(D K² + D³) once a call, both ways.
-
     Source: Hoogeboom et al. 2019, arXiv 1901.11137, the QR parametrisation.
 
     >>> QRLinear(3)(torch.ones(2, 3))[1].tolist()

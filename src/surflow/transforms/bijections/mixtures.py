@@ -30,7 +30,6 @@ class LogisticMixtureMap(ElementwiseMap):
         ValueError: for K < 1.
 
     Cost: O(K) an element forward; the inverse is a bisection, some tens of times that.
-
     Source: Ho et al. 2019 (Flow++), arXiv 1902.00275, Sec. 3.2.
 
     >>> map = LogisticMixtureMap(num_components=1)

@@ -29,10 +29,8 @@ class OrderedToReal(Bijection):
         ValueError: from ``forward`` for values that do not ascend strictly.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: the ordered vectors of Carpenter et al. 2017, Stan, doi 10.18637/jss.v076.i01.
 
-    >>> import torch
     >>> OrderedToReal()(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()
     [[1.0, 0.0, 0.0]]
     """
@@ -84,7 +82,6 @@ class RunningMaxToReal(Bijection):
             feature, or, from ``forward``, values that do not ascend strictly.
 
     Cost: O(D) a row; forward and inverse alike, both without a loop over the elements.
-
     Source: the log-sum-exp as a soft maximum: Boyd & Vandenberghe 2004, Convex Optimization, Sec.
     3.1.5; taken cumulatively it is this library's.
 

@@ -27,7 +27,6 @@ class Permute(Bijection):
         ValueError: if the indices are no permutation, or x has another size along ``dim``.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2 (as what it generalises).
 
     >>> layer = Permute([2, 0, 1])
@@ -86,7 +85,6 @@ class Reverse(Bijection):
         ValueError: for dim < 1, or an x without that dimension.
 
     Cost: O(D) a row; forward and inverse alike.
-
     Source: Papamakarios et al. 2017, arXiv 1705.07057 (between autoregressive layers).
 
     >>> layer = Reverse()
@@ -130,7 +128,6 @@ class Rotation(Bijection):
 
     Cost: O(D²) a row, and O(D³) a call for the matrix (O(1) where D = 2); forward and inverse
     alike.
-
     Source: the exponential map onto rotations, as in Lezcano-Casado & Martínez-Rubio 2019, arXiv
     1901.08428, Sec. 3.
 
@@ -143,11 +140,7 @@ class Rotation(Bijection):
     reversible = True
 
     def __init__(
-        self,
-        features: int,
-        angle: float | None = None,
-        learn: bool = True,
-        seed: int | None = None,
+        self, features: int, angle: float | None = None, learn: bool = True, seed: int | None = None
     ) -> None:
         super().__init__()
         require_at_least("Rotation", 2, features=features)

@@ -179,8 +179,6 @@ class Planar(_Stack):
     Cost: forward O(K D), inverse O(K D) and 18 Newton steps for one scalar a row and layer.
     Source: Rezende and Mohamed 2015, arXiv 1505.05770, Sec. 4.1 and Appendix A.1.
 
-    >>> import torch
-    >>> from surflow.transforms import Planar
     >>> layer = Planar(2, num_layers=4)
     >>> x = torch.tensor([[0.5, -1.0]])
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
@@ -234,12 +232,7 @@ class Planar(_Stack):
 
 def _example(transform: _FromParameters, scale: float) -> Example:
     """Wide normal inputs of three elements, a context of two, a standard normal base."""
-    return Example(
-        transform,
-        DiagonalNormal((3,), scale=scale),
-        StandardNormal((3,)),
-        context=lambda n: torch.randn(n, 2),
-    )
+    return Example(transform, DiagonalNormal((3,), scale=scale), StandardNormal((3,)), context=2)
 
 
 def _spread(net: nn.Module, scale: float = 3.0) -> nn.Module:

@@ -41,8 +41,6 @@ class Radial(_Stack):
     Cost: forward O(K D), inverse O(K D).
     Source: Rezende and Mohamed 2015, arXiv 1505.05770, Sec. 4.1 and Appendix A.2.
 
-    >>> import torch
-    >>> from surflow.transforms import Radial
     >>> layer = Radial(2, num_layers=4)
     >>> x = torch.tensor([[0.5, -1.0]])
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)

@@ -93,9 +93,6 @@ class Residual(Bijection):
     Source: Behrmann et al. 2019, arXiv 1811.00995, Sec. 2 and 3; Chen et al. 2019, arXiv
     1906.02735, Sec. 3.
 
-    >>> import torch
-    >>> from surflow.nets import LipschitzMLP
-    >>> from surflow.transforms import Residual
     >>> layer = Residual(LipschitzMLP(2, 2, [16]))
     >>> x = torch.tensor([[0.5, -1.0]])
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
@@ -284,5 +281,5 @@ class Residual(Bijection):
             cls(net, max_iterations=64),
             DiagonalNormal((3,), scale=1.8),
             StandardNormal((3,)),
-            context=lambda n: torch.randn(n, 2),
+            context=2,
         )

@@ -47,10 +47,8 @@ class RationalQuadraticSpline(ElementwiseMap):
             the interval's edges; without tails, for x outside [0, 1].
 
     Cost: O(K) an element in both directions, nothing iterated.
-
     Source: Durkan et al. 2019, arXiv 1906.04032, Sec. 3 and Appendix A.
 
-    >>> import torch
     >>> spline = RationalQuadraticSpline(num_bins=4, bound=2.0)
     >>> z, log_slope = spline.forward(torch.tensor([-3.0, 0.5]), torch.zeros(2, spline.num_params))
     >>> z

@@ -36,8 +36,6 @@ class Squeeze(Bijection):
     .. math:: z_{f^2 c + f i + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \quad
               0 \le i, j < f, \qquad \mathrm{ldj} = 0
 
-    Exact.
-
     Args:
         factor: f, the side of a block; x is (B, C, H, W), z (B, f² C, H / f, W / f).
 
@@ -46,7 +44,6 @@ class Squeeze(Bijection):
             divisible by f².
 
     Cost: forward and inverse one copy.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
 
     >>> import torch
@@ -92,8 +89,6 @@ class Unsqueeze(_InverseOf):
     .. math:: z_{c,\, f h + i,\, f w + j} = x_{f^2 c + f i + j,\, h,\, w}, \quad
               0 \le i, j < f, \qquad \mathrm{ldj} = 0
 
-    Exact.
-
     Args:
         factor: f; x is (B, f² C, H, W), z (B, C, f H, f W).
 
@@ -102,7 +97,6 @@ class Unsqueeze(_InverseOf):
             divisible by f.
 
     Cost: forward and inverse one copy.
-
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
 
     >>> import torch

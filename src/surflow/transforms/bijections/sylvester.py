@@ -75,8 +75,6 @@ class Sylvester(_FromParameters):
     Cost: forward O(D M + H D (H + M)), inverse the same and M times 18 scalar Newton steps.
     Source: van den Berg et al. 2018, arXiv 1803.05649, Sec. 3 (Householder variant).
 
-    >>> import torch
-    >>> from surflow.transforms import Sylvester
     >>> layer = Sylvester(4, num_directions=2)
     >>> x = torch.tensor([[0.5, -1.0, 0.0, 2.0]])
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)

@@ -36,13 +36,10 @@ class DiscretelyIndexed(Transform):
             or a gate or encoder over another number of classes.
 
     Cost: K times a component's forward in inference, K times its inverse in generation.
-
     Source: Duan 2019, arXiv 1904.05243 and Orozco et al. 2022, arXiv 2204.01361 (discretely indexed
     flows); van den Oord & Schrauwen 2014 (deep mixtures); Nielsen et al. 2020, arXiv 2007.02731,
     Table 3.
 
-    >>> from surflow.distributions import Categorical
-    >>> from surflow.transforms import Affine
     >>> DiscretelyIndexed(
     ...     [Affine(2, -1.0), Affine(2, 1.0)], Categorical(1, 2), Categorical(1, 2)
     ... ).kind

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_at_least
 from surflow.distributions import DiagonalNormal
-from surflow.distributions.order import (
-    inverse_order,
-    log_factorial,
-    permuted,
-    plackett_luce_log_prob,
-    plackett_luce_sample,
-    uniform_order,
-)
+from surflow.distributions.order import draw_order, inverse_order, permuted, score_order
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
@@ -47,7 +40,6 @@ class StochasticPermutation(Transform):
             or a net whose output has a wrong shape.
 
     Cost: O(N log N) a row in both directions, and a pass of both nets where V is computed.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (exchangeable data) and Table 7.
 
     >>> layer = StochasticPermutation()
@@ -71,10 +63,8 @@ class StochasticPermutation(Transform):
         self.learned = learn or encoder_net is not None or decoder_net is not None
         if num_elements is None and self.learned:
             raise ValueError("StochasticPermutation: expected num_elements for learned orders")
-        if num_elements is not None and num_elements < 1:
-            raise ValueError(
-                f"StochasticPermutation: expected num_elements >= 1, got {num_elements}"
-            )
+        if num_elements is not None:
+            require_at_least("StochasticPermutation", 1, num_elements=num_elements)
         self.num_elements = num_elements
         self.encoder_net, self.decoder_net = encoder_net, decoder_net
         for name, net in (("encoder_logits", encoder_net), ("decoder_logits", decoder_net)):
@@ -104,46 +94,33 @@ class StochasticPermutation(Transform):
     def _p(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         return self._logits(self.decoder_net, self.decoder_logits, z, context)
 
-    @staticmethod
-    def _draw(logits: Tensor | None, value: Tensor) -> Tensor:
-        n, num_elements = value.shape[:2]
-        if logits is None:
-            return uniform_order(n, num_elements, value.device)
-        return plackett_luce_sample(logits, n)
-
-    @staticmethod
-    def _score(logits: Tensor | None, order: Tensor, value: Tensor) -> Tensor:
-        if logits is None:
-            return zero_ldj(value) - log_factorial(value.shape[1])
-        return plackett_luce_log_prob(logits, order)
-
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check(x, context)
         q = self._q(x, context)
-        order = self._draw(q, x)
+        order = draw_order(q, x)
         z = permuted(x, order)
         if not self.learned:
             return z, zero_ldj(x)
         p = self._p(z, context)
-        log_q = self._score(q, order, x)
+        log_q = score_order(q, order, x)
         record_score(log_q)
-        return z, self._score(p, inverse_order(order), z) - log_q
+        return z, score_order(p, inverse_order(order), z) - log_q
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         self._check(z, context)
-        return permuted(z, self._draw(self._p(z, context), z))
+        return permuted(z, draw_order(self._p(z, context), z))
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check(z, context)
         p = self._p(z, context)
-        order = self._draw(p, z)
+        order = draw_order(p, z)
         x = permuted(z, order)
         if not self.learned:
             return x, zero_ldj(z)
         q = self._q(x, context)
-        log_p = self._score(p, order, z)
+        log_p = score_order(p, order, z)
         record_score(log_p)
-        return x, log_p - self._score(q, inverse_order(order), x)
+        return x, log_p - score_order(q, inverse_order(order), x)
 
     @classmethod
     def example(cls) -> Example:
@@ -152,5 +129,5 @@ class StochasticPermutation(Transform):
             transform,
             DiagonalNormal((3,), scale=1.4),
             DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8]),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )

@@ -40,12 +40,9 @@ class VAE(Transform):
 
     Cost: one pass of the encoder's net and one of the decoder's; generating alone takes the
     decoder's.
-
     Source: Kingma & Welling 2014, arXiv 1312.6114; as a layer, Nielsen et al. 2020, arXiv
     2007.02731, Sec. 2.
 
-    >>> from surflow.distributions import DiagonalNormal
-    >>> from surflow.nets import MLP
     >>> layer = VAE(DiagonalNormal(1, net=MLP(2, 2, [64])), DiagonalNormal(2, net=MLP(1, 4, [64])))
     >>> layer(torch.zeros(5, 2))[0].shape
     torch.Size([5, 1])

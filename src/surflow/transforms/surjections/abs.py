@@ -29,7 +29,6 @@ class AbsInference(Surjection):
     folded coordinate; with a learned :math:`\pi(z)` it can be anti-symmetric.
 
     Args:
-        event_shape: the shape of x.
         element: the coordinate along dimension 1 to fold, or several; None folds all. The others
             are unchanged.
         probability: P(x_d >= 0), in (0, 1), for every folded coordinate.
@@ -42,7 +41,6 @@ class AbsInference(Surjection):
             output has a wrong shape, or, from ``inverse``, a negative z.
 
     Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = AbsInference(2, probability=0.5)
@@ -151,12 +149,7 @@ class AbsInference(Surjection):
     @classmethod
     def example(cls) -> Example:
         net = MLP(2, 2, [8], "tanh", context_features=1)
-        return Example(
-            cls((2,), net=net),
-            StandardNormal((2,)),
-            HalfNormal((2,)),
-            context=lambda n: torch.randn(n, 1),
-        )
+        return Example(cls((2,), net=net), StandardNormal((2,)), HalfNormal((2,)), context=1)
 
 
 class AbsGenerative(_InverseOf):
@@ -175,7 +168,6 @@ class AbsGenerative(_InverseOf):
         ValueError: as :class:`AbsInference`; from ``forward``, for a negative x.
 
     Cost: O(D) a row, and one pass of the net if there is one; forward and inverse alike.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = AbsGenerative(2, learn=True)

@@ -24,18 +24,8 @@ from surflow.distributions.base import Distribution, as_shape, expand_to, regist
 from surflow.distributions.location_scale import Logistic
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import (
-    Example,
-    Surjection,
-    require_context,
-    require_output,
-    run_net,
-)
-from surflow.transforms.conditioning import (
-    check_distribution,
-    draw,
-    score,
-)
+from surflow.transforms.base import Example, Surjection, require_context, require_output, run_net
+from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.rounding import uniform_integers
 
@@ -215,11 +205,9 @@ class ArgmaxInference(_FromNoise):
             number, from ``inverse`` for a z outside 0 ... K - 1 or not of integers.
 
     Cost: forward one log-density of the noise, inverse one sample, and O(D K).
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (as inference surjection: Nielsen et
     al. 2020, arXiv 2007.02731, Sec. 3.1).
 
-    >>> import torch
     >>> argmax = ArgmaxInference(2, num_classes=3)  # two elements, three scores each
     >>> z, ldj = argmax(torch.tensor([[0.1, 0.9, -1.0, 2.0, 0.0, 0.0]]))
     >>> z.tolist(), torch.equal(argmax(argmax.inverse(z))[0], z)
@@ -276,10 +264,8 @@ class ArgmaxGenerative(_Generative):
             of integers.
 
     Cost: forward one sample of the noise with its log-density, inverse O(D K).
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3.
 
-    >>> import torch
     >>> from surflow.distributions import StandardNormal
     >>> from surflow.flow import Flow
     >>> argmax = ArgmaxGenerative(2, num_classes=27)
@@ -323,11 +309,9 @@ class GumbelArgmaxInference(_Categories):
             that is not a number, from ``inverse`` for a z outside 0 ... K - 1 or not of integers.
 
     Cost: O(D K) and one pass of the net, either way.
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Gumbel thresholding); Maddison et
     al. 2014, arXiv 1411.0030 (truncated Gumbels).
 
-    >>> import torch
     >>> argmax = GumbelArgmaxInference(1, num_classes=3, logits=[0.0, 1.0, 2.0])
     >>> z, ldj = argmax(torch.tensor([[0.5, -1.0, 2.0]]))
     >>> z.tolist(), round(ldj.item(), 4)
@@ -395,12 +379,7 @@ class GumbelArgmaxInference(_Categories):
     def example(cls) -> Example:
         net = MLP(6, 6, [8], "tanh", context_features=1)
         base = Categorical((2,), 3, [[0.2, -0.3, 0.5], [0.0, 0.4, -0.4]])
-        return Example(
-            cls((2,), 3, net=net),
-            Gumbel((6,), scale=1.4),
-            base,
-            context=lambda n: torch.randn(n, 1),
-        )
+        return Example(cls((2,), 3, net=net), Gumbel((6,), scale=1.4), base, context=1)
 
 
 class GumbelArgmaxGenerative(_Generative):
@@ -423,11 +402,8 @@ class GumbelArgmaxGenerative(_Generative):
             or not of integers.
 
     Cost: O(D K) either way, and forward one pass of the net.
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Gumbel thresholding).
 
-    >>> import torch
-    >>> from surflow.distributions import Gumbel
     >>> from surflow.flow import Flow
     >>> argmax = GumbelArgmaxGenerative(1, num_classes=2, logits=[0.0, 1.0])
     >>> flow = Flow(Gumbel(2, loc=[0.0, 1.0]), argmax)
@@ -470,10 +446,8 @@ class BinaryArgmaxInference(_FromNoise):
             integers.
 
     Cost: forward one log-density of the noise, inverse one sample, and O(D log K).
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Cartesian products of argmaxes).
 
-    >>> import torch
     >>> digits = BinaryArgmaxInference(1, num_classes=8)
     >>> digits(torch.tensor([[-0.5, 2.0, 0.1]]))[0]
     tensor([[6]])
@@ -543,10 +517,8 @@ class BinaryArgmaxGenerative(_Generative):
             or not of integers.
 
     Cost: forward one sample of the noise with its log-density, inverse O(D log K).
-
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Cartesian products of argmaxes).
 
-    >>> import torch
     >>> digits = BinaryArgmaxGenerative((1, 5), num_classes=27)  # a text of five letters
     >>> x = torch.tensor([[[0, 26, 3, 17, 9]]])
     >>> z, ldj = digits(x)

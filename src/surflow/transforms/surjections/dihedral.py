@@ -32,7 +32,6 @@ class DihedralFold(Surjection):
         ValueError: for an x that is not (B, 2); from ``inverse``, for a negative z.
 
     Cost: O(1) a row; forward and inverse alike.
-
     Source: the absolute value of Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2, composed.
 
     >>> layer = DihedralFold()

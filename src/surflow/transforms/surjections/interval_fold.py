@@ -44,7 +44,6 @@ class IntervalFold(Surjection):
             for x_d outside [low, high], from ``inverse`` for z_d outside [0, 1].
 
     Cost: O(K) a row and one pass of the net; forward and inverse alike.
-
     Source: Dinh et al. 2019 (RAD), arXiv 1903.07714, Sec. 3; as a surjection Nielsen et al. 2020,
     arXiv 2007.02731, Table 3.
 
@@ -160,9 +159,4 @@ class IntervalFold(Surjection):
         )
         with torch.no_grad():
             transform.widths.copy_(torch.tensor([0.3, -0.2, 0.0]))
-        return Example(
-            transform,
-            Uniform((2,), [0.0, -1.0], [1.0, 2.0]),
-            Uniform((2,)),
-            context=lambda n: torch.randn(n, 1),
-        )
+        return Example(transform, Uniform((2,), [0.0, -1.0], [1.0, 2.0]), Uniform((2,)), context=1)

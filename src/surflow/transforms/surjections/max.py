@@ -229,7 +229,6 @@ class MaxInference(_Max):
         ValueError: for K < 2, a decoder of a wrong shape, or a net whose output has a wrong shape.
 
     Cost: O(D) in both directions, and a pass of the net and of the decoder.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = MaxInference((3,))
@@ -269,7 +268,7 @@ class MaxInference(_Max):
             x, ldj = cls((3,), Exponential((2,), 1.5)).inverse_and_ldj(z)
             return x, log_r + ldj
 
-        return Example(cls((3,), decoder, net=net), sample, base, lambda n: torch.randn(n, 1))
+        return Example(cls((3,), decoder, net=net), sample, base, context=1)
 
 
 class MaxGenerative(_InverseOf):
@@ -292,7 +291,6 @@ class MaxGenerative(_InverseOf):
         ValueError: as :class:`MaxInference`.
 
     Cost: O(D) in both directions, and a pass of the net and of the decoder.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = MaxGenerative((3,))

@@ -47,7 +47,6 @@ class MaxPool2d(_Max):
             whose output has a wrong shape.
 
     Cost: O(C H W) in both directions, and a pass of the net and of the decoder.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 5 (max pooling) and Table 6.
 
     >>> layer = MaxPool2d((1, 2, 2))
@@ -156,7 +155,6 @@ class MaxPool2dGenerative(_InverseOf):
         ValueError: as :class:`MaxPool2d`.
 
     Cost: O(C H W) in both directions, and a pass of the net and of the decoder.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Table 6.
 
     >>> layer = MaxPool2dGenerative((1, 2, 2))

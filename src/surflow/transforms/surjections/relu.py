@@ -35,7 +35,6 @@ class ReLUInference(Surjection):
     its atom.
 
     Args:
-        event_shape: the shape of x.
         scale: sigma, positive, broadcastable to the event.
         learn: whether log sigma is a parameter.
         net: maps z (and the context, if it has ``context_features``) to log sigma, (B, *event);
@@ -46,7 +45,6 @@ class ReLUInference(Surjection):
             from ``inverse``, a negative z.
 
     Cost: O(D) in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Tables 6, 7.
 
     >>> layer = ReLUInference((2,))
@@ -110,7 +108,7 @@ class ReLUInference(Surjection):
             cls((2,), net=net),
             DiagonalNormal((2,), -0.3, 2.2),
             ZeroInflated((2,), [0.4, 0.6], [1.0, 1.3]),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )
 
 
@@ -135,7 +133,6 @@ class ReLUGenerative(_InverseOf):
         ValueError: as :class:`ReLUInference`; from ``forward``, for a negative x.
 
     Cost: O(D) in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Tables 6, 7.
 
     >>> layer = ReLUGenerative((2,))

@@ -16,11 +16,7 @@ from surflow.latents import Tape
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 from surflow.transforms.base import Example, Surjection, Tail, require_context, zero_ldj
-from surflow.transforms.conditioning import (
-    check_distribution,
-    draw,
-    score,
-)
+from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 
 MAX_LEVELS = 2**16
@@ -58,10 +54,8 @@ class Rounding(Surjection):
             0 ... K - 1 or not of integers, and for noise outside [0, 1].
 
     Cost: forward one log-density of the noise, inverse one sample; O(D) where uniform.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
-    >>> import torch
     >>> rounding = Rounding(num_levels=4)
     >>> z, ldj = rounding(torch.tensor([[0.1, 0.3, 0.99]]))
     >>> z.tolist(), round(ldj.item(), 4)  # 3 log 4
@@ -201,15 +195,12 @@ class Dequantization(_InverseOf):
             z that is not a number.
 
     Cost: forward one sample of the noise with its log-density, inverse O(D).
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Table 6; uniform: Theis et al.
     2016, arXiv 1511.01844, Sec. 3.1; variational: Ho et al. 2019, arXiv 1902.00275, Sec. 3.1;
     importance-weighted: Hoogeboom et al. 2020, arXiv 2001.11235, Sec. 3.
 
-    >>> import torch
     >>> from surflow.distributions import StandardNormal, Uniform
     >>> from surflow.flow import Flow, FlowDistribution
-    >>> from surflow.nets import MLP
     >>> from surflow.objectives import iwbo
     >>> from surflow.transforms import AffineCoupling, Logit
     >>> uniform = Dequantization(num_levels=256)  # for events of any shape

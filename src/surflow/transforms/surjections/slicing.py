@@ -41,12 +41,9 @@ class Slice(Surjection):
             no density, or an x or z of a wrong shape.
 
     Cost: forward one log-density of the decoder, inverse one sample.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7; as factoring out,
     Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6.
 
-    >>> import torch
-    >>> from surflow.distributions import StandardNormal
     >>> halve = Slice(StandardNormal((2, 4, 4)), keep=2)  # images of 4 channels
     >>> z, ldj = halve(torch.zeros(1, 4, 4, 4))
     >>> tuple(z.shape), round(ldj.item(), 4)  # 32 dropped values at the mode of N(0, 1)
@@ -131,7 +128,7 @@ class Slice(Surjection):
             cls(decoder, keep=2, context_features=1),
             DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]),
             StandardNormal((2,)),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )
 
 
@@ -153,12 +150,9 @@ class Augment(_InverseOf):
         ValueError: as :class:`Slice`.
 
     Cost: forward one sample of the encoder with its log-density, inverse O(1).
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Tables 3, 6; Huang et al. 2020, arXiv
     2002.07101, Sec. 3; Chen et al. 2020 (VFlow), arXiv 2002.09741, Sec. 3.
 
-    >>> import torch
-    >>> from surflow.distributions import StandardNormal
     >>> augment = Augment(StandardNormal(1), keep=2)
     >>> z, ldj = augment(torch.zeros(5, 2))
     >>> tuple(z.shape), tuple(augment.inverse(z).shape), augment.lower_bound

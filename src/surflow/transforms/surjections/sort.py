@@ -11,18 +11,16 @@ from surflow.checks import require
 from surflow.distributions import DiagonalNormal, OrderStatistics, StandardNormal
 from surflow.distributions.base import as_shape
 from surflow.distributions.order import (
+    draw_order,
     feature_index,
     inverse_order,
-    log_factorial,
     permuted,
-    plackett_luce_log_prob,
-    plackett_luce_sample,
-    uniform_order,
+    score_order,
 )
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Surjection, Transform, net_output, zero_ldj
+from surflow.transforms.base import Example, Surjection, Transform, net_output
 from surflow.transforms.bijections.ordered import OrderedToReal
 from surflow.transforms.inverse import _InverseOf
 
@@ -51,7 +49,6 @@ class SortInference(Surjection):
             wrong shape, or, from ``inverse``, a z that is not sorted.
 
     Cost: O(N log N) a row in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = SortInference((3,))
@@ -83,35 +80,22 @@ class SortInference(Surjection):
     def _order_logits(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Logits of the ranks, broadcastable to (B, N); None for uniform orders."""
         if self.net is not None:
-            shape = (z.shape[0], self.num_elements)
-            return net_output(self.net, z, context, shape)
-        if self.logits is not None:
-            return self.logits.to(working_dtype(z))
-        return None
-
-    def _score(self, logits: Tensor | None, ranks: Tensor, z: Tensor) -> Tensor:
-        if logits is None:
-            return zero_ldj(z) - log_factorial(self.num_elements)
-        return plackett_luce_log_prob(logits, ranks)
+            return net_output(self.net, z, context, (z.shape[0], self.num_elements))
+        return None if self.logits is None else self.logits.to(working_dtype(z))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         order = torch.sort(self._key(x), dim=1, stable=True).indices
         z = permuted(x, order)
         logits = self._order_logits(z, context)
-        return z, self._score(logits, inverse_order(order), z)
+        return z, score_order(logits, inverse_order(order), z)
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         key = self._key(z)
         require(
-            key[:, 1:] >= key[:, :-1],
-            "elements in ascending order along dimension 1",
-            key[:, 1:],
+            key[:, 1:] >= key[:, :-1], "elements in ascending order along dimension 1", key[:, 1:]
         )
         logits = self._order_logits(z, context)
-        if logits is None:
-            ranks = uniform_order(z.shape[0], self.num_elements, z.device)
-        else:
-            ranks = plackett_luce_sample(logits, z.shape[0])
+        ranks = draw_order(logits, z)
         return permuted(z, ranks), ranks, logits
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -120,7 +104,7 @@ class SortInference(Surjection):
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # scored by the order that was drawn, which among ties x no longer shows
         x, ranks, logits = self._draw(z, context)
-        log_probability = self._score(logits, ranks, z)
+        log_probability = score_order(logits, ranks, z)
         record_score(log_probability)
         return x, log_probability
 
@@ -133,7 +117,7 @@ class SortInference(Surjection):
             cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
             DiagonalNormal((3,), scale=1.3),
             OrderStatistics(StandardNormal((3,))),
-            context=lambda n: torch.randn(n, 1),
+            context=1,
         )
 
 
@@ -154,7 +138,6 @@ class SortGenerative(_InverseOf):
         ValueError: as :class:`SortInference`; from ``forward``, for an x that is not sorted.
 
     Cost: O(N log N) a row in both directions, and a pass of the net.
-
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
 
     >>> layer = SortGenerative((2,))
