@@ -3,9 +3,8 @@ r"""Bounds in their terms: what a VAE pays for the data, for its posterior and f
 .. math:: \mathcal L(x) = \underbrace{\log p(x \mid z)}_{\text{reconstruction}}
           - \underbrace{(\log q(z \mid x) - \log p(z))}_{\text{divergence}}, \qquad z \sim q(z|x)
 
-A flow needs no code of its own for this: every VAE layer has an encoder, a decoder and, after it,
-what is its prior. With the terms apart a bound can be annealed, given free bits, and asked which
-latents it uses.
+Every VAE layer has an encoder, a decoder and, after it, its prior. With the terms apart a bound can
+be annealed, given free bits, and asked which latents it uses.
 """
 
 from __future__ import annotations
@@ -18,24 +17,11 @@ from torch import Tensor
 
 from surflow.distributions import StandardNormal
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.numeric import repeat_rows
 from surflow.score_function import close_tape, open_tape
 from surflow.transforms import VAE, Transform
-
-__all__ = [
-    "ANNEALED",
-    "ActiveUnits",
-    "Terms",
-    "active_units",
-    "annealed_elbo",
-    "has_vae_layer",
-    "linear_warm_up",
-    "prior_flow",
-    "split_at_vae",
-    "terms",
-]
 
 
 @dataclass(frozen=True)
@@ -237,11 +223,7 @@ def annealed_elbo(
     1511.06349, and Higgins et al. 2017 (divergence); Kingma et al. 2016, arXiv 1606.04934, App. C.8
     (free bits).
     """
-    if annealed not in ANNEALED:
-        raise ValueError(
-            f"annealed_elbo: expected annealed as one of {', '.join(ANNEALED)}, got {annealed!r}"
-            + close_match(annealed, ANNEALED)
-        )
+    check_choice("annealed_elbo: annealed", annealed, ANNEALED)
     if not free_bits >= 0:
         raise ValueError(f"annealed_elbo: expected free_bits >= 0, got {free_bits}")
     tape = open_tape()

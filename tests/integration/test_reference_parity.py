@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import with_noise
+from reference import reference_configuration
 from safetensors.torch import load_file
 
 from surflow.distributions import StandardNormal
@@ -23,7 +24,6 @@ from surflow.models.official import (
     official_flow,
     official_names,
     read_tensors,
-    reference_configuration,
 )
 from surflow.models.pool_flow import pool_flow
 from surflow.transforms import AffineCoupling, AffineMap

@@ -49,16 +49,16 @@ def test_supports_after_a_surjection():
     whole = [-INF, -INF], [INF, INF]
     for layer in (AbsInference(2), DihedralFold()):
         with pytest.raises(ValueError, match=rf"real_line or unit_box after {layer.label}, .*>= 0"):
-            support_of("unmapped", layer, *whole)
-        assert len(support_of("real_line", layer, *whole)[0]) == 1
+            support_of(2, "unmapped", layer, *whole)
+        assert len(support_of(2, "real_line", layer, *whole)[0]) == 2
     for support in ("unmapped", "unit_box"):
         with pytest.raises(ValueError, match=r"expected real_line after SortInference, .*sorted"):
-            support_of(support, SortInference(2), *whole)
-    (onto_space,), _ = support_of("real_line", SortInference(2), *whole)
+            support_of(2, support, SortInference(2), *whole)
+    (_, onto_space), _ = support_of(2, "real_line", SortInference(2), *whole)
     assert isinstance(onto_space, OrderedToReal)
     with pytest.raises(ValueError, match=r"AbsGenerative is for data >= 0, .* reach down to -1"):
-        support_of("real_line", AbsGenerative(2), [0.0, -1.0], [1.0, 1.0])
-    assert support_of("unmapped", None, [0.0, 0.0], [1.0, 1.0])[0] == []
+        support_of(2, "real_line", AbsGenerative(2), [0.0, -1.0], [1.0, 1.0])
+    assert support_of(2, "unmapped", None, [0.0, 0.0], [1.0, 1.0])[0] == []
 
 
 def test_nested_layers_are_unfolded_in_the_order_in_which_they_run():

@@ -690,7 +690,7 @@ def test_autoregressive_flow_behind_a_surjection(double):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_layers": -1}, "model.num_layers: expected >= 0, got -1"),
+        ({"num_layers": -1}, "model.num_layers: expected a whole number >= 0, got -1"),
         ({"norm": "layer_norm"}, "model.norm: expected one of actnorm, batch_norm"),
         ({"support": "circle"}, "model.support: expected one of unmapped"),
     ],

@@ -286,7 +286,7 @@ def test_levels_have_their_own_learning_rates():
         ({"level_rates": ()}, "model.level_rates: expected positive numbers"),
         ({"level_rates": (1.0, 0.0)}, "model.level_rates: expected positive numbers"),
         ({"prior": "glow"}, "model.prior: expected one of"),
-        ({"hidden_channels": 0}, "hidden_channels, embed_channels >= 1"),
+        ({"hidden_channels": 0}, "hidden_channels >= 1, got 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, said):

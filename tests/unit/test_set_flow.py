@@ -348,8 +348,8 @@ def test_contributions_are_float32_under_half_precision(order):
     ("changes", "message"),
     [
         ({"order": "sorted"}, "model.order: expected one of sort, .*did you mean 'sort'"),
-        ({"num_points": 1}, "num_points and num_features >= 2"),
-        ({"num_flows": 0}, "num_flows >= 1, got 4, 2 and 0"),
+        ({"num_points": 1}, "expected num_points >= 2, got 1"),
+        ({"num_flows": 0}, "num_flows >= 1, got 0"),
         ({"width": 0}, "model.width: expected a positive number, got 0"),
         ({"softness": 0}, "model.softness: expected a positive number, got 0"),
         ({"features": 9}, "features that num_heads divides, got 9 and 2"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-from surflow.errors import close_match
+from surflow.errors import check_choice, check_whole
 from surflow.flow import Flow
 from surflow.models.contract import takes
 from surflow.models.coupling_flow import support_of
@@ -54,17 +53,9 @@ def autoregressive_flow(
     Source: Papamakarios et al. 2017, arXiv 1705.07057, Sec. 3; turned round, Kingma et al. 2016,
     arXiv 1606.04934.
     """
-    if num_layers < 0:
-        raise ValueError(f"model.num_layers: expected >= 0, got {num_layers}")
-    if norm is not None and norm not in NORMS:
-        raise ValueError(
-            f"model.norm: expected one of {', '.join(NORMS)} or none, got {norm!r}"
-            + close_match(norm, NORMS)
-        )
-    low = list(low) if low is not None else [-math.inf] * features
-    high = list(high) if high is not None else [math.inf] * features
-    mapped, base = support_of(support, surjection, low, high, sharpness)
-    transforms = [*([surjection] if surjection is not None else []), *mapped]
+    check_whole("model.num_layers", num_layers, least=0)
+    check_choice("model.norm", norm, (*NORMS, None))
+    transforms, base = support_of(features, support, surjection, low, high, sharpness)
     for i in range(num_layers):
         if norm is not None:
             transforms.append(NORMS[norm](features))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import Distribution, HalfNormal, StandardNormal, Uniform
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.models.contract import takes
 from surflow.nets import MLP, FourierFeatures
@@ -64,24 +65,23 @@ SUPPORTS: dict[str, Callable[..., tuple[list[Transform], Distribution]]] = {
 
 
 def support_of(
+    features: int,
     support: str,
     surjection: Transform | None,
-    low: Sequence[float],
-    high: Sequence[float],
+    low: Sequence[float] | None,
+    high: Sequence[float] | None,
     sharpness: float = 1.0,
 ) -> tuple[list[Transform], Distribution]:
-    """The layers that map the latents of ``surjection``, and the base that a support leaves.
+    """The surjection and the layers that map its latents, and the base that a support leaves.
 
     Raises:
         ValueError: for an unknown support, or one that does not fit the latents.
     """
-    if support not in SUPPORTS:
-        raise ValueError(
-            f"model.support: expected one of {', '.join(SUPPORTS)}, got {support!r}"
-            + close_match(support, SUPPORTS)
-        )
+    check_choice("model.support", support, SUPPORTS)
+    low = list(low) if low is not None else [-math.inf] * features
+    high = list(high) if high is not None else [math.inf] * features
     if surjection is None:
-        return SUPPORTS[support](list(low), list(high), sharpness)
+        return SUPPORTS[support](low, high, sharpness)
     onto_space = surjection.onto_space()
     fitting = ("real_line",) if onto_space else ("real_line", "unit_box")
     if surjection.constraint and support not in fitting:
@@ -91,8 +91,9 @@ def support_of(
             "where no data come from"
         )
     if onto_space:
-        return [onto_space], StandardNormal(len(low))
-    return SUPPORTS[support](*surjection.image(low, high), sharpness)
+        return [surjection, onto_space], StandardNormal(features)
+    mapped, base = SUPPORTS[support](*surjection.image(low, high), sharpness)
+    return [surjection, *mapped], base
 
 
 @takes("points", "table", "image", facts=("features", "low", "high"), surjection="surjection")
@@ -134,20 +135,14 @@ def coupling_flow(
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, experiments on symmetric data.
     """
-    if num_couplings < 0:
-        raise ValueError(f"model.num_couplings: expected >= 0, got {num_couplings}")
-    if features < 2:
-        raise ValueError(f"model.features: expected >= 2 for a coupling, got {features}")
+    require_at_least("model", 0, num_couplings=num_couplings)
+    require_at_least("model", 2, features=features)
     if (rotation is not None or shear is not None) and (support == "unit_box" or features != 2):
         raise ValueError(
             "model.rotation, model.shear: for two features on the whole plane (support real_line "
             f"or unmapped), got {features} features and support {support}"
         )
-    low = list(low) if low is not None else [-math.inf] * features
-    high = list(high) if high is not None else [math.inf] * features
-    mapped, base = support_of(support, surjection, low, high, sharpness)
-    transforms = [surjection] if surjection is not None else []
-    transforms += mapped
+    transforms, base = support_of(features, support, surjection, low, high, sharpness)
     if shear is not None:
         slope = nn.Linear(1, 1, bias=False)
         nn.init.constant_(slope.weight, shear)
@@ -179,8 +174,7 @@ def coupling_net(
         in_features, out_features, hidden_features, activation, zero_init: see :class:`MLP`.
         num_frequencies, period: see :class:`FourierFeatures`.
     """
-    if num_frequencies < 0:
-        raise ValueError(f"num_frequencies: expected >= 0, got {num_frequencies}")
+    require_at_least("coupling_net", 0, num_frequencies=num_frequencies)
     width = in_features * (1 + 2 * num_frequencies)
     net = MLP(width, out_features, hidden_features, activation, zero_init=zero_init)
     return FourierFeatures(net, num_frequencies, period) if num_frequencies else net

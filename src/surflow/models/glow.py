@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from surflow.checks import require_at_least
 from surflow.distributions.base import as_shape
 from surflow.flow import Flow
 from surflow.models.contract import takes
-from surflow.models.split_priors import Prior, prior_called
+from surflow.models.split_priors import Prior, Shape, prior_called
 from surflow.nets import GlowNet
 from surflow.transforms import (
     ActNorm,
@@ -31,6 +33,37 @@ def glow_coupling(
     return AffineCoupling(net, scale="sigmoid")
 
 
+def glow_steps(
+    channels: int,
+    num_steps: int,
+    couple: Callable[[int], Transform],
+    parametrisation: str = "plu",
+) -> list[Transform]:
+    """Activation normalisation, 1×1 convolution, coupling; ``num_steps`` times."""
+    return [
+        layer
+        for _ in range(num_steps)
+        for layer in (ActNorm(channels), Conv1x1(channels, parametrisation), couple(channels))
+    ]
+
+
+def image_shape(shape: Sequence[int], num_scales: int, halvings: int) -> Shape:
+    """(C, H, W) as a tuple.
+
+    Raises:
+        ValueError: for another number of dimensions, or sides that cannot be halved so often.
+    """
+    shape = as_shape(shape)
+    if len(shape) != 3:
+        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
+    if any(side % 2**halvings for side in shape[1:]):
+        raise ValueError(
+            f"model.shape: expected a height and width divisible by {2**halvings}, for "
+            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
+        )
+    return shape
+
+
 def multi_scale_flow(
     shape: Sequence[int],
     num_levels: int,
@@ -51,19 +84,9 @@ def multi_scale_flow(
         ValueError: for sizes that are not positive, an image that cannot be halved so often, or,
             where there are steps, one channel in the first scale.
     """
-    shape = as_shape(shape)
-    if len(shape) != 3:
-        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
-    if min(num_scales, num_levels - 1) < 1:
-        raise ValueError(
-            f"model: expected num_scales >= 1 and num_levels >= 2, got {num_scales}, {num_levels}"
-        )
-    if any(side % 2**num_scales for side in shape[1:]):
-        raise ValueError(
-            f"model.shape: expected a height and width divisible by {2**num_scales}, for "
-            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
-        )
-    c, h, w = shape
+    require_at_least("model", 1, num_scales=num_scales)
+    require_at_least("model", 2, num_levels=num_levels)
+    c, h, w = shape = image_shape(shape, num_scales, num_scales)
     layers: list[Transform] = [Dequantization(num_levels), Affine(shape, shift=-0.5)]
     for scale in range(num_scales):
         c, h, w = 4 * c, h // 2, w // 2
@@ -127,14 +150,10 @@ def glow(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
-    if hidden_channels < 1:
-        raise ValueError(f"model.hidden_channels: expected at least 1, got {hidden_channels}")
+    require_at_least("model", 1, hidden_channels=hidden_channels)
+    couple = partial(glow_coupling, hidden_channels=hidden_channels, standardise=standardise)
 
     def steps(channels: int) -> list[Transform]:
-        layers: list[Transform] = []
-        for _ in range(num_steps):
-            coupling = glow_coupling(channels, hidden_channels, standardise)
-            layers += [ActNorm(channels), Conv1x1(channels, parametrisation), coupling]
-        return layers
+        return glow_steps(channels, num_steps, couple, parametrisation)
 
     return multi_scale_flow(shape, num_levels, num_scales, steps, prior_called(prior))

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surflow.errors import close_match
+from surflow.checks import require_at_least
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.latents import Latent, Tape
 
@@ -27,6 +28,7 @@ def _at_rest(flow: Flow, seed: int) -> Iterator[None]:
     try:
         with torch.no_grad(), torch.random.fork_rng([held] if held.type == "cuda" else []):
             torch.manual_seed(seed)
+            flow.eval()
             yield
     finally:
         flow.train(training)
@@ -64,7 +66,6 @@ def all_latents(flow: Flow, x: Tensor, seed: int = 0) -> list[Latent]:
     [('0.Slice', (5, 2)), ('base', (5, 1))]
     """
     with _at_rest(flow, seed):
-        flow.eval()
         tape = Tape()
         flow.write(x, None, tape)
     return tape.latents
@@ -76,7 +77,6 @@ def from_latents(flow: Flow, latents: list[Latent]) -> Tensor:
     Nothing is drawn; see there for what can be raised.
     """
     with _at_rest(flow, 0):
-        flow.eval()
         return flow.read(None, Tape(latents))
 
 
@@ -122,8 +122,8 @@ def latent_interpolation(
     """Images on the way from one to another, through all latents of the flow.
 
     The ends are the two images themselves, decoded. Of integer data dequantization noise is kept
-    off the edges of its cell by a tenth of a level, which leaves room for the rounding errors of a
-    deep flow; where they are larger than that, a copy of the flow in float64 takes over.
+    off the edges of its cell by a tenth of a level; where a deep flow's rounding errors are larger,
+    a copy of the flow in float64 takes over.
 
     Args:
         flow: without a context; it is run in evaluation mode.
@@ -159,13 +159,8 @@ def latent_interpolation(
             f"latent_interpolation: expected two batches of one shape, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}"
         )
-    if steps < 2:
-        raise ValueError(f"latent_interpolation: expected steps >= 2, got {steps}")
-    if path not in PATHS:
-        raise ValueError(
-            f"latent_interpolation: expected path to be one of {', '.join(PATHS)}, got {path!r}"
-            + close_match(path, PATHS)
-        )
+    require_at_least("latent_interpolation", 2, steps=steps)
+    check_choice("latent_interpolation: path", path, PATHS)
     way = _way(flow, a, b, steps, path, seed)
     if a.is_floating_point() or _joins(way, a, b):
         return way
@@ -179,12 +174,12 @@ def latent_interpolation(
 
 
 def _joins(way: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether a way begins and ends where it should."""
+    """Whether a way begins at a and ends at b."""
     return torch.equal(way[:, 0], a.to(way.dtype)) and torch.equal(way[:, -1], b.to(way.dtype))
 
 
 def _way(flow: Flow, a: Tensor, b: Tensor, steps: int, path: str, seed: int) -> Tensor:
-    """The way, without a look at where it ends; see :func:`latent_interpolation`."""
+    """The way, whose ends are not checked."""
     pairs = a.shape[0]
     latents = all_latents(flow, torch.cat([a, b]), seed)
     first = [replace(one, value=one.value[:pairs]) for one in latents]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from surflow.errors import close_match
+from surflow.checks import require_at_least
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.models.contract import takes
-from surflow.models.glow import glow_coupling, multi_scale_flow
+from surflow.models.glow import glow_coupling, glow_steps, multi_scale_flow
 from surflow.models.split_priors import prior_called
 from surflow.nets import ConvAttentionNet
-from surflow.transforms import ActNorm, Conv1x1, LogisticMixtureCoupling, Transform
+from surflow.transforms import LogisticMixtureCoupling, Transform
 
 COUPLINGS = ("affine", "mixture")
 
@@ -38,17 +39,15 @@ def mar_scf(
 
     A step is activation normalisation, an invertible 1×1 convolution (PLU) and a coupling: affine,
     with a :class:`~surflow.nets.GlowNet` and the scale σ(s + 2) + 10⁻³, or a mixture of logistics,
-    with a :class:`~surflow.nets.ConvAttentionNet`. What a split drops, and the last latent, are
-    walked channel by channel by a convolutional LSTM
-    (:class:`~surflow.distributions.ChannelAutoregressive`), given what is kept.
+    with a :class:`~surflow.nets.ConvAttentionNet`. What a split drops, given what is kept,
+    and the last latent follow :class:`~surflow.distributions.ChannelAutoregressive`.
 
     The defaults are the published CIFAR-10 configuration with affine couplings; with mixtures
     ``hidden_channels=256`` is the largest published one. 64×64 images take ``num_scales=4``.
 
     Other than in the authors' code: the scale of an affine coupling has a floor of 10⁻³ and its
-    shift is added behind it; there is no exchange of halves behind a mixture coupling, since the
-    next 1×1 convolution mixes them; the prior begins as a standard normal, and takes images of any
-    size.
+    shift is added after it; halves change places only in the 1×1 convolutions; the prior starts as
+    a standard normal, and takes images of any size.
 
     Args:
         shape: (C, H, W), H and W divisible by 2 ** num_scales.
@@ -62,7 +61,7 @@ def mar_scf(
         prior: "autoregressive", or for comparison "conditional" or "independent"; see
             :data:`~surflow.models.split_priors.PRIORS`.
         prior_hidden_channels, prior_layers, prior_kernel_sizes, prior_dilations: of the
-            autoregressive prior, the last two a scale.
+            autoregressive prior, the last two of each scale.
 
     Returns:
         A flow over integer images (B, C, H, W), a lower bound through the dequantization.
@@ -80,16 +79,9 @@ def mar_scf(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(
-            f"model.coupling: expected one of {', '.join(COUPLINGS)}, got {coupling!r}"
-            + close_match(coupling, COUPLINGS)
-        )
-    if hidden_channels < 1 or num_steps < 0:
-        raise ValueError(
-            "model: expected hidden_channels >= 1 and num_steps >= 0, got "
-            f"{hidden_channels}, {num_steps}"
-        )
+    check_choice("model.coupling", coupling, COUPLINGS)
+    require_at_least("model", 1, hidden_channels=hidden_channels)
+    require_at_least("model", 0, num_steps=num_steps)
 
     def affine(channels: int) -> Transform:
         return glow_coupling(channels, hidden_channels, standardise)
@@ -101,14 +93,8 @@ def mar_scf(
         )
         return LogisticMixtureCoupling(net, num_components)
 
-    couple: Callable[[int], Transform] = affine if coupling == "affine" else mixture
-
     def steps(channels: int) -> list[Transform]:
-        return [
-            layer
-            for _ in range(num_steps)
-            for layer in (ActNorm(channels), Conv1x1(channels, "plu"), couple(channels))
-        ]
+        return glow_steps(channels, num_steps, affine if coupling == "affine" else mixture)
 
     chosen = prior_called(
         prior,

@@ -1,15 +1,12 @@
 """State dicts of the SurVAE authors' PoolFlow, read into ours.
 
-Only tensors are read. The parameters of the two stand in one-to-one correspondence, with equal
-values; a few constants of theirs (log of the number of levels, shift, temperature) are checked
-against the flow and otherwise left.
+Parameters correspond one to one, with equal values. Their constants (log of the number of levels,
+shift, temperature) are checked against the flow.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surflow.errors import UserError
+from surflow.errors import UserError, check_choice
 from surflow.flow import Flow, FlowDistribution
 from surflow.models.downsampling import max_pool, slice_off
 from surflow.models.pool_flow import pool_flow
@@ -37,15 +34,14 @@ from surflow.transforms import (
     Transform,
 )
 
-# Reading -----------------------------------------------------------------------------------------
+# Reading
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU: a ``.safetensors`` file, or a checkpoint of torch.
 
-    A checkpoint is read with ``weights_only=True``, so nothing in it can run (numbers of NumPy
-    beside the tensors are let through); its state dict may be the whole of it or stand under
-    ``model``.
+    A checkpoint is read with ``weights_only=True``: nothing in it can run. It is a state dict, or
+    has one under ``model``. Numbers of NumPy are allowed.
 
     Raises:
         UserError: for a file that is missing, damaged, or without a state dict of tensors.
@@ -61,13 +57,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         else:
             with torch.serialization.safe_globals(_numpy_numbers()):
                 found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise UserError(f"weights.path: cannot read tensors from {path}: {reason}") from error
-    except Exception as error:  # safetensors has an error class of its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        reason = _first_line(error)
+    except OSError:
+        raise
+    except Exception as error:  # pickle, zipfile and safetensors have error classes of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"weights.path: cannot read tensors from {path}: {reason}") from error
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
         found = found["model"]
@@ -87,11 +80,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 RELEASE = "https://github.com/didriknielsen/survae_flows/releases/tag/v1.0.0"
 """Where the official repository keeps its trained weights."""
 
-_DATA_WORDS = {
-    "cifar10": ("cifar10", "c10"),
-    "imagenet32": ("imagenet32", "i32"),
-    "imagenet64": ("imagenet64", "i64"),
-}
+_DATA_WORDS = {"cifar10": "c10", "imagenet32": "i32", "imagenet64": "i64"}
 _POOLING_WORDS = {
     "max_pool": ("max_pool", "maxpool", "max"),
     "slice": ("slice", "nonpool", "none", "non"),
@@ -113,11 +102,7 @@ def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path
     Raises:
         UserError: where there is none, or more than one.
     """
-    if surjection not in _POOLING_WORDS:
-        raise UserError(
-            f"weights.source=official: expected surjection={' or '.join(_POOLING_WORDS)}, got "
-            f"{surjection!r}"
-        )
+    check_choice("weights.source=official: surjection", surjection, _POOLING_WORDS, UserError)
     wanted = f"{data}_{surjection}.pt"
     if path is None:
         raise UserError(
@@ -129,12 +114,11 @@ def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path
         return path
     if not path.is_dir():
         raise UserError(f"weights.path: no file or folder {path}; released at {RELEASE}")
+    words = ((data, _DATA_WORDS.get(data, data)), _POOLING_WORDS[surjection])
     found = sorted(
         p
         for p in path.rglob("*")
-        if p.suffix in _SUFFIXES
-        and _names(p.relative_to(path), _DATA_WORDS.get(data, (data,)))
-        and _names(p.relative_to(path), _POOLING_WORDS[surjection])
+        if p.suffix in _SUFFIXES and all(_names(p.relative_to(path), some) for some in words)
     )
     if len(found) != 1:
         which = ", ".join(str(p.relative_to(path)) for p in found[:3]) or "none"
@@ -146,15 +130,9 @@ def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path
 
 
 def _names(path: Path, words: Sequence[str]) -> bool:
-    """Whether a path has one of these words in it, between other characters than letters."""
+    """Whether a path has one of these words in it, not within another word."""
     text = path.as_posix().lower()
     return any(re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", text) for word in words)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numpy_numbers() -> list[Any]:
@@ -164,56 +142,7 @@ def _numpy_numbers() -> list[Any]:
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-# Configurations ----------------------------------------------------------------------------------
-
-REFERENCE_POOLING = {"max": max_pool, "none": slice_off}
-REFERENCE_DEQUANTIZATION = {"uniform": "uniform", "flow": "variational"}
-REFERENCE_KEYS = {
-    "shape": "shape",
-    "scales": "num_scales",
-    "num_scales": "num_scales",
-    "steps": "num_steps",
-    "mid": "mid_channels",
-    "depth": "depth",
-    "growth": "growth",
-    "gated": "gated",
-    "dsteps": "dequant_steps",
-    "ctx": "context_channels",
-    "actnorm": "actnorm",
-}
-
-
-def reference_configuration(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :func:`pool_flow` from the configuration beside a reference fixture.
-
-    Args:
-        config: with any of the keys pooling, dequant, shape, bits, scales, steps, dsteps, ctx,
-            mid, depth, growth, gated, actnorm; one left out has the published value.
-
-    Raises:
-        ValueError: for an unknown key or value.
-    """
-    arguments: dict[str, Any] = {}
-    for key, value in config.items():
-        if key == "pooling":
-            arguments["downsampling"] = _looked_up(REFERENCE_POOLING, key, value)
-        elif key == "dequant":
-            arguments["dequantization"] = _looked_up(REFERENCE_DEQUANTIZATION, key, value)
-        elif key == "bits":
-            arguments["num_levels"] = 2**value
-        else:
-            arguments[_looked_up(REFERENCE_KEYS, "key", key)] = value
-    return arguments
-
-
-def _looked_up(table: Mapping[str, Any], key: str, value: Any) -> Any:
-    if value not in table:
-        raise ValueError(f"reference {key}: expected one of {', '.join(table)}, got {value!r}")
-    return table[value]
+# Configurations
 
 
 def official_configuration(
@@ -288,7 +217,7 @@ def _is_coupling(names: set[str]) -> bool:
     return any(name.startswith("coupling_net.") for name in names)
 
 
-# Names -------------------------------------------------------------------------------------------
+# Names
 
 
 def official_names(flow: Flow) -> dict[str, str]:
@@ -384,7 +313,7 @@ def official_constants(flow: Flow) -> dict[str, float | None]:
     return constants
 
 
-# Converting --------------------------------------------------------------------------------------
+# Converting
 
 
 def convert_official(state: Mapping[str, Tensor], flow: Flow) -> dict[str, Tensor]:

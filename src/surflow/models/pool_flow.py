@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from surflow.distributions.base import Distribution, as_shape
-from surflow.errors import close_match
+from surflow.checks import require_at_least
+from surflow.distributions.base import Distribution
+from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution
 from surflow.models.contract import takes
 from surflow.models.downsampling import Shape, max_pool
+from surflow.models.glow import image_shape
 from surflow.models.split_priors import channel_normal
 from surflow.nets import DenseNet, ImageEmbedding
 from surflow.transforms import (
@@ -62,6 +65,14 @@ def coupling_steps(
     return layers
 
 
+def _squeezed(shape: Shape) -> Shape:
+    """(4 C, H / 2, W / 2)."""
+    c, h, w = shape
+    if h % 2 or w % 2:
+        raise ValueError(f"model.shape: expected an even height and width, got {h} x {w}")
+    return 4 * c, h // 2, w // 2
+
+
 def flow_noise(
     shape: Sequence[int],
     num_steps: int = 4,
@@ -90,36 +101,39 @@ def flow_noise(
     Source: Ho et al. 2019, arXiv 1902.00275, Sec. 3.1; as built by Nielsen et al. 2020, arXiv
     2007.02731.
     """
-    c, h, w = shape
-    if h % 2 or w % 2:
-        raise ValueError(f"model.shape: expected an even height and width, got {h} x {w}")
-
-    def net(in_channels: int, out_channels: int) -> DenseNet:
-        return DenseNet(
-            in_channels,
-            out_channels,
-            mid_channels,
-            depth,
-            growth,
-            gated,
-            num_blocks,
-            context_features=context_channels,
-            zero_init=True,
-        )
-
-    draws = [*coupling_steps(4 * c, num_steps, net), Conv1x1(4 * c), Unsqueeze(), Sigmoid()]
-    flow = Flow(channel_normal((4 * c, h // 2, w // 2)), Inverse(Sequential(draws)))
-    embed = ImageEmbedding(c, context_channels, mid_channels, gated=gated)
-    return FlowDistribution(flow, (c, h, w), embed=embed)
+    latent = _squeezed(shape)
+    net = partial(
+        DenseNet,
+        mid_channels=mid_channels,
+        depth=depth,
+        growth=growth,
+        gated=gated,
+        num_blocks=num_blocks,
+        context_features=context_channels,
+        zero_init=True,
+    )
+    steps = coupling_steps(latent[0], num_steps, net)
+    draws = Sequential([*steps, Conv1x1(latent[0]), Unsqueeze(), Sigmoid()])
+    embed = ImageEmbedding(shape[0], context_channels, mid_channels, gated=gated)
+    return FlowDistribution(Flow(channel_normal(latent), Inverse(draws)), shape, embed=embed)
 
 
-def _smaller(layers: Sequence[Transform], shape: Shape) -> Shape:
-    """The shape of what comes out of ``layers``."""
+def _between_scales(
+    downsampling: Downsampling, shape: Shape, where: str
+) -> tuple[list[Transform], Shape]:
+    """The layers between two scales, and the shape of what comes out of them."""
+    try:
+        made = downsampling(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"model.shape: expected a height and width for {where}: {error}"
+        ) from error
+    layers = [made] if isinstance(made, Transform) else list(made)
     after = layers[-1]._shape_of_latent()
     if after is None or None in after:
         with torch.no_grad():
             after = Sequential(layers)(torch.zeros(1, *shape))[0].shape[1:]
-    return tuple(after)
+    return layers, tuple(after)
 
 
 @takes("image", facts=("shape", "num_levels"), surjection="downsampling", between=True)
@@ -171,66 +185,29 @@ def pool_flow(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 12, 2, 2), (5, 3, 8, 8))
     """
-    shape = as_shape(shape)
-    if len(shape) != 3:
-        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
-    if min(num_scales, num_levels - 1) < 1 or min(num_steps, dequant_steps) < 0:
-        raise ValueError(
-            "model: expected num_scales >= 1, num_levels >= 2, num_steps, dequant_steps >= 0, got "
-            f"{num_scales}, {num_levels}, {num_steps}, {dequant_steps}"
-        )
-    if any(side % 2 for side in shape[1:]):
-        raise ValueError(
-            f"model.shape: expected an even height and width, got {shape[1]} x {shape[2]}"
-        )
-    if dequantization not in DEQUANTIZATIONS:
-        raise ValueError(
-            f"model.dequantization: expected one of {', '.join(DEQUANTIZATIONS)}, "
-            f"got {dequantization!r}" + close_match(dequantization, DEQUANTIZATIONS)
-        )
-
-    def net(in_channels: int, out_channels: int) -> DenseNet:
-        return DenseNet(
-            in_channels,
-            out_channels,
-            mid_channels,
-            depth,
-            growth,
-            gated,
-            num_blocks,
-            zero_init=True,
-        )
-
+    shape = image_shape(shape, num_scales, 0)
+    require_at_least("model", 1, num_scales=num_scales)
+    require_at_least("model", 2, num_levels=num_levels)
+    require_at_least("model", 0, num_steps=num_steps, dequant_steps=dequant_steps)
+    now = _squeezed(shape)
+    check_choice("model.dequantization", dequantization, DEQUANTIZATIONS)
+    sizes = {
+        "mid_channels": mid_channels,
+        "depth": depth,
+        "growth": growth,
+        "gated": gated,
+        "num_blocks": num_blocks,
+    }
+    net = partial(DenseNet, **sizes, zero_init=True)
     noise: Distribution | None = None
     if dequantization == "variational":
-        noise = flow_noise(
-            shape,
-            dequant_steps,
-            context_channels,
-            mid_channels,
-            depth,
-            growth,
-            gated,
-            num_blocks,
-        )
-    layers: list[Transform] = [
-        Dequantization(num_levels, noise),
-        Affine(shape, shift=-0.5),
-        Squeeze(),
-    ]
-    now: Shape = (4 * shape[0], shape[1] // 2, shape[2] // 2)
+        noise = flow_noise(shape, dequant_steps, context_channels, **sizes)
+    layers = [Dequantization(num_levels, noise), Affine(shape, shift=-0.5), Squeeze()]
+    where = f"{num_scales} scales, got {shape[1]} x {shape[2]}"
     for scale in range(num_scales):
         layers += coupling_steps(now[0], num_steps, net, actnorm)
         if scale < num_scales - 1:
-            try:
-                smaller = downsampling(now)
-            except ValueError as error:
-                raise ValueError(
-                    f"model.shape: expected a height and width for {num_scales} scales, got "
-                    f"{shape[1]} x {shape[2]}: {error}"
-                ) from error
-            smaller = [smaller] if isinstance(smaller, Transform) else list(smaller)
-            now = _smaller(smaller, now)
+            smaller, now = _between_scales(downsampling, now, where)
             layers += smaller
     if actnorm:
         layers.append(ActNorm(now[0]))

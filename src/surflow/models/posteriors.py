@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surflow.distributions import DiagonalNormal
-from surflow.errors import close_match
+from surflow.errors import check_choice, check_whole
 from surflow.flow import Flow, FlowDistribution
 from surflow.nets import MLP
 from surflow.transforms import (
@@ -140,16 +140,8 @@ def inverse_autoregressive(of: Layers) -> list[Transform]:
 
 
 def none(of: Layers) -> list[Transform]:
-    """No layers.
-
-    Raises:
-        ValueError: where some are asked for.
-    """
-    if of.num_layers:
-        raise ValueError(
-            f"model.num_layers: expected 0 with posterior=diagonal, got {of.num_layers}"
-        )
-    return []
+    """The diagonal normal alone, which has no layers."""
+    raise ValueError(f"model.num_layers: expected 0 with posterior=diagonal, got {of.num_layers}")
 
 
 POSTERIORS: dict[str, Callable[[Layers], list[Transform]]] = {
@@ -199,13 +191,8 @@ def flow_posterior(
     arXiv 1803.05649 (Sylvester); Kingma et al. 2016, arXiv 1606.04934 (IAF); Dinh et al. 2017,
     arXiv 1605.08803 (couplings).
     """
-    if posterior not in POSTERIORS:
-        raise ValueError(
-            f"model.posterior: expected one of {', '.join(POSTERIORS)}, got {posterior!r}"
-            + close_match(posterior, POSTERIORS)
-        )
-    if num_layers < 0:
-        raise ValueError(f"model.num_layers: expected >= 0, got {num_layers}")
+    check_choice("model.posterior", posterior, POSTERIORS)
+    check_whole("model.num_layers", num_layers, least=0)
     base = DiagonalNormal(latent_features, net=nn.Linear(embed_features, 2 * latent_features))
     context = embed_features if amortised else 0
     of = Layers(latent_features, num_layers, context, hidden_features, activation)

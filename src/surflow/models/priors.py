@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from surflow.distributions import DiagonalNormalMixture, Distribution, StandardNormal
 from surflow.distributions.base import draw_index
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
-from surflow.errors import close_match
+from surflow.errors import check_choice, check_whole
 from surflow.flow import FlowDistribution
 from surflow.models.posteriors import Layers, affine_couplings, masked_affine
 from surflow.transforms import Transform
+
+BaseAndLayers = tuple[Distribution, list[Transform]]
 
 
 class VampPrior(Distribution):
@@ -47,8 +49,7 @@ class VampPrior(Distribution):
             raise ValueError(
                 "model.prior: expected a diagonal posterior (num_layers=0) with vamp, got a flow"
             )
-        if num_components < 1:
-            raise ValueError(f"model.num_components: expected >= 1, got {num_components}")
+        check_whole("model.num_components", num_components)
         self._of = (encoder,)  # in a tuple: its parameters are registered with the VAE layer
         self.pseudo = nn.Parameter(torch.randn(num_components, *data_shape))
 
@@ -91,60 +92,33 @@ class Wanted:
     hidden_features: Sequence[int]
     activation: str
 
-    def flow_of(
-        self, make: Callable[[Layers], list[Transform]]
-    ) -> tuple[Distribution, list[Transform]]:
+    def flow_of(self, make: Callable[[Layers], list[Transform]]) -> BaseAndLayers:
         """Layers after the VAE layer, and a standard normal after them."""
         (features,) = self.encoder.event_shape
-        if self.num_layers < 1:
-            raise ValueError(f"model.prior_layers: expected >= 1, got {self.num_layers}")
+        check_whole("model.prior_layers", self.num_layers)
         layers = make(Layers(features, self.num_layers, 0, self.hidden_features, self.activation))
         return StandardNormal(features), layers
 
 
-def standard(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """The standard normal."""
-    return StandardNormal(of.encoder.event_shape), []
-
-
-def mixture(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """K diagonal normals, all learned."""
-    return DiagonalNormalMixture(of.encoder.event_shape, of.num_components, of.spread), []
-
-
-def vamp(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """The posteriors of K learned pseudo-inputs."""
-    return VampPrior(of.encoder, of.data_shape, of.num_components), []
-
-
-def realnvp(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """Affine couplings after the VAE layer."""
-    return of.flow_of(affine_couplings)
-
-
-def autoregressive(of: Wanted) -> tuple[Distribution, list[Transform]]:
-    """Masked affine layers after the VAE layer (MAF): a prior as an IAF is, turned round."""
-    return of.flow_of(masked_affine)
-
-
-PRIORS: dict[str, Callable[[Wanted], tuple[Distribution, list[Transform]]]] = {
-    "standard": standard,
-    "mixture": mixture,
-    "vamp": vamp,
-    "realnvp": realnvp,
-    "autoregressive": autoregressive,
+PRIORS: dict[str, Callable[[Wanted], BaseAndLayers]] = {
+    "standard": lambda of: (StandardNormal(of.encoder.event_shape), []),
+    "mixture": lambda of: (
+        DiagonalNormalMixture(of.encoder.event_shape, of.num_components, of.spread),
+        [],
+    ),
+    "vamp": lambda of: (VampPrior(of.encoder, of.data_shape, of.num_components), []),
+    "realnvp": lambda of: of.flow_of(affine_couplings),
+    "autoregressive": lambda of: of.flow_of(masked_affine),
 }
+"""The standard normal; K diagonal normals, all learned; the posteriors of K learned pseudo-inputs;
+affine couplings, or masked affine layers (MAF: an IAF turned round), before a standard normal."""
 
 
-def prior_of(prior: str, of: Wanted) -> tuple[Distribution, list[Transform]]:
+def prior_of(prior: str, of: Wanted) -> BaseAndLayers:
     """The base, and the layers after the VAE layer.
 
     Raises:
         ValueError: for an unknown prior, or parts that do not fit it.
     """
-    if prior not in PRIORS:
-        raise ValueError(
-            f"model.prior: expected one of {', '.join(PRIORS)}, got {prior!r}"
-            + close_match(prior, PRIORS)
-        )
+    check_choice("model.prior", prior, PRIORS)
     return PRIORS[prior](of)

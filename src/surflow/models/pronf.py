@@ -16,49 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal
 from surflow.distributions.base import Distribution, as_shape
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution, Ledger
 from surflow.models.contract import takes
-from surflow.models.glow import glow_coupling
+from surflow.models.glow import glow_coupling, glow_steps
 from surflow.models.split_priors import Prior, prior_called
 from surflow.nets.conv_resnet import PlainBlock
-from surflow.transforms import (
-    VAE,
-    ActNorm,
-    Affine,
-    Conv1x1,
-    Dequantization,
-    Haar,
-    Slice,
-    Squeeze,
-    Transform,
-)
+from surflow.transforms import VAE, Affine, Dequantization, Haar, Slice, Squeeze, Transform
 
 COARSE_LOG_SCALE = -2.0
-
-
-class BlockMeans(nn.Module):
-    r"""Parameters of a normal about the means of 2×2 pixels: (B, C, 2 H, 2 W) -> (B, 2 C, H, W).
-
-    Args:
-        log_scale: λ, the same everywhere; channels alternate location, λ.
-    """
-
-    def __init__(self, log_scale: float) -> None:
-        super().__init__()
-        self.register_buffer("log_scale", torch.tensor(log_scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = nn.functional.avg_pool2d(x, 2)
-        return torch.stack([mean, self.log_scale.expand_as(mean)], dim=2).flatten(1, 2)
 
 
 class Shifted(nn.Module):
@@ -72,8 +48,19 @@ class Shifted(nn.Module):
         super().__init__()
         self.register_buffer("log_scale", torch.tensor(log_scale))
 
+    def location(self, z: Tensor) -> Tensor:
+        return z - 0.5
+
     def forward(self, z: Tensor) -> Tensor:
-        return torch.stack([z - 0.5, self.log_scale.expand_as(z)], dim=2).flatten(1, 2)
+        loc = self.location(z)
+        return torch.stack([loc, self.log_scale.expand_as(loc)], dim=2).flatten(1, 2)
+
+
+class BlockMeans(Shifted):
+    r"""Parameters of a normal about the means of 2×2 pixels: (B, C, 2 H, 2 W) -> (B, 2 C, H, W)."""
+
+    def location(self, z: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(z, 2)
 
 
 @dataclass(frozen=True)
@@ -181,9 +168,6 @@ class PyramidFlow(Flow):
         Args:
             z: an image of the coarsest level, or ``steps`` levels above the finest.
             steps: levels to go; None: all.
-
-        Returns:
-            the images of z's level, the next finer one, and so on.
         """
         steps = len(self.ends) if steps is None else steps
         layers = list(self.transforms)
@@ -226,17 +210,14 @@ class Parts:
 
     def steps(self, channels: int, context_features: int = 0) -> list[Transform]:
         """Activation normalisation, 1×1 convolution (PLU), affine coupling; so many times."""
-        if channels < 2:  # a single channel has no halves
-            return []
-        return [
-            layer
-            for _ in range(self.num_steps)
-            for layer in (
-                ActNorm(channels),
-                Conv1x1(channels, "plu"),
-                glow_coupling(channels, self.hidden_channels, self.standardise, context_features),
-            )
-        ]
+        couple = partial(
+            glow_coupling,
+            hidden_channels=self.hidden_channels,
+            standardise=self.standardise,
+            context_features=context_features,
+        )
+        # a single channel has no halves
+        return glow_steps(channels, self.num_steps, couple) if channels > 1 else []
 
     def scales(
         self, shape: tuple[int, ...], context_features: int
@@ -305,6 +286,18 @@ CHAINS: dict[str, Callable[[tuple[int, ...], Parts, float], list[Transform]]] = 
 }
 
 
+def _halvings(shape: tuple[int, ...], coarsest: int) -> int:
+    halvings = 0
+    if coarsest >= 1 and len(shape) == 3 and shape[1] >= coarsest:
+        halvings = (shape[1] // coarsest).bit_length() - 1
+    if coarsest < 1 or len(shape) != 3 or shape[1:] != (coarsest << halvings,) * 2:
+        raise ValueError(
+            "model.shape: expected (C, H, H) with H a power of two times coarsest, got "
+            f"{shape} and {coarsest}"
+        )
+    return halvings
+
+
 @takes("image", facts=("shape", "num_levels"))
 def pronf(
     shape: Sequence[int] = (3, 32, 32),
@@ -363,39 +356,21 @@ def pronf(
     [(3, 4, 4), (3, 8, 8)]
     """
     shape = as_shape(shape)
-    if chain not in CHAINS:
-        raise ValueError(
-            f"model.chain: expected one of {', '.join(CHAINS)}, got {chain!r}"
-            + close_match(chain, CHAINS)
-        )
-    if min(num_levels - 1, hidden_channels, embed_channels) < 1 or num_steps < 0:
-        raise ValueError(
-            "model: expected num_levels >= 2, hidden_channels, embed_channels >= 1 and num_steps "
-            f">= 0, got {num_levels}, {hidden_channels}, {embed_channels} and {num_steps}"
-        )
+    check_choice("model.chain", chain, CHAINS)
+    require_at_least("model", 2, num_levels=num_levels)
+    require_at_least("model", 1, hidden_channels=hidden_channels, embed_channels=embed_channels)
+    require_at_least("model", 0, num_steps=num_steps)
     if not level_rates or min(level_rates) <= 0:
         raise ValueError(f"model.level_rates: expected positive numbers, got {list(level_rates)}")
-    halvings = 0
-    if coarsest >= 1 and len(shape) == 3 and shape[1] >= coarsest:
-        halvings = (shape[1] // coarsest).bit_length() - 1
-    if coarsest < 1 or len(shape) != 3 or shape[1:] != (coarsest << halvings,) * 2:
-        raise ValueError(
-            "model.shape: expected (C, H, H) with H a power of two times coarsest, got "
-            f"{shape} and {coarsest}"
-        )
-    parts = Parts(
-        num_steps,
-        hidden_channels,
-        prior_called(
-            prior,
-            hidden_channels=prior_hidden_channels,
-            num_layers=prior_layers,
-            kernel_sizes=prior_kernel_sizes,
-            dilations=prior_dilations,
-        ),
-        embed_channels,
-        standardise,
+    halvings = _halvings(shape, coarsest)
+    chosen = prior_called(
+        prior,
+        hidden_channels=prior_hidden_channels,
+        num_layers=prior_layers,
+        kernel_sizes=prior_kernel_sizes,
+        dilations=prior_dilations,
     )
+    parts = Parts(num_steps, hidden_channels, chosen, embed_channels, standardise)
     # the entropy of a normal is log(sigma sqrt(2 pi e))
     log_scale = -math.log(num_levels) - 0.5 * math.log(2 * math.pi * math.e)
     layers: list[Transform] = [Dequantization(num_levels)]

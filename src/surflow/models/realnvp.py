@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
-from surflow.distributions.base import as_shape
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.models.contract import takes
+from surflow.models.glow import image_shape
 from surflow.nets import ResNet, TanhScale
 from surflow.transforms import (
     ActNorm,
@@ -104,27 +105,15 @@ def realnvp(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 6, 4, 4), (5, 3, 8, 8))
     """
-    shape = as_shape(shape)
-    if len(shape) != 3:
-        raise ValueError(f"model.shape: expected (C, H, W), got {shape}")
-    if min(num_scales, mid_channels, num_blocks, num_levels - 1) < 1:
-        raise ValueError(
-            "model: expected num_scales, mid_channels, num_blocks >= 1 and num_levels >= 2, got "
-            f"{num_scales}, {mid_channels}, {num_blocks}, {num_levels}"
-        )
+    require_at_least(
+        "model", 1, num_scales=num_scales, mid_channels=mid_channels, num_blocks=num_blocks
+    )
+    require_at_least("model", 2, num_levels=num_levels)
     if not 0 < alpha < 0.5:
         raise ValueError(f"model.alpha: expected a number in (0, 0.5), got {alpha}")
-    if norm not in NORMS:
-        raise ValueError(
-            f"model.norm: expected one of {', '.join(NORMS)}, got {norm!r}"
-            + close_match(norm, NORMS)
-        )
+    check_choice("model.norm", norm, NORMS)
     halvings = num_scales - 1
-    if any(side % 2**halvings for side in shape[1:]):
-        raise ValueError(
-            f"model.shape: expected a height and width divisible by {2**halvings}, for "
-            f"{num_scales} scales, got {shape[1]} x {shape[2]}"
-        )
+    c, h, w = shape = image_shape(shape, num_scales, halvings)
     normalise = NORMS[norm]
 
     def net(seen: int, changed: int, width: int, **others) -> nn.Module:
@@ -134,20 +123,20 @@ def realnvp(
         return TanhScale(inner, changed)
 
     def checkerboard(count: int, width: int) -> list[Transform]:
-        layers: list[Transform] = []
-        for i in range(count):
-            mask = checkerboard_mask(h, w, invert=i % 2 == 1)
-            layers += [AffineCoupling(net(c, c, width, mask=mask), mask=mask), normalise(c)]
-        return layers
+        masks = [checkerboard_mask(h, w, invert=i % 2 == 1) for i in range(count)]
+        return [
+            layer
+            for mask in masks
+            for layer in (AffineCoupling(net(c, c, width, mask=mask), mask=mask), normalise(c))
+        ]
 
-    def channelwise(count: int, width: int) -> list[Transform]:
-        layers: list[Transform] = []
-        for i in range(count):
-            half = 2 * c
-            layers += [AffineCoupling(net(half, half, width), swap=i % 2 == 1), normalise(4 * c)]
-        return layers
+    def channelwise(width: int) -> list[Transform]:
+        return [
+            layer
+            for swap in (False, True, False)
+            for layer in (AffineCoupling(net(2 * c, 2 * c, width), swap=swap), normalise(4 * c))
+        ]
 
-    c, h, w = shape
     layers: list[Transform] = [
         Dequantization(num_levels),
         Affine(shape, shift=alpha, scale=1 - 2 * alpha),
@@ -155,7 +144,7 @@ def realnvp(
     ]
     for scale in range(halvings):
         width = mid_channels * 2**scale
-        layers += [*checkerboard(3, width), Squeeze(), *channelwise(3, 2 * width)]
+        layers += [*checkerboard(3, width), Squeeze(), *channelwise(2 * width)]
         h, w = h // 2, w // 2
         layers += [diagonal_first(c), Slice(StandardNormal((2 * c, h, w)), keep=2 * c)]
         c = 2 * c

@@ -8,8 +8,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.models.contract import takes
 from surflow.nets import SetTransformer
@@ -26,7 +27,7 @@ from surflow.transforms import (
 )
 
 NetOf = Callable[..., SetTransformer]
-"""``net(in_features, out_features, num_positions)``: a transformer of the model's sizes."""
+"""``net(in_features, out_features, num_positions=...)``: a transformer of the model's sizes."""
 
 
 class PointParameters(nn.Module):
@@ -68,14 +69,14 @@ def dimension_wise(points: Points, net: NetOf) -> list[Transform]:
     """The first half of the features sets an affine map of the others, point by point, given all
     points; then the features change places."""
     seen = points.features // 2
-    scales_and_shifts = net(seen, 2 * (points.features - seen), None)
+    scales_and_shifts = net(seen, 2 * (points.features - seen))
     return [AffineCoupling(scales_and_shifts, "softplus", dim=2), Reverse(dim=2)]
 
 
 def length_wise(points: Points, net: NetOf, positional: bool) -> list[Transform]:
     """The first half of the points sets an affine map of the others."""
     seen = points.number - points.number // 2
-    inner = net(points.features, 2 * points.features, seen if positional else None)
+    inner = net(points.features, 2 * points.features, num_positions=seen if positional else None)
     per_point = PointParameters(inner, points.number - seen, points.features)
     return [AffineCoupling(per_point, "softplus", split=seen)]
 
@@ -94,9 +95,8 @@ class Order:
 
 
 def _sorted(points: Points, net: NetOf) -> list[Transform]:
-    shape = (points.number, points.features)
-    to_real = RunningMaxToReal(points.softness)
-    return [SortInference(shape), to_real, points.scaled()]
+    sort = SortInference((points.number, points.features))
+    return [sort, RunningMaxToReal(points.softness), points.scaled()]
 
 
 def _permuted(points: Points, net: NetOf) -> list[Transform]:
@@ -104,12 +104,8 @@ def _permuted(points: Points, net: NetOf) -> list[Transform]:
 
 
 def _learned(points: Points, net: NetOf) -> list[Transform]:
-    logits = nn.Sequential(net(points.features, 1, None), nn.Flatten())
+    logits = nn.Sequential(net(points.features, 1), nn.Flatten())
     return [points.scaled(), StochasticPermutation(points.number, encoder_net=logits)]
-
-
-def _unordered(points: Points, net: NetOf) -> list[Transform]:
-    return [points.scaled()]
 
 
 def _placed_step(index: int, points: Points, net: NetOf) -> list[Transform]:
@@ -130,7 +126,7 @@ ORDERS: dict[str, Order] = {
     "sort": Order(_sorted, _placed_step),
     "permute": Order(_permuted, _random_step),
     "plackett_luce": Order(_learned, _placed_step),
-    "none": Order(_unordered, _equivariant_step),
+    "none": Order(lambda points, net: [points.scaled()], _equivariant_step),
 }
 
 
@@ -201,20 +197,14 @@ def set_flow(
     >>> flow.eval().lower_bound, torch.equal(flow.log_prob(x), flow.log_prob(x.flip(1)))
     (False, True)
     """
-    if order not in ORDERS:
-        raise ValueError(
-            f"model.order: expected one of {', '.join(ORDERS)}, got {order!r}"
-            + close_match(order, ORDERS)
-        )
-    if min(num_points, num_features) < 2 or num_flows < 1:
-        raise ValueError(
-            "model: expected num_points and num_features >= 2 and num_flows >= 1, got "
-            f"{num_points}, {num_features} and {num_flows}"
-        )
-    if not width > 0:
-        raise ValueError(f"model.width: expected a positive number, got {width}")
+    check_choice("model.order", order, ORDERS)
+    require_at_least("model", 2, num_points=num_points, num_features=num_features)
+    require_at_least("model", 1, num_flows=num_flows)
+    for name, value in (("width", width), ("softness", softness)):
+        if not value > 0:
+            raise ValueError(f"model.{name}: expected a positive number, got {value}")
     net = partial(
-        _transformer,
+        SetTransformer,
         features=features,
         num_heads=num_heads,
         num_layers=num_layers,
@@ -222,17 +212,9 @@ def set_flow(
         activation=activation,
         dropout=dropout,
     )
-    if not softness > 0:
-        raise ValueError(f"model.softness: expected a positive number, got {softness}")
     points = Points(num_points, num_features, width, softness * width)
     how = ORDERS[order]
     layers = how.front(points, net)
     for index in range(num_flows):
         layers += [*how.step(index, points, net), ActNorm(num_features, dim=2)]
     return Flow(StandardNormal((num_points, num_features)), layers)
-
-
-def _transformer(
-    in_features: int, out_features: int, num_positions: int | None, **sizes
-) -> SetTransformer:
-    return SetTransformer(in_features, out_features, num_positions=num_positions, **sizes)

@@ -7,7 +7,7 @@ from functools import partial
 
 from surflow.distributions import ChannelAutoregressive, DiagonalNormal
 from surflow.distributions.base import Distribution
-from surflow.errors import close_match
+from surflow.errors import check_choice
 from surflow.nets import ZeroConv2d
 
 Shape = tuple[int, ...]
@@ -89,9 +89,5 @@ def prior_called(name: str, **settings: object) -> Prior:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in PRIORS:
-        raise ValueError(
-            f"model.prior: expected one of {', '.join(PRIORS)}, got {name!r}"
-            + close_match(name, PRIORS)
-        )
+    check_choice("model.prior", name, PRIORS)
     return partial(autoregressive, **settings) if name == "autoregressive" else PRIORS[name]

@@ -1,20 +1,21 @@
 r"""The models that SurVAE flows unify, each from layers of this library.
 
 Every function gives the :class:`~surflow.flow.Flow` of one published family for 2-D points (Nielsen
-et al. 2020, arXiv 2007.02731, Table 3). None has code of its own beyond its list of layers: what
-differs between a VAE, a diffusion model and a flow is which layers they are made of.
+et al. 2020, arXiv 2007.02731, Table 3): its list of layers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from surflow.distributions import Categorical, DiagonalNormal, StandardNormal, Uniform
+from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution
 from surflow.models.contract import takes
 from surflow.models.coupling_flow import support_of
@@ -54,23 +55,20 @@ def model_after(
         support, surjection, low, high: see :func:`surflow.models.coupling_flow`.
     """
     flow = model(features=features)
-    if surjection is None and support == "unmapped":
-        return flow
-    low = list(low) if low is not None else [-math.inf] * features
-    high = list(high) if high is not None else [math.inf] * features
-    mapped, _ = support_of(support, surjection, low, high)
-    first = [surjection] if surjection is not None else []
-    return Flow(flow.base, [*first, *mapped, *flow.transforms])
+    first, _ = support_of(features, support, surjection, low, high)
+    return Flow(flow.base, [*first, *flow.transforms]) if first else flow
 
 
-def zero_mlp(in_features: int, out_features: int) -> MLP:
-    """The nets of couplings and gates: the output starts at zero."""
-    return MLP(in_features, out_features, (64, 64), "silu", zero_init=True)
+smooth_mlp = partial(MLP, hidden_features=(64, 64), activation="silu")
+"""The nets of encoders and decoders."""
+
+zero_mlp = partial(smooth_mlp, zero_init=True)
+"""The nets of couplings and gates: the output starts at zero."""
 
 
-def smooth_mlp(in_features: int, out_features: int) -> MLP:
-    """The nets of encoders and decoders."""
-    return MLP(in_features, out_features, (64, 64), "silu")
+def alternate(loc: Tensor, log_scale: Tensor) -> Tensor:
+    """Parameters of a diagonal normal in its order: (B, D) and what expands to it -> (B, 2 D)."""
+    return torch.stack([loc, log_scale.expand_as(loc)], dim=-1).flatten(1)
 
 
 class LinearNormalNet(nn.Module):
@@ -87,8 +85,7 @@ class LinearNormalNet(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1 if isotropic else out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        loc = self.loc(x)
-        return torch.stack([loc, self.log_scale.expand_as(loc)], dim=-1).flatten(1)
+        return alternate(self.loc(x), self.log_scale)
 
 
 def ppca(features: int = 2, latent_features: int = 1) -> Flow:
@@ -98,15 +95,10 @@ def ppca(features: int = 2, latent_features: int = 1) -> Flow:
 
     Source: Tipping & Bishop 1999; Nielsen et al. 2020, Table 3.
     """
-    return Flow(
-        StandardNormal(latent_features),
-        VAE(
-            encoder=DiagonalNormal(
-                latent_features, net=LinearNormalNet(features, latent_features, False)
-            ),
-            decoder=DiagonalNormal(features, net=LinearNormalNet(latent_features, features, True)),
-        ),
-    )
+    up = LinearNormalNet(features, latent_features, isotropic=False)
+    down = LinearNormalNet(latent_features, features, isotropic=True)
+    layer = VAE(DiagonalNormal(latent_features, net=up), DiagonalNormal(features, net=down))
+    return Flow(StandardNormal(latent_features), layer)
 
 
 def ppca_log_prob(flow: Flow, x: Tensor) -> Tensor:
@@ -166,9 +158,7 @@ class NearIdentityNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net(x)
-        if not self.skip:
-            return out
-        return out + torch.stack([x, torch.zeros_like(x)], dim=-1).flatten(1)
+        return out + alternate(x, torch.zeros_like(x)) if self.skip else out
 
 
 class NoisingNet(nn.Module):
@@ -179,8 +169,7 @@ class NoisingNet(nn.Module):
         self.keep, self.log_scale = math.sqrt(1 - beta), 0.5 * math.log(beta)
 
     def forward(self, x: Tensor) -> Tensor:
-        loc = self.keep * x
-        return torch.stack([loc, torch.full_like(loc, self.log_scale)], dim=-1).flatten(1)
+        return alternate(self.keep * x, torch.full_like(x, self.log_scale))
 
 
 class DenoisingNet(nn.Module):
@@ -207,7 +196,7 @@ class DenoisingNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         time = torch.full_like(x[:, :1], self.time)
         loc = self.gain * (x - self.weight * self.net(torch.cat([x, time], dim=1)))
-        return torch.stack([loc, self.log_scale.expand_as(loc)], dim=-1).flatten(1)
+        return alternate(loc, self.log_scale)
 
 
 def ddpm(
@@ -235,14 +224,9 @@ def ddpm(
     alpha_bar = 1.0
     for t, b in enumerate(betas, start=1):
         alpha_bar *= 1 - b
-        layers.append(
-            VAE(
-                encoder=DiagonalNormal(features, net=NoisingNet(b)),
-                decoder=DiagonalNormal(
-                    features, net=DenoisingNet(shared, t / num_steps, b, alpha_bar)
-                ),
-            )
-        )
+        denoising = DenoisingNet(shared, t / num_steps, b, alpha_bar)
+        nets = (NoisingNet(b), denoising)
+        layers.append(VAE(*(DiagonalNormal(features, net=made) for made in nets)))
     return Flow(StandardNormal(features), layers)
 
 
@@ -282,8 +266,7 @@ def dequantization(
     Source: Theis et al. 2016, arXiv 1511.01844; Ho et al. 2019, arXiv 1902.00275; trained with
     several samples it is the importance-weighted one of Hoogeboom et al. 2020, arXiv 2001.11235.
     """
-    if noise not in ("uniform", "variational"):
-        raise ValueError(f"model.noise: expected uniform or variational, got {noise!r}")
+    check_choice("model.noise", noise, ("uniform", "variational"))
     posterior = None
     if noise == "variational":
         half = AffineCoupling(MLP(1, 2, (32, 32), "silu", context_features=features))
@@ -381,15 +364,8 @@ def cif(
 def _affine_components(features: int, count: int, reach: float) -> list[Transform]:
     """Affine bijections whose centres lie on a circle of radius ``reach``."""
     angles = [2 * math.pi * k / count for k in range(count)]
-    return [
-        Affine(
-            features,
-            shift=[-reach * math.cos(a), -reach * math.sin(a)],
-            scale=1.0,
-            learn=True,
-        )
-        for a in angles
-    ]
+    shifts = [[-reach * math.cos(a), -reach * math.sin(a)] for a in angles]
+    return [Affine(features, shift, scale=1.0, learn=True) for shift in shifts]
 
 
 def dif(
@@ -399,14 +375,10 @@ def dif(
 
     Source: Duan 2019, arXiv 1904.05243; Orozco et al. 2022, arXiv 2204.01361.
     """
-    return Flow(
-        StandardNormal(features),
-        DiscretelyIndexed(
-            _affine_components(features, num_components, reach),
-            gate=Categorical(1, num_components, net=net(features, num_components)),
-            encoder=Categorical(1, num_components, net=net(features, num_components)),
-        ),
-    )
+    maps = _affine_components(features, num_components, reach)
+    gate = Categorical(1, num_components, net=net(features, num_components))
+    encoder = Categorical(1, num_components, net=net(features, num_components))
+    return Flow(StandardNormal(features), DiscretelyIndexed(maps, gate=gate, encoder=encoder))
 
 
 def deep_gmm(
@@ -441,16 +413,9 @@ def rad(
 
     Source: Dinh et al. 2019, arXiv 1903.07714.
     """
+    edges, nets = (-half_width, half_width), [net(features, num_intervals) for _ in range(features)]
     folds = [
-        IntervalFold(
-            features,
-            d,
-            num_intervals,
-            -half_width,
-            half_width,
-            learn_edges=True,
-            net=net(features, num_intervals),
-        )
-        for d in range(features)
+        IntervalFold(features, d, num_intervals, *edges, learn_edges=True, net=unfold)
+        for d, unfold in enumerate(nets)
     ]
     return Flow(Uniform(features), folds)

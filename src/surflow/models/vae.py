@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.flow import Flow
 from surflow.models.contract import takes
@@ -36,15 +37,10 @@ def vae_flow(
 
     Source: Kingma & Welling 2014, arXiv 1312.6114.
     """
-    if latent_features < 1:
-        raise ValueError(f"model.latent_features: expected >= 1, got {latent_features}")
-    infinity = float("inf")
-    low = list(low) if low is not None else [-infinity] * features
-    high = list(high) if high is not None else [infinity] * features
-    mapped, _ = support_of(support, surjection, low, high)
+    require_at_least("model", 1, latent_features=latent_features)
+    first, _ = support_of(features, support, surjection, low, high)
     vae = VAE(
         encoder=DiagonalNormal(latent_features, net=net(features, 2 * latent_features)),
         decoder=DiagonalNormal(features, net=net(latent_features, 2 * features)),
     )
-    transforms = [*([surjection] if surjection is not None else []), *mapped, vae]
-    return Flow(StandardNormal(latent_features), transforms)
+    return Flow(StandardNormal(latent_features), [*first, vae])

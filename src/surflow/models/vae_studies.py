@@ -4,9 +4,6 @@ A VAE is a flow whose first layer is a :class:`~surflow.transforms.VAE`. A riche
 flow inside its encoder, a richer prior is bijections behind it:
 
     x -> VAE(encoder = flow of z given x, decoder) -> bijections -> base
-
-The functions here only choose parts; the likelihood, its bounds and samples are those of every
-flow.
 """
 
 from __future__ import annotations
@@ -19,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, Distribution
 from surflow.distributions.autoregressive import AutoregressiveBernoulli
-from surflow.errors import close_match
+from surflow.errors import check_choice, check_whole
 from surflow.flow import Flow
 from surflow.models.contract import takes
 from surflow.models.posteriors import flow_posterior
@@ -93,23 +91,14 @@ def bernoulli(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribu
     return Bernoulli(shape, net=net)
 
 
-def categorical(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribution:
-    """Pixels that are the integers 0 ... K - 1."""
-    return Categorical(shape, num_levels, net=net)
-
-
-def normal(shape: Sequence[int], num_levels: int, net: nn.Module) -> Distribution:
-    """Real values, location and scale both from the net."""
-    return DiagonalNormal(shape, net=net)
-
-
 LIKELIHOODS: dict[
     str, tuple[Callable[[int], int], Callable[[Sequence[int], int, nn.Module], Distribution]]
 ] = {
     "bernoulli": (lambda levels: 1, bernoulli),
-    "categorical": (lambda levels: levels, categorical),
-    "normal": (lambda levels: 2, normal),
+    "categorical": (lambda levels: levels, lambda shape, k, net: Categorical(shape, k, net=net)),
+    "normal": (lambda levels: 2, lambda shape, k, net: DiagonalNormal(shape, net=net)),
 }
+"""Pixels 0.0 and 1.0, integers 0 ... K - 1, or real values with location and scale from the net."""
 
 
 def likelihood_of(
@@ -120,11 +109,7 @@ def likelihood_of(
     Raises:
         ValueError: for an unknown likelihood, or levels that do not fit it.
     """
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"model.likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}"
-            + close_match(likelihood, LIKELIHOODS)
-        )
+    check_choice("model.likelihood", likelihood, LIKELIHOODS)
     outputs, make = LIKELIHOODS[likelihood]
     return make(shape, num_levels, net(outputs(num_levels)))
 
@@ -155,8 +140,7 @@ class VAEFlow(Flow):
         super().__init__(base, transforms)
         if not posterior_rate > 0:
             raise ValueError(f"model.posterior_rate: expected > 0, got {posterior_rate}")
-        if posterior_start < 0:
-            raise ValueError(f"model.posterior_start: expected >= 0, got {posterior_start}")
+        check_whole("model.posterior_start", posterior_start, least=0)
         self.posterior_rate = posterior_rate
         self.posterior_start = posterior_start
 
@@ -195,9 +179,9 @@ def vae_of_vectors(
 
     .. math:: \log p(x) \ge \mathbb E_{q(z|x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
 
-    The encoder's net (``hidden_features``, an activation behind each layer) gives h once a row; all
-    parameters of the posterior are linear in h, or see h beside the latent. The decoder's net has
-    the same hidden layers, in reverse.
+    The encoder's net (``hidden_features``, an activation after each layer) gives h once a row; all
+    parameters of the posterior are linear in h, or see h and the latent. The decoder's net has the
+    same hidden layers, in reverse.
 
     Args:
         features: D, the size of x: (B, D).
@@ -213,7 +197,7 @@ def vae_of_vectors(
         hidden_features, activation: of encoder and decoder; relu, elu, gelu, silu, tanh, or maxout
             over four units each.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
-        posterior_rate, posterior_start: of the posterior's layers; see :class:`VAEFlow`.
+        posterior_rate, posterior_start: see :class:`VAEFlow`.
 
     Raises:
         ValueError: for an unknown name, or numbers that do not fit.
@@ -228,11 +212,9 @@ def vae_of_vectors(
     >>> flow.log_prob(x).shape, flow.sample(5).shape, flow.lower_bound
     (torch.Size([5]), torch.Size([5, 6]), True)
     """
-    if min(features, latent_features, num_levels) < 1:
-        raise ValueError(
-            "model.latent_features: expected features, latent_features and num_levels >= 1, got "
-            f"{features}, {latent_features} and {num_levels}"
-        )
+    require_at_least(
+        "model", 1, features=features, latent_features=latent_features, num_levels=num_levels
+    )
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
     with torch.random.fork_rng(devices=[], enabled=posterior_start > 0):  # see VAEFlow
         encoder = flow_posterior(
@@ -252,16 +234,8 @@ def vae_of_vectors(
         return nn.Sequential(*body, Linear(hidden[-1], features * outputs))
 
     decoder = likelihood_of(likelihood, (features,), num_levels, net)
-    wanted = Wanted(
-        encoder,
-        (features,),
-        num_components,
-        spread,
-        prior_layers,
-        flow_hidden_features,
-        flow_activation,
-    )
-    base, layers = prior_of(prior, wanted)
+    mixed, nets = (num_components, spread), (flow_hidden_features, flow_activation)
+    base, layers = prior_of(prior, Wanted(encoder, (features,), *mixed, prior_layers, *nets))
     return VAEFlow(base, [VAE(encoder, decoder), *layers], posterior_rate, posterior_start)
 
 
@@ -311,8 +285,6 @@ def vae_of_images(
 ) -> Flow:
     r"""VAE layer with a flow as its posterior -> a flow as its prior -> base, with image nets.
 
-    .. math:: \log p(x) \ge \mathbb E_{q(z|x)}[\log p(x \mid z) + \log p(z) - \log q(z \mid x)]
-
     What :func:`vae_of_vectors` is, with residual convolutional nets. An IAF posterior and an
     autoregressive prior are the same layers in either direction. With ``decoder="local"`` a pixel
     also sees a small window before it, so that the latent is left with what is not local: a
@@ -325,8 +297,7 @@ def vae_of_images(
         prior, prior_layers, num_components, spread: see :func:`vae_of_vectors`.
         decoder: independent, or local (one channel of binary pixels).
         num_levels: 2 for pixels 0.0 and 1.0 (or grey values between), more for integers.
-        channels, num_blocks: of encoder and decoder; see
-            :class:`~surflow.nets.conv_resnet.ImageEncoder`.
+        channels, num_blocks: see :class:`~surflow.nets.conv_resnet.ImageEncoder`.
         embed_features: H, the size of what the encoder's net gives, and of a layer of the
             decoder's.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
@@ -346,11 +317,7 @@ def vae_of_images(
     (torch.Size([5]), torch.Size([2, 1, 8, 8]))
     """
     shape = tuple(shape)
-    if decoder not in DECODERS:
-        raise ValueError(
-            f"model.decoder: expected one of {', '.join(DECODERS)}, got {decoder!r}"
-            + close_match(decoder, DECODERS)
-        )
+    check_choice("model.decoder", decoder, DECODERS)
     encoder = flow_posterior(
         latent_features,
         GreyInput(ImageEncoder(shape, embed_features, channels, num_blocks), num_levels),
@@ -367,14 +334,6 @@ def vae_of_images(
 
     local = local or partial(LocalPixelCNN, context_features=32)
     likelihood = DECODERS[decoder](shape, num_levels, net, local)
-    wanted = Wanted(
-        encoder,
-        shape,
-        num_components,
-        spread,
-        prior_layers,
-        flow_hidden_features,
-        flow_activation,
-    )
-    base, layers = prior_of(prior, wanted)
+    mixed, nets = (num_components, spread), (flow_hidden_features, flow_activation)
+    base, layers = prior_of(prior, Wanted(encoder, shape, *mixed, prior_layers, *nets))
     return Flow(base, [VAE(encoder, likelihood), *layers])
