@@ -199,7 +199,7 @@ def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]
             ):
                 raise UserError(
                     f"{where}: expected a node with _target_, got {node}; {group}=<name> chooses "
-                    "one of conf/" + group
+                    "one"
                 )
     for where, node in nodes({group: config[group] for group in OPEN_GROUPS}):
         options, others = options_of(target_of(node, where))
@@ -265,8 +265,8 @@ def _without_labels(node: Any) -> Any:
 
 
 def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """16 hex digits of what a run computes: its seed and the options that differ from the defaults
-    of their targets, without those that change no result.
+    """16 hex digits of what a run computes: its seed, the source of released weights, and the
+    options that differ from the defaults of their targets, without those that change no result.
 
     A target names the latter itself, as ``runtime``.
     """

@@ -53,7 +53,10 @@ REQUESTS = {
     "misspelt top key": (["sed=3"], ["sed:", "did you mean 'seed'?"]),
     "misspelt trainer key": (["trainer.epochs=3"], ["trainer.epochs:", "max_epochs"]),
     "key of another model": (["model.num_bins=3"], ["model.num_bins:", "num_couplings"]),
-    "key that nothing takes": (["+optimizer.foo=3"], ["'foo'", "leave that key out"]),
+    "key that nothing takes": (
+        ["+optimizer.foo=3"],
+        ["optimizer.foo: unknown option of torch.optim.Adam", "lr, betas"],
+    ),
     "override not understood": (["data=["], ["'data=['", "quote"]),
     "no interpolation": (["seed=${nope}"], ["nope", "seed"]),
     "batch_size 0": (["data.batch_size=0"], ["data.batch_size:", "positive", "got 0"]),
@@ -61,7 +64,7 @@ REQUESTS = {
     "eval_batch_size -1": (["data.eval_batch_size=-1"], ["data.eval_batch_size:", "got -1"]),
     "train_size -5": (["data.train_size=-5"], ["data.train_size:", "positive", "got -5"]),
     "test_size 0": (["data.test_size=0"], ["data.test_size:", "positive", "got 0"]),
-    "train_size a word": (["data.train_size=many"], ["data.train_size:", "got many"]),
+    "train_size a word": (["data.train_size=many"], ["data.train_size:", "got 'many'"]),
     "max_epochs 0": (["trainer.max_epochs=0"], ["trainer.max_epochs:", "positive", "got 0"]),
     "max_epochs 1.5": (["trainer.max_epochs=1.5"], ["trainer.max_epochs:", "whole", "1.5"]),
     "accumulation 0": (
@@ -81,15 +84,47 @@ REQUESTS = {
     "lr -1": (["optimizer.lr=-1"], ["optimizer.lr:", "positive", "got -1"]),
     "lr 0": (["optimizer.lr=0"], ["optimizer.lr:", "positive", "got 0"]),
     "lr a word": (["optimizer.lr=fast"], ["optimizer.lr:", "number", "got fast"]),
-    "ema 1": (["trainer.ema_decay=1.0"], ["trainer.ema_decay:", "(0, 1)", "got 1.0"]),
+    "ema 1": (
+        ["callbacks=ema", "callbacks.ema.decay=1.0"],
+        ["callbacks.ema.decay:", "(0, 1)", "got 1.0"],
+    ),
+    "ema without the callback": (
+        ["callbacks.ema.decay=0.9"],
+        ["callbacks.ema: expected a node with _target_", "callbacks=<name>"],
+    ),
+    "checkpoints in the past": (
+        ["callbacks=timed_checkpoint", "callbacks.timed_checkpoint.minutes=-1"],
+        ["callbacks.timed_checkpoint.minutes:", "got -1"],
+    ),
+    "option of the run's own": (["trainer.logger=true"], ["trainer.logger: unknown option"]),
+    "fact about the data": (["model.low=3"], ["model.low: unknown option", "num_couplings"]),
+    "option of no surjection": (["surjection.element=0"], ["surjection: expected a node with"]),
+    "option of no profiler": (["profiler.filename=x"], ["profiler: expected a node with"]),
+    "misspelt option of a net": (
+        ["model.net.hiden_features=[3]"],
+        ["model.net.hiden_features:", "did you mean 'hidden_features'?"],
+    ),
+    "target that is not there": (
+        ["model._target_=nope.Flow"],
+        ["model: cannot import 'nope.Flow'"],
+    ),
+    "target that declares nothing": (
+        ["model._target_=surflow.models.flow_noise"],
+        ["model._target_: surflow.models.flow_noise does not say what it takes"],
+    ),
+    "couplings a word": (["model.num_couplings=many"], ["model: an option does not fit ("]),
+    "betas a number": (["optimizer.betas=3"], ["optimizer: an option does not fit ("]),
+    "warm-up a word": (["schedule.warmup_steps=many"], ["schedule: an option does not fit ("]),
+    "profile that only reproduce has": (["profile=auto"], ["profile: expected one of paper"]),
     "clip 0": (["trainer.gradient_clip_val=0"], ["trainer.gradient_clip_val:", "got 0"]),
     "seed -1": (["seed=-1"], ["seed:", "got -1"]),
     "seed a word": (["seed=lucky"], ["seed:", "whole number", "got lucky"]),
+    "seed true": (["seed=true"], ["seed:", "whole number", "got True"]),
     "num_couplings -1": (["model.num_couplings=-1"], ["model.num_couplings:", "got -1"]),
     "unknown support": (["model.support=real"], ["model.support:", "real_line", "'real'"]),
     "fold without support": (["surjection=abs"], ["model.support:", "real_line", "unmapped"]),
     "surjection for other data": (["surjection=abs_generative"], ["data >= 0", "choose abs"]),
-    "unknown unit": (["objective.unit=bits"], ["objective.unit:", "nats or bpd", "'bits'"]),
+    "unknown unit": (["objective.unit=bits"], ["objective.unit:", "nats, bpd", "'bits'"]),
     "gamma 2": (["schedule=exponential", "schedule.gamma=2"], ["schedule.gamma:", "got 2"]),
     "unknown accelerator": (["trainer.accelerator=tpu"], ["trainer.accelerator:", "cpu", "'tpu'"]),
     "devices 0": (["trainer.devices=0"], ["trainer.devices:", "positive", "got 0"]),
@@ -218,10 +253,15 @@ def test_damaged_record_is_trained_again(call, tiny, train):
 @pytest.mark.parametrize(
     ("name", "override", "wanted"),
     [
-        ("evaluate", "split=tset", ["split:", "train, valid or test", "'tset'"]),
+        (
+            "evaluate",
+            "split=tset",
+            ["split:", "train, valid, test", "'tset'", "did you mean 'test'?"],
+        ),
         ("sample", "n=0", ["n:", "positive", "got 0"]),
         ("sample", "temperature=0", ["temperature:", "positive", "got 0"]),
         ("sample", "number=3", ["number:", "unknown key"]),
+        ("evaluate", "only=[likelyhood]", ["only:", "did you mean 'likelihood'?"]),
     ],
 )
 def test_evaluate_and_sample_requests(name, override, wanted, call, tiny, root):
@@ -256,13 +296,15 @@ class FullDisk:
     ("module", "function"), [("os", "fsync"), ("os", "replace"), ("torch", "save")]
 )
 def test_full_disk_keeps_the_checkpoint_before(module, function, tmp_path, monkeypatch):
+    from surflow import files
     from surflow.training import checkpoint
 
     path = tmp_path / "last.ckpt"
     io = checkpoint.AtomicCheckpointIO()
     io.save_checkpoint({"state_dict": {"flow.w": torch.ones(3)}}, path)
     before = path.read_bytes()
-    monkeypatch.setattr(checkpoint, module, FullDisk(getattr(checkpoint, module), function))
+    where = files if module == "os" else checkpoint
+    monkeypatch.setattr(where, module, FullDisk(getattr(where, module), function))
     with pytest.raises(UserError) as caught:
         io.save_checkpoint({"state_dict": {"flow.w": torch.zeros(9)}}, path)
     assert "could not be written" in str(caught.value)
@@ -296,12 +338,12 @@ def test_full_disk_in_mid_run(call, tiny, config, monkeypatch):
 
 
 def test_full_disk_at_the_record(call, tiny, config, monkeypatch):
-    from surflow.cli import result
+    from surflow.training import run
 
     folder = run_dir(config())
     full = SimpleNamespace(write=FullDisk._raise)
     with monkeypatch.context() as patch:
-        patch.setattr(result, "write_json", full.write)
+        patch.setattr(run, "write_json", full.write)
         done = call("train", *tiny())
     assert done.code == 2
     last = done.err.splitlines()[-1]

@@ -4,28 +4,33 @@ import inspect
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from surflow.cli.common import build_data, build_flow, check_everything, user_error_behind
 
-from surflow.cli.report import load_table_spec
+from surflow.cli.request import table_spec
 from surflow.config import (
-    ADDED_LATER,
+    HASHED_GROUPS,
     PROFILES,
-    RUNTIME_KEYS,
+    build,
     compose,
     conf_dir,
     config_hash,
+    nodes,
+    options_of,
     project_root,
     resolved,
     run_dir,
+    target_of,
 )
 from surflow.errors import UserError
 from surflow.models import ORDERS, pool_flow, set_flow
 from surflow.models.downsampling import max_pool, slice_off
+from surflow.training.fit import flow_module, make_trainer
+from surflow.training.loggers import CSVMetrics
+from surflow.training.run import Run
 from surflow.transforms import MaxPool2d
 
 CONF = Path(conf_dir())
@@ -39,7 +44,7 @@ def options(group: str) -> list[str]:
 
 def spec_of(experiment: str):
     """The table of an experiment, and its rows that run it."""
-    spec = load_table_spec(experiment.split("/")[0])
+    spec = table_spec(experiment.split("/")[0])
     return spec, [row for row in spec.rows if row.experiment == experiment]
 
 
@@ -47,32 +52,27 @@ def content(group: str, option: str) -> dict:
     return yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
 
 
-def of_images(cfg) -> bool:
-    return len(cfg.data.event_shape) == 3
-
-
-def from_files(cfg) -> bool:
+def needs_files(run) -> bool:
     """Whether the data are no part of a fresh checkout."""
-    embedded = (
-        "photo_patches", "digits_grey", "digits_binary", "digits_levels", "spatial_digits"
-    )  # fmt: skip
-    return "root" in cfg.data and cfg.data.name not in embedded
-
-
-def build(cfg):
-    """Data, flow, optimizer and schedule of a config, as training builds them."""
-    check_everything(cfg)
-    data = build_data(cfg)
-    flow = build_flow(cfg, data)
-    plain = {k: {**resolved(cfg)[k]} for k in ("optimizer", "schedule")}
-    for group in plain.values():
-        group.pop("name")
-    optimizer = instantiate(plain["optimizer"])(flow.parameters())
-    epochs = cfg.trainer.max_epochs
-    schedule = instantiate({**plain["schedule"], "_partial_": True})(
-        optimizer, total_steps=1000 * epochs, steps_per_epoch=1000
+    return (
+        run.data.from_files
+        and not type(run.data).__module__.endswith("embedded")
+        and (run.data.name != "spatial_digits")
     )
-    return data, flow, optimizer, schedule
+
+
+def built(cfg):
+    """Run, flow, optimizer and schedule of a config, as training builds them."""
+    run = Run(cfg)
+    flow = run.build_flow()
+    optimizer = build(cfg.optimizer)(flow.parameters())
+    epochs = cfg.trainer.max_epochs
+    schedule = build(cfg.schedule)(optimizer, total_steps=1000 * epochs, steps_per_epoch=1000)
+    return run, flow, optimizer, schedule
+
+
+def defaults(function) -> dict:
+    return {n: p.default for n, p in inspect.signature(function).parameters.items()}
 
 
 # Experiments
@@ -92,17 +92,13 @@ def test_experiment_builds_for_every_column(experiment, profile):
             assert cfg.artefact == spec.artefact
             assert cfg.row == row.name
             assert cfg.profile.name == profile
-            if of_images(cfg):
-                assert resolved(cfg)["model"]["builder"]["shape"] == list(cfg.data.event_shape)
-            if from_files(cfg):  # and models too large for a test
-                check_everything(cfg)
+            run = Run(cfg)
+            if needs_files(run):  # and models too large for a test
                 continue
-            if "root" in cfg.data:
-                cfg = compose([*cell, f"profile={profile}", "data.train_size=256"])
-            else:
-                cfg = compose([*cell, f"profile={profile}", *SIZES])
-            data, flow, optimizer, schedule = build(cfg)
-            x = data.splits["train"][: cfg.data.batch_size]
+            sizes = ["data.train_size=256"] if run.data.from_files else SIZES
+            cfg = compose([*cell, f"profile={profile}", *sizes])
+            run, flow, optimizer, schedule = built(cfg)
+            x = run.data.splits["train"][: run.data.batch_size]
             assert flow.log_prob(x).isfinite().all()
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             assert trained == {id(p) for p in flow.parameters()}
@@ -128,7 +124,7 @@ def test_paper_budget_is_never_smaller(experiment):
         if not columns:
             continue
         cfg = compose([f"experiment={experiment}", *columns[0].overrides, f"profile={profile}"])
-        size = cfg.data.train_size
+        size = Run(cfg).data.sizes["train"]
         budgets.append(cfg.trainer.max_epochs * (math.inf if size is None else size))
     assert budgets == sorted(budgets, reverse=True), (experiment, budgets)
 
@@ -139,25 +135,26 @@ def test_table4_is_the_published_protocol(row):
     epochs = {"cifar10": (550, 500), "imagenet32": (27, 25), "imagenet64": (22, 20)}
     for data, (whole, main) in epochs.items():
         cfg = compose([f"experiment=table4/{row}", f"data={data}"])
-        builder = instantiate(cfg.model.builder)
-        mine = dict(builder.keywords)
-        published = {n: p.default for n, p in inspect.signature(pool_flow).parameters.items()}
-        published |= {"shape": list(cfg.data.event_shape)}
+        run = Run(cfg)
+        published = defaults(pool_flow)
+        mine = {**published, **build(cfg.model, _partial_=True).keywords}
+        published |= {"num_levels": 256, "shape": run.data.event_shape}
+        mine |= run.builder_takes.of(run.data)
         if data == "imagenet64":
             published |= {"num_scales": 3, "num_steps": 8}
-        published.pop("downsampling")
         assert mine == published
-        between = instantiate(cfg.surjection.downsampling)
+        between = build(cfg.surjection)
         assert between.func is {"max_pool": max_pool, "slice": slice_off}[row]
         assert not between.keywords
         assert (cfg.trainer.max_epochs, cfg.schedule.main_epochs) == (whole, main)
         assert cfg.schedule.gamma == (0.995 if data == "cifar10" else 0.95)
         assert cfg.schedule.cooldown_lr == (2e-5 if data == "cifar10" else 5e-5)
-        assert (cfg.schedule.warmup_steps, cfg.data.batch_size) == (5000, 32)
-        assert (cfg.optimizer.name, cfg.optimizer.lr) == ("adamax", 1e-3)
+        assert (cfg.schedule.warmup_steps, run.data.batch_size) == (5000, 32)
+        assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("torch.optim.Adamax", 1e-3)
         assert cfg.objective.iwbo_samples == (1000 if data == "cifar10" else 0)
-        assert cfg.metrics.n == (50_000 if data == "cifar10" else 0)
-        augmented = (cfg.data.flip, cfg.data.pad, cfg.data.translate)
+        assert cfg.measures.samples.n == (50_000 if data == "cifar10" else 0)
+        augment = run.data.augmentation
+        augmented = (augment.flip, augment.pad, augment.translate)
         assert augmented == ((True, 2, 0.04) if data == "cifar10" else (False, 0, 0.0))
 
 
@@ -183,13 +180,25 @@ def test_every_table_cell_names_an_experiment_that_exists():
 # Groups
 
 
+def takes(model: str):
+    return target_of(content("model", model)).takes
+
+
+def of_kind(kind: str) -> list[str]:
+    return [m for m in PLAIN_MODELS if kind in takes(m).kinds]
+
+
 ALL_MODELS = options("model")
 PLAIN_MODELS = [m for m in ALL_MODELS if "/" not in m]
-IMAGE_MODELS = [m for m in PLAIN_MODELS if "shape" in content("model", m).get("builder", {})]
-DIGIT_MODELS = ["vae_posterior", "vae_prior"]
-SET_MODELS = [m for m in PLAIN_MODELS if "num_points" in content("model", m).get("builder", {})]
-VECTOR_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *DIGIT_MODELS, *SET_MODELS})
-DOWNSAMPLING = [s for s in options("surjection") if "downsampling" in content("surjection", s)]
+SET_MODELS = of_kind("set")
+VECTOR_MODELS = of_kind("points")
+IMAGE_MODELS = [m for m in PLAIN_MODELS if "shape" in takes(m).facts]
+DIGIT_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *SET_MODELS, *VECTOR_MODELS})
+DOWNSAMPLING = [
+    s
+    for s in options("surjection")
+    if s != "none" and getattr(target_of(content("surjection", s)), "between", False)
+]
 VECTOR_SURJECTIONS = sorted({*options("surjection")} - {*DOWNSAMPLING})
 
 
@@ -204,10 +213,10 @@ def test_unified_model(model, surjection):
     cfg = compose(overrides)
     if surjection == "abs" and data == "quantized_gaussians":
         with pytest.raises(ValueError, match="takes integers: expected surjection=none"):
-            build(cfg)
+            built(cfg)
         return
-    built, flow, _, _ = build(cfg)
-    x = built.splits["train"][:128]
+    run, flow, _, _ = built(cfg)
+    x = run.data.splits["train"][:128]
     if surjection == "abs" and model.endswith("rad"):  # its intervals cut a square, not the plane
         with pytest.raises(ValueError, match=r"IntervalFold.forward: expected coordinate 0 in"):
             flow.log_prob(x)
@@ -217,7 +226,7 @@ def test_unified_model(model, surjection):
     assert log_prob.isfinite().all()
     sample = flow.sample(50)
     assert sample.shape == (50, 2)
-    assert sample.dtype == built.splits["train"].dtype
+    assert sample.dtype == run.data.splits["train"].dtype
 
 
 TINY = {
@@ -238,11 +247,11 @@ def test_image_model_and_surjection(surjection):
     overrides += ["model=pool_flow", f"surjection={surjection}", *tiny("pool_flow")]
     cfg = compose(overrides)
     if surjection not in DOWNSAMPLING:
-        with pytest.raises(UserError, match=f"surjection={surjection}: .*max_pool, slice"):
-            build(cfg)
+        with pytest.raises(UserError, match=f"surjection={surjection}: .*max_pool or slice"):
+            built(cfg)
         return
-    data, flow, _, _ = build(cfg)
-    x = data.splits["train"][:3]
+    run, flow, _, _ = built(cfg)
+    x = run.data.splits["train"][:3]
     log_prob = flow.log_prob(x)
     assert log_prob.isfinite().all()
     assert (log_prob.detach() > -3 * 3072 * math.log(256)).all()
@@ -255,22 +264,22 @@ def test_image_model_and_surjection(surjection):
 @pytest.mark.parametrize("model", ["glow", "realnvp"])
 def test_image_model_without_a_surjection(model):
     overrides = ["data=photo_patches", "data.train_size=32", f"model={model}", *tiny(model)]
-    data, flow, _, _ = build(compose(overrides))
-    assert flow.log_prob(data.splits["train"][:3]).isfinite().all()
+    run, flow, _, _ = built(compose(overrides))
+    assert flow.log_prob(run.data.splits["train"][:3]).isfinite().all()
     for surjection in ("abs", "max_pool"):
         with pytest.raises(
             UserError, match=f"^surjection={surjection}: .*use.* surjection=none|dow"
         ):
-            build(compose([*overrides, f"surjection={surjection}"]))
+            built(compose([*overrides, f"surjection={surjection}"]))
 
 
 def test_a_downsampling_of_ones_own():
-    """In a YAML file of one's own, surjection.downsampling may be any function of a shape."""
+    """In a YAML file of one's own, a surjection may be any function of a shape."""
     overrides = ["data=photo_patches", "data.train_size=32", "model=pool_flow", "surjection=slice"]
     cfg = compose([*overrides, *tiny("pool_flow")])
-    own = {"_target_": "doubles.own_downsampling", "_partial_": True}
-    OmegaConf.update(cfg, "surjection.downsampling", own)
-    _, flow, _, _ = build(cfg)
+    own = {"name": "own", "_target_": "doubles.own_downsampling", "_partial_": True}
+    OmegaConf.update(cfg, "surjection", own)
+    _, flow, _, _ = built(cfg)
     assert any(isinstance(layer, MaxPool2d) for layer in flow.transforms)
 
 
@@ -279,21 +288,27 @@ def test_a_downsampling_of_ones_own():
 def test_model_of_digits(data, model):
     likelihood = "categorical" if data == "digits_levels" else "bernoulli"
     overrides = [f"data={data}", f"model={model}", f"model.likelihood={likelihood}"]
-    built, flow, _, _ = build(compose([*overrides, "data.train_size=256"]))
-    x = built.splits["train"][:5]
+    run, flow, _, _ = built(compose([*overrides, "data.train_size=256"]))
+    x = run.data.splits["train"][:5]
     assert flow.log_prob(x).isfinite().all()
     assert flow.sample(3).shape == (3, 64)
     with pytest.raises(UserError, match=r"surjection=abs: .*surjection=none"):
-        build(compose([*overrides, "surjection=abs"]))
+        built(compose([*overrides, "surjection=abs"]))
     with pytest.raises(UserError, match=f"model={model} is for data of levels, and data=corners"):
-        build(compose(["data=corners", f"model={model}"]))
+        built(compose(["data=corners", f"model={model}"]))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data=photo_patches"], "model=coupling_flow is for vectors, and data=photo_patches"),
-        (["model=pool_flow", "data=corners"], "model=pool_flow is for images, and data=corners"),
+        (
+            ["data=photo_patches"],
+            "model=coupling_flow is for .* and data=photo_patches is image data of",
+        ),
+        (
+            ["model=pool_flow", "data=corners"],
+            "model=pool_flow is for image data .* and data=corners is points data",
+        ),
         (["surjection=max_pool"], "surjection=max_pool downsamples images, which model=coupl"),
         (["objective.annealed=joined"], "objective.annealed: .*did you mean 'joint'"),
         (["objective.beta_start=2"], "objective.beta_start: expected a number from 0 to 1, got 2"),
@@ -328,13 +343,16 @@ def test_model_of_digits(data, model):
         (["weights.path=x"], "weights.path: of no effect without weights.source=official"),
         (["compute.memory=reversed"], "compute.memory: expected one of stored, reversible"),
         (["objective.scored=first"], "objective.scored: expected one of last, best"),
-        (["trainer.checkpoint_minutes=0"], "trainer.checkpoint_minutes: expected a positive"),
+        (
+            ["callbacks=timed_checkpoint", "callbacks.timed_checkpoint.minutes=-1"],
+            "callbacks.timed_checkpoint.minutes: expected minutes >= 0, got -1",
+        ),
         (["compute.channels_last=yes_please"], "compute.channels_last: expected auto, true or"),
     ],
 )
 def test_what_does_not_fit_together_is_named(overrides, message):
     with pytest.raises(UserError, match=message):
-        build(compose([*overrides]))
+        built(compose([*overrides]))
 
 
 @pytest.mark.parametrize("model", SET_MODELS)
@@ -342,24 +360,24 @@ def test_what_does_not_fit_together_is_named(overrides, message):
 def test_model_of_sets(model, order):
     sizes = ["model.num_flows=1", "model.features=8", "model.num_heads=2", "data.train_size=256"]
     overrides = ["data=spatial_digits", f"model={model}", f"model.order={order}", *sizes]
-    data, flow, _, _ = build(compose(overrides))
-    assert flow.log_prob(data.splits["train"][:5]).isfinite().all()
+    run, flow, _, _ = built(compose(overrides))
+    assert flow.log_prob(run.data.splits["train"][:5]).isfinite().all()
     assert flow.sample(3).shape == (3, 16, 2)
     with pytest.raises(UserError, match=r"surjection=abs: .*surjection=none"):
-        build(compose([*overrides, "surjection=abs"]))
-    with pytest.raises(UserError, match=f"model={model} is for sets of points, and data=corners"):
-        build(compose(["data=corners", f"model={model}"]))
+        built(compose([*overrides, "surjection=abs"]))
+    with pytest.raises(UserError, match=f"model={model} is for set data .* and data=corners"):
+        built(compose(["data=corners", f"model={model}"]))
 
 
 def test_pointcloud_is_the_published_protocol():
     """The architecture is the default of set_flow, and the budget that of the paper's code."""
     for row, dropout in (("sort", 0.2), ("permute", 0.1)):
         cfg = compose([f"experiment=pointcloud/{row}"])
-        mine = dict(instantiate(cfg.model.builder).keywords)
-        published = {n: p.default for n, p in inspect.signature(set_flow).parameters.items()}
+        run, published = Run(cfg), defaults(set_flow)
+        mine = {**published, **build(cfg.model, _partial_=True).keywords}
         assert mine == {**published, "order": row, "dropout": dropout}
-        assert (cfg.data.name, cfg.data.batch_size) == ("spatial_mnist", 128)
-        assert (cfg.optimizer.name, cfg.optimizer.lr) == ("adam", 1e-3)
+        assert (cfg.data.name, run.data.batch_size) == ("spatial_mnist", 128)
+        assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("torch.optim.Adam", 1e-3)
         assert (cfg.trainer.max_epochs, cfg.schedule.main_epochs) == (500, 500)
         assert (cfg.schedule.warmup_steps, cfg.schedule.gamma) == (2000, 0.995)
         assert cfg.schedule.warmup_overwrites_decay
@@ -376,18 +394,16 @@ def test_model_and_surjection(data, model, surjection):
     refused = {}
     for support in ("unmapped", "real_line"):
         try:
-            built, flow, _, _ = build(compose([*overrides, f"model.support={support}"]))
-        except Exception as error:
-            root = user_error_behind(error)
-            assert root is not None, repr(error)
-            refused[support] = str(root)
+            run, flow, _, _ = built(compose([*overrides, f"model.support={support}"]))
+        except (UserError, ValueError) as error:
+            refused[support] = str(error)
             continue
-        log_prob = flow.log_prob(built.splits["train"][:128])
+        log_prob = flow.log_prob(run.data.splits["train"][:128])
         assert log_prob.shape == (128,)
         assert log_prob.dtype == torch.float32
         assert log_prob.isfinite().all()
         sample = flow.sample(50)
-        assert sample.shape == (50, *built.event_shape)
+        assert sample.shape == (50, *run.data.event_shape)
         assert sample.isfinite().all()
     if surjection == "none":
         assert not refused
@@ -399,15 +415,15 @@ def test_model_and_surjection(data, model, surjection):
         assert "expected real_line" in refused["unmapped"]
 
 
-IMAGES = [n for n in options("data") if "_synthetic" not in content("data", n)["defaults"]]
+SYNTHETIC = [n for n in options("data") if not target_of(content("data", n)).from_files]
 
 
-@pytest.mark.parametrize("name", sorted({*options("data")} - {*IMAGES}))  # test_image_data.py
+@pytest.mark.parametrize("name", SYNTHETIC)  # test_image_data.py
 def test_data_group(name):
     cfg = compose([f"data={name}", *SIZES])
-    data = build_data(cfg)
-    assert cfg.data.name == name
-    assert tuple(cfg.data.event_shape) == tuple(data.event_shape)
+    data = Run(cfg).data
+    data.setup()
+    assert cfg.data.name == data.name == name
     sizes = {split: len(x) for split, x in data.splits.items()}
     assert sizes == {"train": 640, "valid": 100, "test": 100}
     low, high = (torch.tensor(edge) for edge in data.box)
@@ -418,16 +434,211 @@ def test_data_group(name):
     assert math.isfinite(data.floor.value)
 
 
-@pytest.mark.parametrize("group", ["optimizer", "schedule", "trainer", "logger", "profile"])
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "experiment")
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_group_options_compose(group):
     for option in options(group):
-        cfg = compose([f"{group}={option}", *SIZES])
-        assert cfg.profile.name in (*PROFILES, "auto")  # auto: `reproduce` chooses
-        if group in ("optimizer", "schedule"):
-            assert cfg[group].name == option
-            if option == "staged":
-                cfg = compose([f"{group}={option}", "trainer.max_epochs=550", *SIZES])
-            build(cfg)
+        cfg = compose([f"{group}={option}"])
+        assert cfg.profile.name in (*PROFILES, "auto", "default")  # two that `reproduce` resolves
+        for where, node in nodes(OmegaConf.to_container(cfg)):
+            assert callable(target_of(node, where))
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "trainer", "callbacks", "logger"])
+def test_group_options_build(group, tmp_path):
+    for option in options(group):
+        overrides = [f"{group}={option}", *SIZES, f"run.root={tmp_path}"]
+        if option == "staged":
+            overrides.append("trainer.max_epochs=550")
+        if option in ("gpu", "ddp") and not torch.cuda.is_available():
+            with pytest.raises(UserError, match=r"no CUDA device|no accelerator"):
+                Run(compose(overrides))
+            continue
+        run, _, optimizer, _ = built(compose(overrides))
+        assert optimizer.param_groups[0]["lr"] > 0
+        if group == "callbacks":
+            assert len(run.callbacks) == (option != "none")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.stem))
+def test_no_node_repeats_a_default(path):
+    if "experiment" in path.parts:  # they say what was published
+        return
+    for where, node in nodes(yaml.safe_load(path.read_text())):
+        known, _ = options_of(target_of(node))
+        for key, value in node.items():
+            default = known.get(key)
+            default = list(default) if isinstance(default, tuple) else default
+            repeated = type(value) is type(default) and value == default
+            assert key == "name" or not repeated, (where, key)
+
+
+def trainer_of(cfg):
+    """Lightning's trainer of a config, without training."""
+    run = Run(cfg)
+    module = flow_module(run)
+    csv = CSVMetrics(run.folder / "metrics.csv", [module.val_key])
+    return make_trainer(run, module, run.times, csv)
+
+
+def test_two_loggers_and_a_callback_of_lightnings(tmp_path, monkeypatch):
+    from pytorch_lightning.callbacks import EarlyStopping
+    from pytorch_lightning.loggers import CSVLogger, WandbLogger
+    from pytorch_lightning.profilers import SimpleProfiler
+
+    stop = "callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping"
+    own = "logger.own._target_=pytorch_lightning.loggers.CSVLogger"
+    trainer = trainer_of(
+        compose(
+            [
+                *SIZES,
+                f"run.root={tmp_path}",
+                "trainer.accelerator=cpu",
+                "compute.compile=false",
+                f"+{stop}",
+                "callbacks.stop.monitor=val/nll_nats",
+                f"+{own}",
+                f"logger.own.save_dir={tmp_path}",
+                "profiler=simple",
+            ]
+        )
+    )
+    (early,) = (c for c in trainer.callbacks if isinstance(c, EarlyStopping))
+    assert early.monitor == "val/nll_nats"
+    assert isinstance(trainer.profiler, SimpleProfiler)
+    kinds = [type(logger) for logger in trainer.loggers]
+    assert kinds == [CSVMetrics, WandbLogger, CSVLogger]
+    both = compose(["logger=[wandb,tensorboard]"]).logger
+    assert list(both) == ["wandb", "tensorboard"]
+    with pytest.raises(UserError, match=r"callbacks.stop.patiense: .*did you mean 'patience'"):
+        Run(compose([f"+{stop}", "callbacks.stop.patiense=3"]))
+
+
+def test_tensorboard_or_its_line(tmp_path):
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    overrides = [*SIZES, "logger=tensorboard", f"run.root={tmp_path}", "trainer.accelerator=cpu"]
+    run = Run(compose(overrides))
+    try:
+        (logger,) = run.loggers
+    except UserError as error:
+        assert str(error) == "logger=tensorboard: needs a package: pip install tensorboardX"
+    else:
+        assert isinstance(logger, TensorBoardLogger)
+        assert Path(logger.log_dir) == run.folder / "tensorboard"
+
+
+@pytest.mark.parametrize(
+    ("data", "size"), [("photo_patches", 32), ("digits", 8)], ids=["photo_patches", "digits"]
+)
+@pytest.mark.parametrize("option", ["kernel_size=4", "learn=true"])
+def test_options_of_a_downsampling(data, size, option):
+    overrides = [f"data={data}", "data.train_size=32", "data.batch_size=4", "model=pool_flow"]
+    overrides += ["surjection=max_pool", f"surjection.{option}", *tiny("pool_flow")]
+    run, flow, _, _ = built(compose(overrides))
+    (pool,) = (layer for layer in flow.transforms if isinstance(layer, MaxPool2d))
+    kernel = 4 if option == "kernel_size=4" else 2
+    assert flow.base.event_shape[1:] == (size // 2 // kernel,) * 2
+    assert bool(list(pool.parameters())) == (option == "learn=true")
+    assert flow.log_prob(run.data.splits["train"][:3]).isfinite().all()
+
+
+def test_changed_files_are_refused(call, tmp_path):
+    """A run of other data is neither reused nor resumed."""
+
+    def write(seed):
+        random = np.random.default_rng(seed)
+        for split, count in (("train", 48), ("test", 16)):
+            images = random.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8)
+            np.savez(tmp_path / "set" / f"{split}.npz", images=images)
+
+    (tmp_path / "set").mkdir()
+    overrides = [
+        "data=image_arrays",
+        "data.folder=set",
+        f"data.root={tmp_path}",
+        "data.event_shape=[3,8,8]",
+        "data.valid_size=16",
+        "data.batch_size=16",
+        "model=pool_flow",
+        "surjection=slice",
+        *tiny("pool_flow"),
+        "trainer.max_epochs=1",
+        "trainer.accelerator=cpu",
+        "compute.compile=false",
+        "run.pictures=false",
+        "logger=csv",
+        f"run.root={tmp_path / 'runs'}",
+    ]
+    write(0)
+    assert call("train", *overrides).code == 0
+    assert "already complete" in call("train", *overrides).out
+    write(1)
+    (record,) = (tmp_path / "runs").rglob("record.json")
+    before = record.read_bytes(), (record.parent / "last.ckpt").read_bytes()
+    for state, line in (
+        ("reused", "the data have changed since (train, valid, test: another SHA-256)"),
+        ("resumed", "trained on other data (train, valid, test: another SHA-256)"),
+    ):
+        if state == "resumed":
+            record.unlink()
+        done = call("train", *overrides)
+        assert done.code == 2
+        assert len(done.err.splitlines()) == 1 and line in done.err, done.err
+        assert "run.force=true" in done.err
+        assert (record.parent / "last.ckpt").read_bytes() == before[1]
+    assert call("evaluate", *overrides).code == 2
+    write(0)
+    assert call("train", *overrides).code == 0
+    assert call("train", *overrides, "run.force=true").code == 0
+
+
+# Hashes over options
+
+
+def a_target(lr: float, width: int = 3):
+    """A made-up target."""
+
+
+def a_later_target(lr: float, width: int = 3, depth: int = 2, steps: tuple = (1, 2)):
+    """The same, with two more options."""
+
+
+@pytest.mark.parametrize("group", HASHED_GROUPS)
+def test_a_new_option_with_a_default_changes_no_hash(group, monkeypatch):
+    import surflow.models
+
+    plain = resolved(compose())
+    plain[group] = {"name": "x", "_target_": "surflow.models.made_up", "lr": 0.1}
+    monkeypatch.setattr(surflow.models, "made_up", a_target, raising=False)
+    before = config_hash(plain)
+    assert config_hash({**plain, group: {**plain[group], "width": 3}}) == before
+    assert config_hash({**plain, group: {**plain[group], "width": 4}}) != before
+    monkeypatch.setattr(surflow.models, "made_up", a_later_target)
+    assert config_hash(plain) == before
+    at_default = {**plain[group], "depth": 2, "steps": [1, 2]}
+    assert config_hash({**plain, group: at_default}) == before
+    assert config_hash({**plain, group: {**at_default, "depth": 3}}) != before
+    monkeypatch.setattr(a_later_target, "runtime", frozenset({"depth"}), raising=False)
+    assert config_hash({**plain, group: {**at_default, "depth": 3}}) == before
+
+
+@pytest.mark.parametrize("group", ["data", "optimizer", "schedule", "objective"])
+def test_every_option_counts_unless_it_is_runtime(group):
+    plain = resolved(compose())
+    target = target_of(plain[group])
+    known, _ = options_of(target)
+    runtime = getattr(target, "runtime", ())
+    for key, default in known.items():
+        if key in ("name", "seed", "params", "optimizer", "total_steps", "steps_per_epoch"):
+            continue
+        changed = {**plain, group: {**plain[group], key: "other"}}
+        assert (config_hash(changed) == config_hash(plain)) == (key in runtime), key
+        if default is not inspect.Parameter.empty and key not in plain[group]:
+            same = {**plain, group: {**plain[group], key: default}}
+            assert config_hash(same) == config_hash(plain), key
 
 
 # Names of runs
@@ -449,7 +660,11 @@ def test_group_options_compose(group):
         "compute.finite_check_every=3",
         "compute.memory=reversible",
         "compute.channels_last=true",
-        "trainer.checkpoint_minutes=5",
+        "callbacks=timed_checkpoint",
+        "profiler=simple",
+        "profile=short",
+        "row=other",
+        "artefact=other",
         "measures.samples.temperature=0.5",
         "measures.samples.weights=x.pth",
         "objective.scored=last",
@@ -457,8 +672,6 @@ def test_group_options_compose(group):
     ],
 )
 def test_hash_leaves_out_how_a_run_is_carried_out(override):
-    key = override.split("=")[0]
-    assert key in RUNTIME_KEYS or key.split(".")[0] in ("run", "metrics") or key in ADDED_LATER
     assert config_hash(compose([override])) == config_hash(compose())
 
 
@@ -466,7 +679,6 @@ def test_hash_leaves_out_how_a_run_is_carried_out(override):
     "override",
     [
         "seed=1",
-        "profile=short",
         "data=corners",
         "data.train_size=1000",
         "data.batch_size=64",
@@ -482,12 +694,15 @@ def test_hash_leaves_out_how_a_run_is_carried_out(override):
         "objective.unit=bpd",
         "trainer.max_epochs=11",
         "trainer.precision=bf16-mixed",
-        "trainer.ema_decay=0.99",
+        "callbacks=ema",
         "trainer.accumulate_grad_batches=2",
         "trainer.gradient_clip_val=1.0",
         "objective.scored=best",
         "weights.source=official",
-        "row=other",
+        "model.map.scale=softplus",
+        "data.edge=5",
+        "trainer.max_steps=7",
+        "trainer.limit_train_batches=0.5",
     ],
 )
 def test_hash_holds_what_a_run_computes(override):

@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from surflow.cli.common import build_data, build_flow
-from surflow.training.logging import Elapsed
 
 from surflow.config import config_hash, run_dir
 from surflow.data.batches import TensorBatches
 from surflow.errors import UserError
+from surflow.training.callbacks import Elapsed
+from surflow.training.run import Run
 
 LONG = ("trainer.max_epochs=8", "data.batch_size=16", "trainer.log_every_n_steps=7")
 
@@ -56,7 +56,7 @@ def test_record_and_rows(train, rows):
     assert record["metrics"]["test/nll_nats"]["value"] == metrics["test/nll_nats"]
     assert record["metrics"]["test/nll_nats"]["count"] == 500
     assert record["metrics"]["test/nll_nats"]["kind"] == "likelihood"
-    flow = build_flow(cfg, build_data(cfg))
+    flow = Run(cfg).build_flow()
     assert record["parameters"] == sum(p.numel() for p in flow.parameters())
     table = rows(folder)
     assert [(int(r["step"]), int(r["epoch"])) for r in table if r["val/nll_nats"]] == [
@@ -123,7 +123,8 @@ def kill_in_mid_run(process, folder):
     [
         (),
         (
-            "trainer.ema_decay=0.99",
+            "callbacks=ema",
+            "callbacks.ema.decay=0.99",
             "schedule=cosine",
             "schedule.warmup_steps=10",
             "trainer.accumulate_grad_batches=2",
@@ -152,7 +153,9 @@ def test_killed_run_resumes_to_the_unbroken_one(
     assert rows(folder) == rows(whole)
 
 
-@pytest.mark.parametrize("extra", [(), ("trainer.ema_decay=0.9",)], ids=["plain", "ema"])
+@pytest.mark.parametrize(
+    "extra", [(), ("callbacks=ema", "callbacks.ema.decay=0.9")], ids=["plain", "ema"]
+)
 def test_run_that_stopped_before_its_record(extra, train):
     """Nothing is left to train; what is scored is the same."""
     _, folder, metrics = train(*extra)
@@ -180,16 +183,23 @@ def test_times_of_a_resumed_run_add_up(train, call, tiny):
 
 
 def test_a_stopwatch_goes_on_where_it_was():
-    now = [10.0]
-    watch = Elapsed(4.0, clock=lambda: now[0])
+    now = [4.0]
+    watch = Elapsed(clock=lambda: now[0])
+    now[0] = 10.0
+    watch.setup(None, None, "fit")
     now[0] = 13.0
     kept = watch.state_dict()
     assert kept == {"train_s": 3.0, "wall_s": 9.0}
+    now[0] = 98.0
+    later = Elapsed(clock=lambda: now[0])
     now[0] = 100.0
-    later = Elapsed(98.0, clock=lambda: now[0])
+    later.setup(None, None, "fit")
     later.load_state_dict(kept)
     now[0] = 101.0
     assert (later.train, later.wall, later.wall_before) == (4.0, 12.0, 9.0)
+    later.teardown(None, None, "fit")
+    now[0] = 105.0  # scores and pictures
+    assert (later.train, later.wall) == (4.0, 16.0)
 
 
 def test_interrupted_run_says_how_to_go_on(start, tiny, config):
@@ -254,7 +264,7 @@ def test_average_is_what_is_scored(train, config, weights):
 
     FlowModule.on_train_batch_end = remember
     try:
-        cfg, folder, metrics = train(f"trainer.ema_decay={decay}")
+        cfg, folder, metrics = train("callbacks=ema", f"callbacks.ema.decay={decay}")
     finally:
         if original is None:
             del FlowModule.on_train_batch_end
@@ -267,11 +277,11 @@ def test_average_is_what_is_scored(train, config, weights):
         for name, value in state.items():
             average[name] = decay * average[name] + (1 - decay) * value
     assert_same_weights(weights(folder), average, tolerance=1e-6)
-    data = build_data(cfg)
-    flow = build_flow(cfg, data)
+    run = Run(cfg)
+    flow = run.build_flow()
     flow.load_state_dict(average)
     with torch.no_grad():
-        nll = -flow.log_prob(data.splits["test"]).double().mean().item()
+        nll = -flow.log_prob(run.data.splits["test"]).double().mean().item()
     assert metrics["test/nll_nats"] == pytest.approx(nll, abs=1e-5)
     assert abs(metrics["test/nll_nats"] - raw_metrics["test/nll_nats"]) > 1e-4
 
@@ -375,7 +385,7 @@ def test_two_processes_train_what_one_does(command, tiny, config, train, tmp_pat
 @pytest.mark.slow
 def test_compiled_agrees_with_eager(config, tmp_path, weights):
     from surflow.cli.train import train
-    from surflow.training.module import can_compile
+    from surflow.training.hardware import can_compile
 
     if not can_compile():
         pytest.skip("no C++ compiler")

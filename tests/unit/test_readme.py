@@ -81,5 +81,9 @@ def test_every_make_target_in_the_pages_exists():
     named = re.findall(r"`make ([a-z][a-z0-9-]*[a-z0-9])[` ]|^make ([a-z][a-z0-9-]*)", text, re.M)
     targets = {a or b for a, b in named}
     assert {"reproduce-synthetic", "test", "bench"} <= targets
-    for target in targets:
+    tables = [p.parent.name.replace("_", "-") for p in ROOT.glob("experiments/*/table.yaml")]
+    assert re.search(r"^\$\(addprefix reproduce-,\$\(TABLES\)\): reproduce-%:", makefile, re.M)
+    assert re.search(r"^\$\(addprefix report-,\$\(TABLES\)\): report-%:", makefile, re.M)
+    made = {f"{verb}-{table}" for verb in ("reproduce", "report") for table in tables}
+    for target in targets - made:
         assert re.search(rf"^{target}:", makefile, re.M), target

@@ -36,8 +36,13 @@ MOVED = {
     "model.min_slope": "model.map.min_slope",
     "surjection.transform.element": "surjection.element",
     "surjection.transform.probability": "surjection.probability",
+    "surjection.transform.net.hidden_features": "surjection.net.hidden_features",
+    "surjection.transform.net.activation": "surjection.net.activation",
 }
 """Keys with another place; all others keep theirs."""
+
+UNMOVED = ("name", "_target_", "_partial_", "in_features", "out_features")
+"""Labels, targets, and sizes that follow from the data."""
 
 GROUPS = (
     "data",
@@ -92,7 +97,7 @@ def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a key where its node has it, or its target takes it."""
     *parents, name = key.split(".")
-    if not parents or parents[0] not in GROUPS or name in ("name", "_target_", "_partial_"):
+    if not parents or parents[0] not in GROUPS or name in UNMOVED:
         return
     node: Any = config
     for parent in parents:

@@ -37,7 +37,7 @@ def check_trainer(trainer: Mapping[str, Any], batch_size: int) -> None:
     """
     for key in ("max_epochs", "accumulate_grad_batches", "num_nodes", "log_every_n_steps"):
         value = trainer.get(key)
-        if value is not None and not is_whole(value):
+        if not is_whole(value) and (value is not None or key == "max_epochs"):
             raise UserError(f"trainer.{key}: expected a positive whole number, got {value}")
     clip = trainer.get("gradient_clip_val")
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):

@@ -41,7 +41,7 @@ class Sequential(Transform):
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
 
-    >>> from surflow.transforms import AbsInference, Softplus
+    >>> from surflow.transforms import AbsInference, Inverse, Softplus
     >>> layer = Sequential([AbsInference(2), Inverse(Softplus())])
     >>> layer.kind
     'surjective (inference)'
