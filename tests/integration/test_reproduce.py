@@ -4,11 +4,20 @@ import csv
 import json
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from surflow.cli.launch import (
+
+from surflow.cli.cells import plan_cells, runs_of, wanted_protocols, write_report
+from surflow.cli.reproduce import allot, reproduce
+from surflow.cli.request import complete_request, make_command, results_folder, table_spec
+from surflow.cli.train import train
+from surflow.config import compose, run_dir
+from surflow.errors import UserError
+from surflow.files import write_json
+from surflow.training.launch import (
     Allotment,
     Job,
     Places,
@@ -21,14 +30,6 @@ from surflow.cli.launch import (
     slurm_parameters,
     visible_gpus,
 )
-
-from surflow.cli.report import load_table_spec, plan_cells, write_report
-from surflow.cli.reproduce import allot, reproduce
-from surflow.cli.request import check_request, make_command, results_name, settle
-from surflow.cli.train import train
-from surflow.config import compose, run_dir
-from surflow.errors import UserError
-from surflow.files import write_json
 
 SMALL = (
     "data.train_size=640",
@@ -90,8 +91,12 @@ def test_jobs_are_spread_over_the_gpus(tmp_path, monkeypatch):
 
 
 def cells_of(cfg):
-    spec = load_table_spec(cfg.artefact)
+    spec = complete_request(cfg)
     return spec, plan_cells(cfg, spec)
+
+
+def chosen(cells):
+    return [key for key, cell in cells.items() if cell.chosen]
 
 
 def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd):
@@ -101,8 +106,8 @@ def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd
     assert "1 runs, 0 complete, 1 to do" in out
     assert "nothing written below is a reproduction" in out
     _, cells = cells_of(cfg)
-    (folder,) = (cells.folder(key) for key in cells.chosen)
-    assert folder == run_dir(cells.configs["flow", "corners", 0])
+    (folder,) = (cells[key].folder for key in chosen(cells))
+    assert folder == run_dir(cells["flow", "corners", 0].config)
     record = json.loads((folder / "record.json").read_text())
     found = table()
     assert len(found) == 12
@@ -132,8 +137,8 @@ def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd
 def test_edited_record_is_refused(request_of, table, tmp_path):
     cfg = request_of()
     spec, cells = cells_of(cfg)
-    train(cells.configs["flow", "corners", 0])
-    path = cells.folder(("flow", "corners", 0)) / "record.json"
+    train(cells["flow", "corners", 0].config)
+    path = cells["flow", "corners", 0].folder / "record.json"
     write_report(cfg, spec, cells)
     assert table()["flow", "corners"]["ours"]
     record = json.loads(path.read_text())
@@ -144,20 +149,20 @@ def test_edited_record_is_refused(request_of, table, tmp_path):
     assert "stale config" in cell["verdict"] or "not run" in cell["verdict"]
     text = (tmp_path / "results/smoke/synthetic/table.md").read_text()
     assert "stale config 0123456789abcdef" in text
-    assert cells.missing() == [("flow", "corners", 0)]  # so that reproduce trains it
+    assert runs_of(cells, to_run=True) == [("flow", "corners", 0)]  # so that reproduce trains it
 
 
 def test_run_with_other_overrides_is_refused(request_of, table, tmp_path):
     cfg = request_of()
     spec, cells = cells_of(cfg)
     _, others = cells_of(request_of(overrides=(*SMALL, "optimizer.lr=0.01")))
-    train(others.configs["flow", "corners", 0])
+    train(others["flow", "corners", 0].config)
     write_report(cfg, spec, cells)
     assert table()["flow", "corners"]["ours"] == ""
     text = (tmp_path / "results/smoke/synthetic/table.md").read_text()
-    assert f"stale config {others.hashes['flow', 'corners', 0]}" in text
-    # beside the right one it is left alone
-    metrics = train(cells.configs["flow", "corners", 0])
+    assert f"stale config {others['flow', 'corners', 0].hash}" in text
+    # next to the right one it is ignored
+    metrics = train(cells["flow", "corners", 0].config)
     write_report(cfg, spec, cells)
     cell = table()["flow", "corners"]
     assert float(cell["ours"]) == pytest.approx(metrics["test/nll_nats"], abs=1e-3)
@@ -166,7 +171,7 @@ def test_run_with_other_overrides_is_refused(request_of, table, tmp_path):
 def test_seeds_are_averaged(request_of, table):
     cfg = request_of("seeds=[0,1]")
     spec, cells = cells_of(cfg)
-    values = [train(cells.configs[key])["test/nll_nats"] for key in cells.chosen]
+    values = [train(cells[key].config)["test/nll_nats"] for key in chosen(cells)]
     assert len(values) == 2
     write_report(cfg, spec, cells)
     cell = table()["flow", "corners"]
@@ -178,8 +183,8 @@ def test_seeds_are_averaged(request_of, table):
 def test_records_in_results_name_no_place_on_the_machine(request_of, tmp_path):
     cfg = request_of()
     spec, cells = cells_of(cfg)
-    for key in cells.chosen:
-        train(cells.configs[key])
+    for key in chosen(cells):
+        train(cells[key].config)
     write_report(cfg, spec, cells)
     (copy,) = (tmp_path / "results").rglob("records/*.json")
     assert str(tmp_path) not in copy.read_text()
@@ -314,7 +319,7 @@ def test_a_run_over_two_processes(request_of, table, capfd):
     assert reproduce(request_of("devices=2")) == 0
     cfg = request_of()
     _, cells = cells_of(cfg)
-    record = cells.record(("flow", "corners", 0))
+    record = cells["flow", "corners", 0].record()
     assert float(table()["flow", "corners"]["ours"]) == pytest.approx(
         record.metrics["test/nll_nats"].value, abs=1e-3
     )
@@ -351,7 +356,7 @@ def test_what_slurm_is_asked_for(tmp_path, request_of, monkeypatch):
     cfg = request_of("launcher=submitit_slurm", "devices=8", "nodes=2", "slurm={timeout_min: 600}")
     command = [sys.executable, "-m", "surflow.cli.train", "trainer.devices=8"]
     job = Job("one", command, tmp_path / "train.log", Allotment(8, 2))
-    run_submitit([job], "slurm", cfg, Places(1))
+    run_submitit([job], "slurm", tmp_path, cfg.slurm, cfg.devices is not None, Places(1))
     assert job.code == 0
     assert asked == [{"timeout_min": 600, "nodes": 2, "gpus_per_node": 8, "tasks_per_node": 8}]
     assert submitted == [(command, str(tmp_path / "train.log"), {})]
@@ -414,6 +419,7 @@ def asked(*overrides, artefact="table5"):
             "since this machine has no CUDA device (PROFILE=paper runs the published protocol)",
         ),
         (["profile=short"], False, False, "short", "as asked"),
+        ([], True, False, "paper", "since this machine has a CUDA device"),
         (
             ["profile=auto", "weights=official"],
             False,
@@ -437,16 +443,27 @@ def asked(*overrides, artefact="table5"):
         ),
     ],
 )
-def test_profile_auto(monkeypatch, overrides, cuda, sbatch, profile, why):
+def test_profile_auto(monkeypatch, capsys, overrides, cuda, sbatch, profile, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/sbatch" if sbatch else None)
     cfg = asked(*overrides)
-    check_request(cfg)
-    assert settle(cfg) == f"table5: profile {profile}, {why}"
+    complete_request(cfg)
+    assert capsys.readouterr().out == f"table5: profile {profile}, {why}\n"
     assert cfg.profile.name == profile
     assert cfg.profile.reproduction is (profile == "paper")
     if "launcher=submitit" in overrides:
         assert cfg.launcher == ("submitit_slurm" if sbatch else "submitit_local")
+
+
+def test_the_profile_of_a_table_is_its_own(capsys):
+    wanted = {"synthetic": "paper", "cifar10_subset": "short"}
+    for artefact, profile in wanted.items():
+        assert table_spec(artefact).profile == profile
+        cfg = asked(artefact=artefact)
+        assert complete_request(cfg).artefact == artefact
+        assert cfg.profile.name == profile
+    told = [f"{a}: profile {p}, the default of this table" for a, p in wanted.items()]
+    assert capsys.readouterr().out.splitlines() == told
 
 
 def test_the_first_line_says_which_profile(request_of, capfd, monkeypatch):
@@ -472,9 +489,7 @@ def test_the_first_line_says_which_profile(request_of, capfd, monkeypatch):
 def test_requests_that_cannot_be_meant(overrides, message, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError) as caught:
-        cfg = asked(*overrides)
-        check_request(cfg)
-        settle(cfg)
+        complete_request(asked(*overrides))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -482,7 +497,7 @@ def test_requests_that_cannot_be_meant(overrides, message, monkeypatch):
 def test_several_machines_need_a_number_of_devices(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: "/bin/sbatch")
     with pytest.raises(UserError, match="say with devices how many GPUs each machine has"):
-        settle(asked("launcher=submitit", "nodes=2"))
+        complete_request(asked("launcher=submitit", "nodes=2"))
 
 
 # Tables that read the runs of another
@@ -495,9 +510,7 @@ def image_cells(tmp_path):
     def plan(*overrides):
         places = [f"run_root={tmp_path / 'runs'}", f"results_root={tmp_path / 'results'}"]
         cfg = asked("profile=paper", *places, *overrides)
-        check_request(cfg)
-        settle(cfg)
-        spec = load_table_spec("table5", cfg.profile.name)
+        spec = complete_request(cfg)
         return cfg, spec, plan_cells(cfg, spec)
 
     return plan
@@ -505,9 +518,10 @@ def image_cells(tmp_path):
 
 def put_record(cells, key, metrics, **changes):
     """A record of exactly this cell's run."""
-    config = cells.configs[key]
-    reference = {"splits": list(config.metrics.reference)}
-    protocol = {"n": config.metrics.n, "temperature": 1.0, "reference": reference}
+    config = cells[key].config
+    samples = config.measures.samples
+    reference = {"splits": list(samples.reference)}
+    protocol = {"n": samples.n, "temperature": 1.0, "reference": reference}
     values = {
         name: {
             "value": value,
@@ -527,13 +541,13 @@ def put_record(cells, key, metrics, **changes):
         "model": "pool_flow",
         "profile": config.profile.name,
         "seed": key[2],
-        "config_hash": cells.hashes[key],
+        "config_hash": cells[key].hash,
         "config": {},
         "status": "complete",
         "metrics": values,
         **{k: v for k, v in changes.items() if k != "protocol"},
     }
-    return write_json(cells.folder(key) / "record.json", content)
+    return write_json(cells[key].folder / "record.json", content)
 
 
 KEY = ("slice", "fid", 0)
@@ -542,26 +556,26 @@ BOTH = {"sample/inception_score": 5.1, "sample/fid": 49.2}
 
 def test_two_columns_of_one_run_are_run_once(image_cells):
     _, _, cells = image_cells()
-    assert len(cells.chosen) == 4
-    assert [key[0] for key in cells.runs()] == ["slice", "max_pool"]
-    assert cells.missing() == cells.runs()
-    assert cells.folder(KEY) == cells.folder(("slice", "inception_score", 0))
-    assert cells.folder(KEY).parts[-5:-1] == ("paper", "table4", "slice", "cifar10")
+    assert len(chosen(cells)) == 4
+    assert [key[0] for key in runs_of(cells)] == ["slice", "max_pool"]
+    assert runs_of(cells, to_run=True) == runs_of(cells)
+    assert cells[KEY].folder == cells["slice", "inception_score", 0].folder
+    assert cells[KEY].folder.parts[-5:-1] == ("paper", "table4", "slice", "cifar10")
     put_record(cells, KEY, BOTH)
-    assert [key[0] for key in cells.missing()] == ["max_pool"]
+    assert [key[0] for key in runs_of(cells, to_run=True)] == ["max_pool"]
 
 
 def test_what_a_score_lacks_is_run_again(image_cells):
     _, _, cells = image_cells("rows=[slice]")
     put_record(cells, KEY, BOTH)
-    assert cells.missing() == []
+    assert runs_of(cells, to_run=True) == []
     put_record(cells, KEY, BOTH, protocol={"n": 100})  # another protocol
-    assert len(cells.missing()) == 1
+    assert len(runs_of(cells, to_run=True)) == 1
     put_record(cells, KEY, {}, missing={"sample/fid": "no weights"})
-    assert len(cells.missing()) == 1
+    assert len(runs_of(cells, to_run=True)) == 1
     # table 4 shows none of these scores: its cells have what they need
-    cells.columns = {KEY[1]: load_table_spec("table4", "paper").columns[0]}
-    assert not cells.due(KEY)
+    shown = table_spec("table4").of_profile("paper").columns[0].metric
+    assert not replace(cells[KEY], metric=shown).to_run()
 
 
 def test_table_of_scores(image_cells, capfd):
@@ -569,7 +583,8 @@ def test_table_of_scores(image_cells, capfd):
     put_record(cells, KEY, BOTH)
     reason = "no Inception weights"
     put_record(cells, ("max_pool", "fid", 0), {}, missing=dict.fromkeys(BOTH, reason))
-    folder = write_report(cfg, spec, cells)
+    write_report(cfg, spec, cells)
+    folder = results_folder(cfg)
     with open(folder / "table.csv", newline="") as file:
         found = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
     assert found["slice", "fid"]["verdict"] == "reproduced"
@@ -585,10 +600,10 @@ def test_table_of_scores(image_cells, capfd):
 def test_released_and_trained_weights_never_mix(image_cells):
     cfg, _, cells = image_cells()
     _, _, released = image_cells("weights=official", "weights_path=/a folder/b")
-    assert {key[0] for key in released.chosen} == {"slice", "max_pool"}
-    config = released.configs[KEY]
+    assert {key[0] for key in chosen(released)} == {"slice", "max_pool"}
+    config = released[KEY].config
     assert (config.weights.source, config.weights.path) == ("official", "/a folder/b")
-    assert released.hashes[KEY] != cells.hashes[KEY]
+    assert released[KEY].hash != cells[KEY].hash
     put_record(cells, KEY, {"sample/fid": 60.0})
     weights = {"source": "official", "sha256": "0" * 64}
     put_record(released, KEY, {"sample/fid": 49.0}, weights=weights)
@@ -601,13 +616,14 @@ def test_released_and_trained_weights_never_mix(image_cells):
             "released weights: reproduced",
         ),
     ):
-        folder = write_report(*plan)
+        write_report(*plan)
+        folder = results_folder(plan[0])
         assert (folder.name, folder.parent.name) == (name, "paper")
         with open(folder / "table.csv", newline="") as file:
             found = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
         assert (found["slice", "fid"]["ours"], found["slice", "fid"]["verdict"]) == (ours, verdict)
         assert found["max_pool", "fid"]["verdict"] == "not run"
-    assert results_name(cfg) == "table5"
+    assert results_folder(cfg).name == "table5"
     assert make_command(image_cells("weights=official")[0]) == (
         "make reproduce-table5 PROFILE=paper SEEDS=0 WEIGHTS=official"
     )
@@ -620,8 +636,10 @@ def test_columns_of_another_profile_cannot_be_chosen(image_cells):
 
 def test_inception_weights_are_passed_on(image_cells):
     _, _, cells = image_cells("inception='/w/it is.pth'")
-    assert cells.configs[KEY].measures.samples.weights == "/w/it is.pth"
-    assert cells.hashes == image_cells()[2].hashes
+    config, others = cells[KEY].config, image_cells()[2]
+    assert config.measures.samples.weights == "/w/it is.pth"
+    assert {k: c.hash for k, c in cells.items()} == {k: c.hash for k, c in others.items()}
+    assert wanted_protocols(config) == wanted_protocols(others[KEY].config)
 
 
 def test_paper_profile_refuses_other_scores(image_cells):

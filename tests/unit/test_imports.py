@@ -22,12 +22,17 @@ HEAVY = (
     "torch_fidelity",
     "matplotlib",
 )
+FACE = ("Flow", "FlowDistribution", "bits_per_dim", "elbo", "iwbo")
 # room: the rooms of ours that it may import from
 ALLOWED = {
     "checks": set(),
     "numeric": set(),
     "score_function": set(),
     "latents": set(),
+    "draws": set(),
+    "errors": set(),
+    "files": set(),
+    "progress": set(),
     "nets": {"checks", "numeric"},
     "distributions": {"nets", "checks", "numeric", "latents", "score_function"},
     "transforms": {"checks", "numeric", "latents", "score_function", "nets", "distributions"},
@@ -48,12 +53,13 @@ ALLOWED = {
     "reading": set(),
     "record": {"metric", "reading"},
     "reporting": {"files", "metric", "reading", "record"},
+    "config": {"errors"},
 }
 FORBIDDEN = {
-    "models": {"training", "evaluation", "cli", "reporting"},
-    "data": {"models", "training", "evaluation", "cli", "reporting"},
-    "training": {"evaluation", "cli"},
-    "evaluation": {"training", "cli"},
+    "models": {"config", "training", "evaluation", "cli", "record", "reporting"},
+    "data": {"models", "config", "training", "evaluation", "cli", "record", "reporting"},
+    "evaluation": {"config", "training", "cli", "record"},
+    "training": {"cli", "reporting"},
 }
 
 
@@ -114,7 +120,7 @@ def test_a_room_does_not_import_from_what_lies_behind_it(room):
         assert rooms(path) & FORBIDDEN[room] == set(), path
 
 
-@pytest.mark.parametrize("room", [room for room in ALLOWED if room != "reporting"])
+@pytest.mark.parametrize("room", [r for r in ALLOWED if r not in ("reporting", "config")])
 def test_the_library_names_no_framework(room):
     for path in files(room):
         assert {name.split(".")[0] for name in imported(path)} & set(HEAVY) == set(), path
@@ -126,11 +132,29 @@ def test_the_package_imports_nothing_from_outside_it():
         assert found & {"benchmarks", "write_layers", "doubles"} == set(), path
 
 
-@pytest.mark.parametrize("room", ["reporting", "record", "reading", "metric", "files"])
+@pytest.mark.parametrize(
+    "room", ["reporting", "record", "reading", "metric", "files", "errors", "progress"]
+)
 def test_reporting_imports_nothing_of_torch(room):
     for path in files(room):
         found = {name.split(".")[0] for name in imported(path)}
         assert found & {"torch", "torchvision", "torchmetrics", "pytorch_lightning"} == set(), path
+
+
+@pytest.mark.parametrize("module", ["surflow", "surflow.reporting", "surflow.record"])
+def test_torch_is_loaded_when_it_is_needed(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_face_of_the_package():
+    code = f"import surflow; print(*(getattr(surflow, n).__name__ for n in {FACE}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(FACE)
+    assert {*FACE, "__version__"} == set(surflow.__all__)
+    with pytest.raises(AttributeError, match="module 'surflow' has no attribute 'Flows'"):
+        surflow.Flows  # noqa: B018
 
 
 def test_evaluation_takes_only_figures_from_reporting():
