@@ -253,3 +253,18 @@ def register_value(module: nn.Module, name: str, value: Tensor, learn: bool) -> 
         module.register_parameter(name, nn.Parameter(value))
     else:
         module.register_buffer(name, value)
+
+
+def register_edges(
+    module: Distribution,
+    low: float | Sequence[float] | Tensor,
+    high: float | Sequence[float] | Tensor,
+) -> None:
+    """Keep the edges of a box as buffers of the event's shape; ValueError unless low < high."""
+    name = type(module).__name__
+    low = expand_to(low, module.event_shape, f"{name}: low").clone()
+    high = expand_to(high, module.event_shape, f"{name}: high").clone()
+    if not bool((low < high).all()):
+        raise ValueError(f"{name}: expected low < high, got {low.tolist()} and {high.tolist()}")
+    module.register_buffer("low", low)
+    module.register_buffer("high", high)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_one_of
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
@@ -69,10 +69,7 @@ class AffineMap(ElementwiseMap):
     exact_inverse = True
 
     def __init__(self, scale: str = "exp") -> None:
-        if scale not in LOG_SCALES:
-            raise ValueError(
-                f"AffineMap: expected scale to be one of {', '.join(LOG_SCALES)}, got {scale!r}"
-            )
+        require_one_of("AffineMap", LOG_SCALES, scale=scale)
         self.scale = scale
         self.log_scale = LOG_SCALES[scale]
 

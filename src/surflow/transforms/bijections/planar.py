@@ -125,7 +125,7 @@ class _Stack(_FromParameters):
     """K layers of one kind at once; their parameters follow one another in ``params``."""
 
     def __init__(
-        self, event_shape: int | Sequence[int], net: nn.Module | None, num_layers: int
+        self, event_shape: int | Sequence[int], net: nn.Module | None = None, num_layers: int = 1
     ) -> None:
         super().__init__(event_shape, net)
         require_at_least(type(self).__name__, 1, num_layers=num_layers)
@@ -184,11 +184,6 @@ class Planar(_Stack):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
     True
     """
-
-    def __init__(
-        self, event_shape: int | Sequence[int], net: nn.Module | None = None, num_layers: int = 1
-    ) -> None:
-        super().__init__(event_shape, net, num_layers)
 
     def _start(self, k: int) -> Tensor:
         d = self.features

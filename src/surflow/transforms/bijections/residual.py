@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import require, values_are_checked
+from surflow.checks import (
+    require,
+    require_at_least,
+    require_fraction,
+    require_positive,
+    values_are_checked,
+)
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, sum_event
 from surflow.nets.lipschitz import LipschitzMLP
@@ -118,28 +124,18 @@ class Residual(Bijection):
             raise ValueError(
                 f"Residual: expected gradient in {', '.join(GRADIENTS)}, got {gradient!r}"
             )
-        if not 0 < stop < 1:
-            raise ValueError(f"Residual: expected 0 < stop < 1, got {stop}")
-        for name, value in (
-            ("num_terms", num_terms),
-            ("max_iterations", max_iterations),
-            ("gradient_iterations", gradient_iterations),
-        ):
-            if value < 1:
-                raise ValueError(f"Residual: expected {name} >= 1, got {value}")
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"Residual: expected tolerance > 0, got {tolerance}")
+        require_fraction("Residual", stop=stop)
+        counts = {"num_terms": num_terms, "max_iterations": max_iterations}
+        require_at_least("Residual", 1, **counts, gradient_iterations=gradient_iterations)
+        if tolerance is not None:
+            require_positive("Residual", tolerance=tolerance)
         if event_shape is None:
             event_shape = getattr(net, "in_features", None)
         if event_shape is not None:
             self.event_shape = as_shape(event_shape)
-        self.net = net
-        self.trace = trace
-        self.num_terms = num_terms
-        self.stop = stop
-        self.gradient = gradient
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
+        self.net, self.trace, self.gradient = net, trace, gradient
+        self.num_terms, self.stop = num_terms, stop
+        self.max_iterations, self.tolerance = max_iterations, tolerance
         self.gradient_iterations = gradient_iterations
         if trace == "russian_roulette":
             self.compiles = False
@@ -147,7 +143,6 @@ class Residual(Bijection):
 
     @property
     def estimated(self) -> bool:
-        """Whether the contribution is a random estimate of the log-determinant."""
         return self.trace != "exact"
 
     def _function(self, like: Tensor, context: Tensor | None) -> Function:

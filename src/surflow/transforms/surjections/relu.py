@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
+from surflow.checks import require, require_positive
 from surflow.distributions import DiagonalNormal, ZeroInflated
 from surflow.distributions.base import as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
@@ -63,13 +63,10 @@ class ReLUInference(Surjection):
         self.event_shape = as_shape(event_shape)
         name = type(self).__name__
         scale = expand_to(scale, self.event_shape, f"{name}: scale")
-        if not bool((scale > 0).all()):
-            raise ValueError(f"{name}: expected scale > 0, got {scale.tolist()}")
+        require_positive(name, scale=scale)
         self.net = net
-        if net is not None:
-            return
-        log_scale = scale.log()
-        register_value(self, "log_scale", log_scale, learn)
+        if net is None:
+            register_value(self, "log_scale", scale.log(), learn)
 
     def _log_scale(self, z: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
