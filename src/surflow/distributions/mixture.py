@@ -49,9 +49,7 @@ class Mixture(Distribution):
         logits = weights.to(torch.get_default_dtype()).log()
         register_value(self, "logits", logits, learn)
 
-    @property
-    def conditional(self) -> bool:
-        return any(c.conditional for c in self.components)
+    conditional = property(lambda self: any(c.conditional for c in self.components))
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         parts = torch.stack([c.log_prob(x, context) for c in self.components], dim=-1)

@@ -164,9 +164,7 @@ class TruncatedNormal(Distribution):
         if net is None:
             register_value(self, "log_scale", log_scale, learn)
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None or self.below_context
+    conditional = property(lambda self: self.net is not None or self.below_context)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """loc and log_scale, each broadcastable to (B, *event), float32 or better."""

@@ -58,9 +58,7 @@ class ConvAttentionBlock(nn.Module):
         self.conv = WeightNormConv2d(2 * channels, channels, 3)
         self.gate = WeightNormConv2d(2 * channels, 2 * channels, 1)
         self.norm = nn.LayerNorm(channels)
-        self.dropout = dropout
-        self.num_heads = num_heads
-        self.attention = attention
+        self.dropout, self.num_heads, self.attention = dropout, num_heads, attention
         if attention:
             self.project = weight_norm(nn.Linear(channels, 3 * channels, bias=False))
             self.attention_gate = weight_norm(nn.Linear(channels, 2 * channels))

@@ -70,9 +70,7 @@ class LipschitzLinear(nn.Linear):
         require_positive("LipschitzLinear", bound=bound)
         require_one_of("LipschitzLinear", NORMS, norm=norm)
         require_at_least("LipschitzLinear", 1, num_iterations=num_iterations)
-        self.bound = bound
-        self.norm = norm
-        self.num_iterations = num_iterations
+        self.bound, self.norm, self.num_iterations = bound, norm, num_iterations
         if norm == "power":
             self.register_buffer("left", F.normalize(torch.randn(out_features), dim=0))
             self.register_buffer("right", F.normalize(torch.randn(in_features), dim=0))
@@ -176,8 +174,7 @@ class LipschitzMLP(nn.Module):
             )
         require_one_of("LipschitzMLP", LIPSCHITZ_ACTIVATIONS, activation=activation)
         require_positive("LipschitzMLP", coefficient=coefficient)
-        self.in_features = in_features
-        self.context_features = context_features
+        self.in_features, self.context_features = in_features, context_features
         bound = coefficient ** (1 / (len(sizes) - 1))
         self.linears = nn.ModuleList(
             LipschitzLinear(a, b, bound, norm, num_iterations) for a, b in pairwise(sizes)

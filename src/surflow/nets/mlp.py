@@ -73,8 +73,7 @@ class MLP(nn.Module):
                 f"{list(hidden_features)}, out_features={out_features}, "
                 f"context_features={context_features}"
             )
-        self.in_features = in_features
-        self.context_features = context_features
+        self.in_features, self.context_features = in_features, context_features
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(sizes)):
             layers.append(Linear(a, b))

@@ -42,8 +42,7 @@ class SelfAttention(nn.Module):
                 "SelfAttention: expected features that num_heads divides, got "
                 f"{features} and {num_heads}"
             )
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.queries_keys_values = _linear(features, 3 * features)
         self.out = _linear(features, features, out_gain)
 
@@ -159,8 +158,7 @@ class SetTransformer(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"SetTransformer: expected a dropout in [0, 1), got {dropout}")
-        self.num_features = in_features
-        self.num_positions = num_positions
+        self.num_features, self.num_positions = in_features, num_positions
         self.embed = nn.Linear(in_features, features)
         if num_positions is not None:
             scale = 0.125 / math.sqrt(features)

@@ -35,6 +35,9 @@ from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 Box = tuple[list[float], list[float]]
 """Lower and upper edges of each coordinate, infinite where there are none."""
 
+Sampler = Callable[[int], tuple[Tensor, Tensor]]
+"""n -> draws (n, *event) and their log-densities (n,), nats."""
+
 Tail = Callable[[Tensor], Tensor]
 """log p of what comes out of a layer: (B, *latent) -> (B,)."""
 
@@ -110,8 +113,7 @@ class Example:
 
     Attributes:
         transform: the instance.
-        sample: a density r that covers the support of the model: a distribution, or
-            ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
+        sample: a density r that covers the support of the model: a distribution or a sampler.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
         context: ``context(n)`` draws a context for n rows, or an int F: (n, F) normals; None for an
             unconditional instance.
@@ -120,7 +122,7 @@ class Example:
     """
 
     transform: Transform
-    sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
+    sample: Distribution | Sampler
     base: Any
     context: Callable[[int], Tensor] | int | None = None
     latent: Callable[[int], Tensor] | None = None
@@ -513,3 +515,16 @@ def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bo
     return len(shape) == len(expected) and all(
         e is None or s == e for s, e in zip(shape, expected, strict=True)
     )
+
+
+def generated_by(
+    transform: Transform, base: Distribution
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A sampler for :class:`Example`: what the layer generates from a base, with its density."""
+
+    def sample(n: int) -> tuple[Tensor, Tensor]:
+        z, log_r = base.sample_and_log_prob(n)
+        x, ldj = transform.inverse_and_ldj(z)
+        return x, log_r + ldj
+
+    return sample

@@ -172,9 +172,7 @@ class Affine(Bijection):
         register_value(self, "log_scale", scale.abs().log(), learn)
         self.net = net
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     def _scale_and_shift(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.net is None:

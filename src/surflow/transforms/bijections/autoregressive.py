@@ -54,8 +54,7 @@ class Autoregressive(Bijection):
                 f"{type(self).__name__}: expected a net with {map.num_params} parameters a "
                 f"feature, got {net.params_per_feature}"
             )
-        self.map = map
-        self.net = net
+        self.map, self.net = map, net
         self.event_shape = (net.features,)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -197,9 +196,7 @@ class MaskedLogisticMixtureAutoregressive(Autoregressive):
         return _example(cls(2, 3, hidden_features=[12], activation="tanh", ordering="reversed"))
 
 
-def _example(transform: Autoregressive, context: Callable[[int], Tensor] | None = None) -> Example:
+def _example(transform: Autoregressive, context: int | None = None) -> Example:
     """Wide normal inputs, a standard normal base."""
-    base = StandardNormal(transform.event_shape)
-    return Example(
-        transform, DiagonalNormal(transform.event_shape, scale=1.8), base, context=context
-    )
+    shape = transform.event_shape
+    return Example(transform, DiagonalNormal(shape, scale=1.8), StandardNormal(shape), context)

@@ -63,9 +63,7 @@ class BatchNorm(Bijection):
             raise ValueError(
                 f"BatchNorm: expected 0 < momentum <= 1 and eps > 0, got {momentum} and {eps}"
             )
-        self.num_channels = num_channels
-        self.momentum = momentum
-        self.eps = eps
+        self.num_channels, self.momentum, self.eps = num_channels, momentum, eps
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
         self.log_gamma = nn.Parameter(torch.zeros(num_channels)) if affine else None
@@ -88,9 +86,7 @@ class BatchNorm(Bijection):
                 running.lerp_(new.to(running.dtype), self.momentum)
         return mean, var
 
-    @property
-    def repeatable(self) -> bool:  # type: ignore[override]
-        return not self.training
+    repeatable = property(lambda self: not self.training)
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The mean, log-scale and shift of z = (x - mean) exp(log_scale) + shift, shaped as x."""

@@ -136,9 +136,7 @@ class Continuous(Bijection):
         self.solver, self.num_steps, self.atol, self.rtol = solver, num_steps, atol, rtol
         self.end_time = float(end_time)
 
-    @property
-    def estimated(self) -> bool:
-        return self.trace != "exact"
+    estimated = property(lambda self: self.trace != "exact")
 
     def _field(self, t: Tensor, rows: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """f on flat rows in the solver's dtype; ``like`` has the shape and dtype of x."""

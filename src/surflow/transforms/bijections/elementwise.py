@@ -313,14 +313,11 @@ class Elementwise(Bijection):
     ) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
-        self.map = map
-        self.net = net
+        self.map, self.net = map, net
         if net is None:
             self.params = nn.Parameter(torch.zeros(*self.event_shape, map.num_params))
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:

@@ -164,16 +164,8 @@ class PLULinear(_LinearBijection):
     .. math:: z_n = P L (U + \mathrm{diag}(s))\, x_n, \qquad
               \mathrm{ldj} = N \sum_d \log |s_d|
 
-    with n over the N positions after dimension 1 (one for a vector). Exact. P is a fixed
-    permutation, L lower triangular with a unit diagonal, U strictly upper triangular; the signs
-    of s are fixed.
-
-    Args:
-        features: D, the size of dimension 1 of x.
-        init: start at a random "orthogonal" matrix or at the "identity".
-
-    Raises:
-        ValueError: for another size along dimension 1, D < 1, or an unknown init.
+    P is a fixed permutation, L lower triangular with a unit diagonal, U strictly upper triangular;
+    the signs of s are fixed. N, arguments and errors: see :class:`FullLinear`.
 
     Cost: O(D²) a position, by products or by triangular solves; for images O(D³) once a call.
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2.
@@ -284,15 +276,8 @@ class QRLinear(HouseholderLinear):
 
     .. math:: z_n = Q\,(R + \mathrm{diag}(s))\, x_n, \qquad \mathrm{ldj} = N \sum_d \log s_d
 
-    with n over the N positions after dimension 1 (one for a vector). Exact. Q is that of
-    :class:`HouseholderLinear`, R strictly upper triangular, s > 0; it starts at W = Q.
-
-    Args:
-        features: D, the size of dimension 1 of x.
-        num_reflections: K; None for D.
-
-    Raises:
-        ValueError: for another size along dimension 1, D < 1 or K < 1.
+    N is as in :class:`FullLinear`; Q, arguments and errors are those of
+    :class:`HouseholderLinear`. R is strictly upper triangular, s > 0; it starts at W = Q.
 
     Cost: O(D² + D K) a vector or O(D²) a pixel, and O(D K² + D³) once a call, both ways.
     Source: Hoogeboom et al. 2019, arXiv 1901.11137, the QR parametrisation.

@@ -87,9 +87,7 @@ class _FromParameters(Bijection):
         if self.net is None:
             self.params = nn.Parameter(start)
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     @abstractmethod
     def _map(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

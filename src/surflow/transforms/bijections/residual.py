@@ -141,9 +141,7 @@ class Residual(Bijection):
             self.compiles = False
             self.why_not_compiled = "the number of terms of the series is drawn in each call"
 
-    @property
-    def estimated(self) -> bool:
-        return self.trace != "exact"
+    estimated = property(lambda self: self.trace != "exact")
 
     def _function(self, like: Tensor, context: Tensor | None) -> Function:
         """g on flat rows in the solver's dtype; its weights are bounded here, once."""

@@ -76,8 +76,7 @@ class DiscretelyIndexed(Transform):
                     f"{len(transforms)} classes, got {part}"
                 )
         self.transforms = nn.ModuleList(transforms)
-        self.gate = gate
-        self.encoder = encoder
+        self.gate, self.encoder = gate, encoder
         self.event_shape = transforms[0].event_shape
         self.latent_shape = transforms[0].latent_shape
 

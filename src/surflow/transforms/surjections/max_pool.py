@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape
-from surflow.transforms.base import Example
+from surflow.transforms.base import Example, generated_by
 from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.max import _Max
 
@@ -124,16 +124,9 @@ class MaxPool2d(_Max):
         with torch.no_grad():
             transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1))
         base = DiagonalNormal((1, 1, 1), 0.3, 0.7)
-
-        def sample(n: int) -> tuple[Tensor, Tensor]:
-            # the same structure with wider parts: a normal max, exponentials below, any place
-            wide, below = DiagonalNormal((1, 1, 1), 0.3, 1.0), Exponential((3, 1, 1), 0.9)
-            same = cls((1, 2, 2), decoder=below)
-            z, log_r = wide.sample_and_log_prob(n)
-            x, ldj = same.inverse_and_ldj(z)
-            return x, log_r + ldj
-
-        return Example(transform, sample, base)
+        # the same structure with wider parts: a normal max, exponentials below, any place
+        same = cls((1, 2, 2), decoder=Exponential((3, 1, 1), 0.9))
+        return Example(transform, generated_by(same, DiagonalNormal((1, 1, 1), 0.3, 1.0)), base)
 
 
 class MaxPool2dGenerative(_InverseOf):
@@ -149,10 +142,7 @@ class MaxPool2dGenerative(_InverseOf):
 
     Args:
         event_shape: the shape of z, (C, H, W); x has (C, H/k, W/k).
-        kernel_size, decoder, learn, net: see :class:`MaxPool2d`; nets see x.
-
-    Raises:
-        ValueError: as :class:`MaxPool2d`.
+        kernel_size, decoder, learn, net, and errors: see :class:`MaxPool2d`; nets see x.
 
     Cost: O(C H W) in both directions, and a pass of the net and of the decoder.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Table 6.
@@ -166,9 +156,6 @@ class MaxPool2dGenerative(_InverseOf):
 
     @classmethod
     def example(cls) -> Example:
-        decoder = Exponential((3, 1, 1), scale=1.4, learn=True)
-        return Example(
-            cls((1, 2, 2), decoder=decoder),
-            DiagonalNormal((1, 1, 1), 0.8, 1.2),
-            DiagonalNormal((1, 2, 2), scale=0.8),
-        )
+        transform = cls((1, 2, 2), decoder=Exponential((3, 1, 1), scale=1.4, learn=True))
+        sample, base = DiagonalNormal((1, 1, 1), 0.8, 1.2), DiagonalNormal((1, 2, 2), scale=0.8)
+        return Example(transform, sample, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from surflow.distributions.base import Distribution
 from surflow.latents import Tape
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
-from surflow.transforms.base import Example, Surjection, Tail, require_context, zero_ldj
+from surflow.transforms.base import Example, Sampler, Surjection, Tail, require_context, zero_ldj
 from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 
@@ -275,9 +274,7 @@ def _noise(shape: tuple[int, ...]) -> Distribution:
     return LogitLogistic(shape, net=MLP(shape[0], 2 * shape[0], [8], "tanh"))
 
 
-def uniform_integers(
-    shape: tuple[int, ...], num_levels: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+def uniform_integers(shape: tuple[int, ...], num_levels: int) -> Sampler:
     """A sampler of uniform integers 0 ... num_levels - 1, with the logarithm of their mass."""
 
     def sample(n: int) -> tuple[Tensor, Tensor]:

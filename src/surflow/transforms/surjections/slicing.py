@@ -144,10 +144,7 @@ class Augment(_InverseOf):
         encoder: q, any density; its event shape is the shape of u. If it is conditional its
             context is x.
         keep: how many channels x has, along ``dim``.
-        dim, context_features: see :class:`Slice`.
-
-    Raises:
-        ValueError: as :class:`Slice`.
+        dim, context_features, and errors: see :class:`Slice`.
 
     Cost: forward one sample of the encoder with its log-density, inverse O(1).
     Source: Nielsen et al. 2020, arXiv 2007.02731, Tables 3, 6; Huang et al. 2020, arXiv
