@@ -151,8 +151,7 @@ class Distribution(nn.Module, ABC):
         """Draw events and score them.
 
         Args:
-            n: rows; None: one for each row of the context.
-            context: (n, ...) or (1, ...).
+            n, context: as in :meth:`sample`.
             num_samples: K draws a row, sample k of row b at k n + b.
 
         Returns:
@@ -220,8 +219,7 @@ class Distribution(nn.Module, ABC):
         weight = next(self.net.parameters(), None)
         if weight is not None and context.is_floating_point():
             context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
-        out = self.net(context)
-        out = at_least_float32(out)
+        out = at_least_float32(self.net(context))
         expected = (self.event_shape[0] * count, *self.event_shape[1:])
         if tuple(out.shape[1:]) != expected:
             raise ValueError(

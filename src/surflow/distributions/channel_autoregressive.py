@@ -114,8 +114,7 @@ class ChannelAutoregressive(Distribution):
 
     def _located(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-scale from the last layer, (..., hidden, H, W) -> (..., H, W) each."""
-        out = self.outlet(h.flatten(0, -4)).unflatten(0, h.shape[:-3])
-        out = at_least_float32(out)
+        out = at_least_float32(self.outlet(h.flatten(0, -4)).unflatten(0, h.shape[:-3]))
         return out[..., 0, :, :], out[..., 1, :, :]
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,8 +169,7 @@ class ChannelAutoregressive(Distribution):
 
     def _noise(self, n: int) -> Tensor:
         like = self.inlet.weight
-        dtype = working_dtype(like)
-        return torch.randn(n, *self.event_shape, device=like.device, dtype=dtype)
+        return torch.randn(n, *self.event_shape, device=like.device, dtype=working_dtype(like))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return self._walk(temperature * self._noise(n), self._embed(context))[0]

@@ -47,13 +47,9 @@ class Exponential(LocationScale):
     .. math:: \log p(x) = \sum_d -x_d / s_d - \log s_d, \quad x_d \ge 0
 
     Args:
-        scale: the mean s, positive, broadcastable to the event.
-        learn: whether log s is a parameter.
-        parameter_shape: the shape of the scale, broadcastable to the event; default: the event.
+        scale: the mean s.
         net: maps a context to log s, (B, *event).
-
-    Raises:
-        ValueError: for a scale that is not positive, or does not broadcast.
+        learn, parameter_shape, and errors: see :class:`LocationScale`.
 
     Cost: O(D) to draw and to score.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 (as a density of remainders).
@@ -108,8 +104,7 @@ class TruncatedNormal(Distribution):
         learn: whether log scale (and loc) are parameters.
         learn_loc: False keeps loc as given, whoever gives the scale; with loc = 0 and low = 0
             that is a half-normal whose scale is learned.
-        parameter_shape: the shape of the parameters, broadcastable to the event; default: the
-            event.
+        parameter_shape: see :class:`LocationScale`.
         net: maps a context to (B, 2 C, ...), channels alternating loc, log scale, or to log scale
             alone, (B, C, ...), where ``learn_loc`` is False.
 

@@ -123,20 +123,14 @@ class ConvAttentionNet(nn.Module):
         if min(sizes) < 1 or mid_channels % num_heads:
             raise ValueError(
                 "ConvAttentionNet: expected positive sizes and heads that divide mid_channels, got "
-                "in_channels={}, out_channels={}, mid_channels={}, num_blocks={}, "
-                "num_heads={}".format(*sizes)
+                f"{in_channels=}, {out_channels=}, {mid_channels=}, {num_blocks=}, {num_heads=}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"ConvAttentionNet: expected dropout in [0, 1), got {dropout}")
         self.inlet = WeightNormConv2d(in_channels, mid_channels, 3)
-        self.blocks = nn.Sequential(
-            *(
-                ConvAttentionBlock(mid_channels, dropout, attention, num_heads)
-                for _ in range(num_blocks)
-            )
-        )
+        options = (mid_channels, dropout, attention, num_heads)
+        self.blocks = nn.Sequential(*(ConvAttentionBlock(*options) for _ in range(num_blocks)))
         self.outlet = WeightNormConv2d(mid_channels, out_channels, 3, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.outlet(self.blocks(self.inlet(x)))
-        return at_least_float32(out)
+        return at_least_float32(self.outlet(self.blocks(self.inlet(x))))

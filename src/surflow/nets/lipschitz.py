@@ -168,9 +168,8 @@ class LipschitzMLP(nn.Module):
         sizes = [in_features, *hidden_features, out_features]
         if min(sizes) < 1 or context_features < 0:
             raise ValueError(
-                f"LipschitzMLP: expected positive sizes, got in_features={in_features}, "
-                f"hidden_features={list(hidden_features)}, out_features={out_features}, "
-                f"context_features={context_features}"
+                f"LipschitzMLP: expected positive sizes, got {in_features=}, "
+                f"hidden_features={list(hidden_features)}, {out_features=}, {context_features=}"
             )
         require_one_of("LipschitzMLP", LIPSCHITZ_ACTIVATIONS, activation=activation)
         require_positive("LipschitzMLP", coefficient=coefficient)

@@ -101,9 +101,8 @@ class MADE(nn.Module):
         hidden_features = list(hidden_features)
         if min([features, params_per_feature, *hidden_features]) < 1 or context_features < 0:
             raise ValueError(
-                f"MADE: expected positive sizes, got features={features}, params_per_feature="
-                f"{params_per_feature}, hidden_features={hidden_features}, "
-                f"context_features={context_features}"
+                f"MADE: expected positive sizes, got {features=}, {params_per_feature=}, "
+                f"{hidden_features=}, {context_features=}"
             )
         if residual and len(set(hidden_features)) > 1:
             raise ValueError(

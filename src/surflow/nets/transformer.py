@@ -62,7 +62,6 @@ class TransformerBlock(nn.Module):
 
     Args:
         features: D.
-        num_heads: of the attention.
         feedforward_features: size of the hidden layer.
         dropout: on the attention's weights, and on the results of both parts.
         activation: σ; relu, elu, gelu, silu or tanh.
@@ -151,10 +150,8 @@ class SetTransformer(nn.Module):
         positions = 1 if num_positions is None else num_positions
         if min(in_features, out_features, features, num_layers, hidden, positions) < 1:
             raise ValueError(
-                "SetTransformer: expected positive sizes, got "
-                f"in_features={in_features}, out_features={out_features}, features={features}, "
-                f"num_layers={num_layers}, feedforward_features={feedforward_features}, "
-                f"num_positions={num_positions}"
+                f"SetTransformer: expected positive sizes, got {in_features=}, {out_features=}, "
+                f"{features=}, {num_layers=}, {feedforward_features=}, {num_positions=}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"SetTransformer: expected a dropout in [0, 1), got {dropout}")
@@ -164,12 +161,8 @@ class SetTransformer(nn.Module):
             scale = 0.125 / math.sqrt(features)
             self.positions = nn.Parameter(scale * torch.randn(num_positions, features))
         gain = 1 / math.sqrt(2 * num_layers)
-        self.blocks = nn.Sequential(
-            *(
-                TransformerBlock(features, num_heads, hidden, dropout, activation, gain)
-                for _ in range(num_layers)
-            )
-        )
+        options = (features, num_heads, hidden, dropout, activation, gain)
+        self.blocks = nn.Sequential(*(TransformerBlock(*options) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(features)
         self.out = nn.Linear(features, out_features)
         nn.init.zeros_(self.out.weight)

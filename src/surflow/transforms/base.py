@@ -139,7 +139,7 @@ class Transform(nn.Module, ABC):
     """One layer of a SurVAE flow.
 
     A subclass declares three booleans and implements :meth:`_forward`, :meth:`_inverse` and
-    :meth:`example`. It must guarantee:
+    :meth:`example`, such that
 
     * with base density p the expectation of exp(log p(z) + ldj) over z is the density of x;
     * a row of the result depends on that row of the input only;
@@ -157,9 +157,8 @@ class Transform(nn.Module, ABC):
         integer_latent: z is an integer tensor.
         compiles: both directions go through ``torch.compile(fullgraph=True)``.
         why_not_compiled: where they do not, one sentence that says why.
-        estimated: the contribution is a random, unbiased estimate of V(x, z), such as that of a
-            log-determinant by random probes, here or in a part of this layer. The number is then
-            neither exact nor a bound.
+        estimated: the contribution is a random, unbiased estimate of V(x, z), here or in a part of
+            this layer. The number is then neither exact nor a bound.
         reversible: the inverse is a formula that costs about as much as forward, so that a backward
             pass can recompute x from z (:mod:`surflow.memory`).
         repeatable: a second run on the same input gives the same output and changes nothing. A net
@@ -326,8 +325,7 @@ class Transform(nn.Module, ABC):
             context: conditioning, (B, ...), or None.
 
         Returns:
-            z: the latent, (B, *latent).
-            ldj: likelihood contribution V(x, z), (B,), nats, float32 or better.
+            z (B, *latent), and V(x, z), (B,), nats, float32 or better.
 
         Raises:
             ValueError: for a wrong shape, dtype or value.
@@ -363,7 +361,8 @@ class Transform(nn.Module, ABC):
         Raises:
             ValueError: as ``forward``, and for num_samples < 1.
         """
-        if not self._several(num_samples, "forward"):
+        require_at_least(self.where("forward"), 1, num_samples=num_samples)
+        if num_samples == 1:
             return self(x, context)
         z, ldj = self._call("forward", self._forward_samples, x, context, num_samples)
         return z, at_least_float32(ldj)
@@ -372,14 +371,11 @@ class Transform(nn.Module, ABC):
         self, z: Tensor, context: Tensor | None = None, num_samples: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Generate several x of each latent, and score the pairs; see :meth:`forward_samples`."""
-        if not self._several(num_samples, "inverse"):
+        require_at_least(self.where("inverse"), 1, num_samples=num_samples)
+        if num_samples == 1:
             return self.inverse_and_ldj(z, context)
         x, ldj = self._call("inverse", self._inverse_and_ldj_samples, z, context, num_samples)
         return x, at_least_float32(ldj)
-
-    def _several(self, num_samples: int, method: str) -> bool:
-        require_at_least(self.where(method), 1, num_samples=num_samples)
-        return num_samples > 1
 
     @property
     def lower_bound(self) -> bool:

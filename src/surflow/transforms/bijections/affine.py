@@ -182,9 +182,9 @@ class Affine(Bijection):
         out = self.net(context).to(self.shift.dtype)
         expected = (2 * self.event_shape[0], *self.event_shape[1:])
         if not net_output_fits(out, context.shape[0], expected):
+            wanted = ", ".join(map(str, expected))
             raise InputError(
-                f"expected the net to give shape (batch, "
-                f"{', '.join(map(str, expected))}), got {tuple(out.shape)}"
+                f"expected the net to give shape (batch, {wanted}), got {tuple(out.shape)}"
             )
         extra = out.unflatten(1, (self.event_shape[0], 2))
         return self.log_scale + extra[:, :, 0], self.shift + extra[:, :, 1]

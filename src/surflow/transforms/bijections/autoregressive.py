@@ -24,12 +24,11 @@ class Autoregressive(Bijection):
     .. math:: z_d = f(x_d;\, \theta_d(x_{<d}, c)), \qquad
               \mathrm{ldj} = \sum_d \log |f'(x_d)|
 
-    Exact. :math:`x_{<d}` are the features before d in the net's order, so the Jacobian is
-    triangular in that order. As it stands it is the layer of a masked autoregressive flow (MAF):
-    the density takes one pass of the net, a sample D steps, a loop over the features, since each
-    waits for those before it. ``Inverse(Autoregressive(...))`` is the layer of an inverse
-    autoregressive flow (IAF): one pass for a sample, D steps for a density. The loop is unrolled
-    when compiled, so its compile time grows with D.
+    :math:`x_{<d}` are the features before d in the net's order. As it stands it is the layer of a
+    masked autoregressive flow (MAF): the density takes one pass of the net, a sample D steps.
+    ``Inverse(Autoregressive(...))`` is the layer of an inverse autoregressive flow (IAF): one pass
+    for a sample, D steps for a density. The steps are a loop over the features, unrolled when
+    compiled, so the compile time grows with D.
 
     Args:
         map: the elementwise map f.
@@ -103,9 +102,7 @@ class MaskedAffineAutoregressive(Autoregressive):
     Args:
         features: D; x is (B, D).
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
-        made: further arguments of the :class:`MADE` that gives s and t: ``hidden_features``,
-            ``activation``, ``context_features``, ``ordering``, ``seed``, ``residual``,
-            ``zero_init``.
+        made: further arguments of the :class:`MADE` that gives s and t.
 
     Raises:
         ValueError: for an unknown scale, or arguments that :class:`MADE` refuses.

@@ -71,8 +71,7 @@ class Continuous(Bijection):
 
     The solver "rk4" takes ``num_steps`` equal steps. The adaptive ones are those of torchdiffeq;
     they choose their steps by an error norm over the whole batch, so that a row depends on the
-    other rows within the tolerance, and their number of steps depends on the data: they do not
-    compile. They evaluate f outside autocast, in whose rounding no small step would be accepted.
+    other rows within the tolerance, and do not compile. They evaluate f outside autocast.
 
     Args:
         net: the field f. It sees y with the time appended along dimension 1, (B, C + 1, ...), and
@@ -238,9 +237,5 @@ class Continuous(Bijection):
     @classmethod
     def example(cls) -> Example:
         net = MLP(3, 2, [8], "tanh", context_features=1)
-        return Example(
-            cls(net, solver="rk4", num_steps=6, end_time=0.5),
-            DiagonalNormal((2,), scale=1.8),
-            StandardNormal((2,)),
-            context=1,
-        )
+        sample, base = DiagonalNormal((2,), scale=1.8), StandardNormal((2,))
+        return Example(cls(net, solver="rk4", num_steps=6, end_time=0.5), sample, base, context=1)

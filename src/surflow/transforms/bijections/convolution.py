@@ -122,8 +122,7 @@ class PeriodicConv2d(Bijection):
     with :math:`\hat x(f) \in \mathbb C^C` the discrete Fourier transform of x at frequency f, one
     of H W, and :math:`\hat K(f)` the C × C response of the kernel. Exact, and parallel both ways.
     In the image, z is the cross-correlation of x, padded circularly, with ``weight``; both
-    directions go through the FFT, so that they undo each other. Compiled, it is one graph, whose
-    complex products inductor leaves to the uncompiled kernels.
+    directions go through the FFT, so that they undo each other.
 
     Args:
         channels: C; x is (B, C, H, W).

@@ -166,11 +166,8 @@ class Coupling(Bijection):
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
     ) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-        """See :class:`Transform`; at a single pass of the net.
-
-        The part that conditions is the same in input and output, so the net's output serves the
-        inverse, which finds the other part, and the graph.
-        """
+        """See :class:`Transform`; one pass of the net serves the inverse and the graph, since the
+        part that conditions is the same in input and output."""
         function = self.map.inverse_and_ldj if turned else self.map.forward
         if self.mask is not None:
             mask = self._mask_for(value)

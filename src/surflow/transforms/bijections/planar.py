@@ -160,8 +160,7 @@ class Planar(_Stack):
     ``forward`` is the cheap direction. For density estimation use the layer as it is. Where
     samples are drawn and scored (the posterior of a VAE), use ``Inverse(Planar(...))``: then
     ``inverse_and_ldj``, which :class:`~surflow.flow.FlowDistribution` calls, is the cheap one and
-    the scalar root is never needed. What does not depend on x, and the log-determinants, are
-    computed for all K layers together.
+    the scalar root is never needed.
 
     Args:
         event_shape: the shape of x, D elements in all.

@@ -66,9 +66,8 @@ class Residual(Bijection):
       :math:`c^2 < 1 -` ``stop``.
 
     The last two give a random number (``estimated`` is True). An unbiased estimate of log p(x) is
-    neither its value nor a bound: averages over data or over repetitions converge to the value,
-    while the mean of its exponential does not converge to p(x), so that importance-weighted
-    bounds need ``trace="exact"``.
+    neither its value nor a bound: averages converge to the value, but the mean of its exponential
+    does not converge to p(x), so that importance-weighted bounds need ``trace="exact"``.
 
     The inverse iterates x <- z - g(x), each row until it converges, at most ``max_iterations``
     times. Its gradient is that of the implicit function: with "exact" by a Newton step, which
@@ -270,9 +269,5 @@ class Residual(Bijection):
         with torch.no_grad():  # up to the bound, so that the example is far from the identity
             for layer in net.linears:
                 layer.weight.mul_(3.0)
-        return Example(
-            cls(net, max_iterations=64),
-            DiagonalNormal((3,), scale=1.8),
-            StandardNormal((3,)),
-            context=2,
-        )
+        sample, base = DiagonalNormal((3,), scale=1.8), StandardNormal((3,))
+        return Example(cls(net, max_iterations=64), sample, base, context=2)

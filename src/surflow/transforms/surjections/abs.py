@@ -148,8 +148,7 @@ class AbsGenerative(_InverseOf):
     .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
               V = -\sum_d \log q(s_d \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`AbsInference` in the other direction, so a
-    learned sign distribution is the variational posterior q(s|x).
+    A lower bound; a learned sign distribution is the variational posterior q(s|x).
 
     Args:
         event_shape, element, probability, learn, net: see :class:`AbsInference`; the net sees x.

@@ -196,9 +196,8 @@ class ArgmaxInference(_FromNoise):
         noise: p(v|z), any density on the whole space of event shape (C K, ...); its context, if
             it is conditional, is z one-hot, (B, C K, ...). None: standard logistics, whose
             thresholded density stays positive and bounded at the threshold.
-        context_features: features F of the flow's context that the noise sees too: its context
-            is then (one-hot, context), joined along dimension 1; a context (B, F) is spread over
-            the other dimensions.
+        context_features: F, of the flow's context, which the noise then sees after the one-hot;
+            see :class:`Slice`.
 
     Raises:
         ValueError: for K < 2 or a noise of another shape; from ``forward`` for x that is not a
@@ -251,8 +250,7 @@ class ArgmaxGenerative(_Generative):
     .. math:: x = \arg\max_k z_k, \quad z_x = T = v_x,\ z_k = T - \log(1 + e^{T - v_k}),\
               v \sim q(v \mid x), \qquad V = \sum_{k \ne x} \log\sigma(T - v_k) - \log q(v \mid x)
 
-    A lower bound on the log-mass of categorical data. It is the other direction of
-    :class:`ArgmaxInference`.
+    A lower bound on the log-mass of categorical data.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...), channel c K + k the score
@@ -489,7 +487,7 @@ class BinaryArgmaxGenerative(_Generative):
     .. math:: x = \sum_{m < M} 2^m [z_m > 0], \quad z_m = \pm\log(1 + e^{v_m}),\ v \sim q(v \mid x),
               \qquad V = \sum_m \log\sigma(v_m) - \log q(v \mid x)
 
-    A lower bound. It is the other direction of :class:`BinaryArgmaxInference`.
+    A lower bound.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C M, ...), with

@@ -196,10 +196,9 @@ class MaxInference(_Max):
               x_{-k} \sim p(x_{-k} \mid z), \qquad
               V = \log \pi_k(z) + \log p(x_{-k} \mid z)
 
-    Exact: forward is deterministic. The other K - 1 elements, in their order, come from a density
-    at or below the max: ``decoder`` gives either their distances z - x >= 0, or (with
-    ``differences=False``) their values. Each position after dimension 1 has its own max and
-    index. Of equal maxima the first counts.
+    Exact. The other K - 1 elements, in their order, come from ``decoder``: their distances
+    z - x >= 0, or (with ``differences=False``) their values. Each position after dimension 1 has
+    its own max and index. Of equal maxima the first counts.
 
     Args:
         event_shape: the shape of x, (K, *rest), K >= 2; z has (1, *rest).
@@ -260,10 +259,8 @@ class MaxGenerative(_InverseOf):
               z_{-k} \sim q(z_{-k} \mid x), \qquad
               V = -\log \pi_k(x) - \log q(z_{-k} \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxInference` in the other direction: x has
-    one element along dimension 1, z has K, and the decoder is the variational posterior of the
-    elements below the max. A drawn index has no pathwise gradient: the objectives add its
-    score-function gradient.
+    A lower bound; the decoder is the variational posterior of the elements below the max. A drawn
+    index has no pathwise gradient: the objectives add its score-function gradient.
 
     Args:
         event_shape: the shape of z, (K, *rest); x has (1, *rest).

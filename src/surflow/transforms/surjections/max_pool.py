@@ -136,9 +136,8 @@ class MaxPool2dGenerative(_InverseOf):
               r \sim q(r \mid x),\ z_{j, -k_j} = x_j - r_j, \qquad
               V = -\log q(r \mid x) - \sum_j \log \pi_{j k_j}(x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxPool2d` in the other direction: x is the
-    small image. A drawn index has no pathwise gradient: the objectives add its score-function
-    gradient.
+    A lower bound; x is the small image. A drawn index has no pathwise gradient: the objectives add
+    its score-function gradient.
 
     Args:
         event_shape: the shape of z, (C, H, W); x has (C, H/k, W/k).

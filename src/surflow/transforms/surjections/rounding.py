@@ -43,9 +43,8 @@ class Rounding(Surjection):
             events of any shape.
         scale: True: x in [0, 1). False: x in [0, K), z is the floor of x, and V has no
             :math:`D \log K`.
-        context_features: features F of the flow's context that the noise sees too: its context
-            is then (levels, context), joined along dimension 1; a context (B, F) is spread over
-            the other dimensions.
+        context_features: F, of the flow's context, which the noise then sees after the levels;
+            see :class:`Slice`.
 
     Raises:
         ValueError: for a number of levels out of range or a noise that is no density; from
@@ -177,7 +176,6 @@ class Dequantization(_InverseOf):
     z in [0, 1). Uniform noise is the default; a flow as the noise makes it variational
     dequantization; :func:`surflow.objectives.iwbo` of a flow that begins with this layer is
     importance-weighted dequantization, whose bound tightens with the number of samples.
-    It is the other direction of :class:`Rounding`.
 
     Args:
         num_levels: K; data are integers 0 ... K - 1. At most 65 536.

@@ -124,12 +124,8 @@ class Slice(Surjection):
     @classmethod
     def example(cls) -> Example:
         decoder = DiagonalNormal((1,), net=MLP(2 + 1, 2, [8], "tanh"))
-        return Example(
-            cls(decoder, keep=2, context_features=1),
-            DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]),
-            StandardNormal((2,)),
-            context=1,
-        )
+        sample, base = DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]), StandardNormal((2,))
+        return Example(cls(decoder, keep=2, context_features=1), sample, base, context=1)
 
 
 class Augment(_InverseOf):
