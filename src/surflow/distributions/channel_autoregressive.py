@@ -89,11 +89,8 @@ class ChannelAutoregressive(Distribution):
         self.lstm = ConvLSTM(hidden_channels, hidden_channels, num_layers, kernel_size, dilation)
         pad = kernel_size // 2
         self.inlet = nn.Conv2d(1, hidden_channels, kernel_size, padding=pad)
-        self.beside = None
-        if context_channels:
-            self.beside = nn.Conv2d(
-                embed_channels, hidden_channels, kernel_size, padding=pad, bias=False
-            )
+        sizes = (embed_channels, hidden_channels, kernel_size)
+        self.beside = nn.Conv2d(*sizes, padding=pad, bias=False) if context_channels else None
         self.outlet = nn.Conv2d(hidden_channels, 2, 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)

@@ -34,10 +34,9 @@ class MaskedLinear(nn.Linear):
     def set_mask(self, mask: Tensor) -> None:
         """Take another mask, (out, in)."""
         if mask.shape != self.weight.shape:
-            raise ValueError(
-                f"MaskedLinear: expected a mask of shape {tuple(self.weight.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
+            shape = tuple(self.weight.shape)
+            got = tuple(mask.shape)
+            raise ValueError(f"MaskedLinear: expected a mask of shape {shape}, got {got}")
         self.mask.copy_(mask)
 
     def forward(self, x: Tensor) -> Tensor:

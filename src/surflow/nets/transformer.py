@@ -38,10 +38,8 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or features < 1 or features % num_heads:
-            raise ValueError(
-                "SelfAttention: expected features that num_heads divides, got "
-                f"{features} and {num_heads}"
-            )
+            got = f"{features} and {num_heads}"
+            raise ValueError(f"SelfAttention: expected features that num_heads divides, got {got}")
         self.num_heads, self.dropout = num_heads, dropout
         self.queries_keys_values = _linear(features, 3 * features)
         self.out = _linear(features, features, out_gain)
@@ -172,10 +170,8 @@ class SetTransformer(nn.Module):
         wanted = "any" if self.num_positions is None else self.num_positions
         fits = x.dim() == 3 and x.shape[2] == self.num_features
         if not fits or wanted not in ("any", x.shape[1]):
-            raise ValueError(
-                f"SetTransformer: expected shape (batch, {wanted}, {self.num_features}), got "
-                f"{tuple(x.shape)}"
-            )
+            shape = f"(batch, {wanted}, {self.num_features})"
+            raise ValueError(f"SetTransformer: expected shape {shape}, got {tuple(x.shape)}")
         h = self.embed(x)
         if self.num_positions is not None:
             h = h + self.positions

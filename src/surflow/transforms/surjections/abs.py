@@ -25,7 +25,7 @@ class AbsInference(Surjection):
     .. math:: z_d = |x_d|, \quad x_d = s_d z_d,\ s_d \sim \mathrm{sign}(\pi_d(z)), \qquad
               V = \sum_d \log p(s_d \mid z)
 
-    Exact: forward is deterministic. With :math:`\pi = 1/2` the model is symmetric in every
+    Exact. With :math:`\pi = 1/2` the model is symmetric in every
     folded coordinate; with a learned :math:`\pi(z)` it can be anti-symmetric.
 
     Args:

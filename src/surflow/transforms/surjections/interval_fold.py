@@ -66,9 +66,8 @@ class IntervalFold(Surjection):
         super().__init__()
         self.event_shape = as_shape(event_shape)
         if len(self.event_shape) != 1:
-            raise ValueError(
-                f"IntervalFold: expected an event of one dimension, got {self.event_shape}"
-            )
+            shape = self.event_shape
+            raise ValueError(f"IntervalFold: expected an event of one dimension, got {shape}")
         if not 0 <= element < self.event_shape[0]:
             raise ValueError(
                 f"IntervalFold: expected element in 0 to {self.event_shape[0] - 1}, got {element}"

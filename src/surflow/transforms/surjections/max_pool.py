@@ -27,7 +27,7 @@ class MaxPool2d(_Max):
               r \sim p(r \mid z),\ x_{j, -k_j} = z_j - r_j, \qquad
               V = \log p(r \mid z) + \sum_j \log \pi_{j k_j}(z)
 
-    Exact: forward is deterministic. x is cut into blocks of k x k pixels, their pixels in raster
+    Exact. x is cut into blocks of k x k pixels, their pixels in raster
     order; a block's remainders r are the distances of its other k^2 - 1 pixels from the max, in
     raster order, and stand as k^2 - 1 channels a channel: remainder i of channel c is channel
     c (k^2 - 1) + i of the decoder. Of equal maxima the first counts.
