@@ -59,8 +59,7 @@ class AutoregressiveBernoulli(Distribution):
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         require((x >= 0) & (x <= 1), "values in [0, 1]", x)
         features = self._features(context)
-        logits = self.local(x.to(features.dtype), features)
-        logits = at_least_float32(logits)
+        logits = at_least_float32(self.local(x.to(features.dtype), features))
         return sum_event(x * logits - F.softplus(logits))
 
     @torch.no_grad()

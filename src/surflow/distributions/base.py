@@ -151,8 +151,7 @@ class Distribution(nn.Module, ABC):
         """Draw events and score them.
 
         Args:
-            n: rows; None: one for each row of the context.
-            context: (n, ...) or (1, ...).
+            n, context: as in :meth:`sample`.
             num_samples: K draws a row, sample k of row b at k n + b.
 
         Returns:
@@ -220,8 +219,7 @@ class Distribution(nn.Module, ABC):
         weight = next(self.net.parameters(), None)
         if weight is not None and context.is_floating_point():
             context = context.to(weight.dtype)  # a latent is float32 even where a net is bfloat16
-        out = self.net(context)
-        out = at_least_float32(out)
+        out = at_least_float32(self.net(context))
         expected = (self.event_shape[0] * count, *self.event_shape[1:])
         if tuple(out.shape[1:]) != expected:
             raise ValueError(
@@ -253,3 +251,18 @@ def register_value(module: nn.Module, name: str, value: Tensor, learn: bool) -> 
         module.register_parameter(name, nn.Parameter(value))
     else:
         module.register_buffer(name, value)
+
+
+def register_edges(
+    module: Distribution,
+    low: float | Sequence[float] | Tensor,
+    high: float | Sequence[float] | Tensor,
+) -> None:
+    """Keep the edges of a box as buffers of the event's shape; ValueError unless low < high."""
+    name = type(module).__name__
+    low = expand_to(low, module.event_shape, f"{name}: low").clone()
+    high = expand_to(high, module.event_shape, f"{name}: high").clone()
+    if not bool((low < high).all()):
+        raise ValueError(f"{name}: expected low < high, got {low.tolist()} and {high.tolist()}")
+    module.register_buffer("low", low)
+    module.register_buffer("high", high)

@@ -89,11 +89,8 @@ class ChannelAutoregressive(Distribution):
         self.lstm = ConvLSTM(hidden_channels, hidden_channels, num_layers, kernel_size, dilation)
         pad = kernel_size // 2
         self.inlet = nn.Conv2d(1, hidden_channels, kernel_size, padding=pad)
-        self.beside = None
-        if context_channels:
-            self.beside = nn.Conv2d(
-                embed_channels, hidden_channels, kernel_size, padding=pad, bias=False
-            )
+        sizes = (embed_channels, hidden_channels, kernel_size)
+        self.beside = nn.Conv2d(*sizes, padding=pad, bias=False) if context_channels else None
         self.outlet = nn.Conv2d(hidden_channels, 2, 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
@@ -114,8 +111,7 @@ class ChannelAutoregressive(Distribution):
 
     def _located(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-scale from the last layer, (..., hidden, H, W) -> (..., H, W) each."""
-        out = self.outlet(h.flatten(0, -4)).unflatten(0, h.shape[:-3])
-        out = at_least_float32(out)
+        out = at_least_float32(self.outlet(h.flatten(0, -4)).unflatten(0, h.shape[:-3]))
         return out[..., 0, :, :], out[..., 1, :, :]
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,8 +166,7 @@ class ChannelAutoregressive(Distribution):
 
     def _noise(self, n: int) -> Tensor:
         like = self.inlet.weight
-        dtype = working_dtype(like)
-        return torch.randn(n, *self.event_shape, device=like.device, dtype=dtype)
+        return torch.randn(n, *self.event_shape, device=like.device, dtype=working_dtype(like))
 
     def _sample(self, n: int, context: Tensor | None, temperature: float) -> Tensor:
         return self._walk(temperature * self._noise(n), self._embed(context))[0]

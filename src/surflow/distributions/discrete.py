@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError, require, require_at_least
+from surflow.checks import InputError, require, require_at_least, require_fraction
 from surflow.distributions.base import (
     Distribution,
     draw_index,
@@ -48,8 +48,7 @@ class Bernoulli(Distribution):
         if net is not None:
             return
         p = torch.as_tensor(probability, dtype=torch.get_default_dtype())
-        if not bool(((p > 0) & (p < 1)).all()):
-            raise ValueError(f"Bernoulli: expected 0 < probability < 1, got {p.tolist()}")
+        require_fraction("Bernoulli", probability=p)
         logits = expand_to(torch.logit(p), self.event_shape, "Bernoulli: probability").clone()
         register_value(self, "logits", logits, learn)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_positive
 from surflow.distributions.base import Distribution, as_shape, register_value, sum_event
 from surflow.latents import Tape
 
@@ -49,8 +50,7 @@ class LocationScale(Distribution):
         shape = self.event_shape if parameter_shape is None else as_shape(parameter_shape)
         loc = torch.as_tensor(loc, dtype=torch.get_default_dtype())
         scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        if not bool((scale > 0).all()):
-            raise ValueError(f"{type(self).__name__}: expected scale > 0, got {scale.tolist()}")
+        require_positive(type(self).__name__, scale=scale)
         try:
             torch.broadcast_shapes(shape, self.event_shape)
             loc, log_scale = (t.expand(shape).clone() for t in (loc, scale.log()))

@@ -49,9 +49,7 @@ class Mixture(Distribution):
         logits = weights.to(torch.get_default_dtype()).log()
         register_value(self, "logits", logits, learn)
 
-    @property
-    def conditional(self) -> bool:
-        return any(c.conditional for c in self.components)
+    conditional = property(lambda self: any(c.conditional for c in self.components))
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         parts = torch.stack([c.log_prob(x, context) for c in self.components], dim=-1)
@@ -97,23 +95,16 @@ class DiagonalNormalMixture(Distribution):
         if net is not None:
             return
         shape = (num_components, *self.event_shape)
-        values = {
-            "logits": torch.zeros(num_components),
-            "loc": torch.randn(shape) * spread,
-            "log_scale": torch.zeros(shape),
-        }
-        for name, value in values.items():
-            register_value(self, name, value, learn)
+        register_value(self, "logits", torch.zeros(num_components), learn)
+        register_value(self, "loc", torch.randn(shape) * spread, learn)
+        register_value(self, "log_scale", torch.zeros(shape), learn)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights (b, K), locations and log-scales (b, K, *event); b is 1 or the batch."""
         k = self.num_components
         if not self.conditional:
-            return (
-                F.log_softmax(self.logits, 0).unsqueeze(0),
-                self.loc.unsqueeze(0),
-                self.log_scale.unsqueeze(0),
-            )
+            parts = F.log_softmax(self.logits, 0), self.loc, self.log_scale
+            return tuple(part.unsqueeze(0) for part in parts)
         parts = torch.stack(self._net_parameters(context, 3 * k), dim=1)
         logits, loc, log_scale = parts.split(k, dim=1)
         return F.log_softmax(logits.flatten(2).mean(2), 1), loc, log_scale

@@ -163,9 +163,7 @@ class OrderStatistics(Distribution):
         self.component = component
         self.by = feature_index(by, self.event_shape[1:], "OrderStatistics")
 
-    @property
-    def conditional(self) -> bool:
-        return self.component.conditional
+    conditional = property(lambda self: self.component.conditional)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         key = x[(slice(None), slice(None), *self.by)]

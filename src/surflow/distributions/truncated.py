@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.distributions.base import Distribution, as_shape, expand_to, register_value, sum_event
+from surflow.checks import require_fraction, require_positive
+from surflow.distributions.base import (
+    Distribution,
+    as_shape,
+    expand_to,
+    register_edges,
+    register_value,
+    sum_event,
+)
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI, LocationScale
 from surflow.numeric import at_least_float32, working_dtype
 
@@ -26,19 +34,22 @@ def log_mills(t: Tensor) -> Tensor:
     return torch.where(t < SERIES_FROM, near, torch.log1p(series) - far.log() - HALF_LOG_TWO_PI)
 
 
+def _broadcasts(shape: Sequence[int], event_shape: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, event_shape) == event_shape
+    except RuntimeError:
+        return False
+
+
 class Exponential(LocationScale):
     r"""Independent exponentials on :math:`x \ge 0`.
 
     .. math:: \log p(x) = \sum_d -x_d / s_d - \log s_d, \quad x_d \ge 0
 
     Args:
-        scale: the mean s, positive, broadcastable to the event.
-        learn: whether log s is a parameter.
-        parameter_shape: the shape of the scale, broadcastable to the event; default: the event.
+        scale: the mean s.
         net: maps a context to log s, (B, *event).
-
-    Raises:
-        ValueError: for a scale that is not positive, or does not broadcast.
+        learn, parameter_shape, and errors: see :class:`LocationScale`.
 
     Cost: O(D) to draw and to score.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 (as a density of remainders).
@@ -93,8 +104,7 @@ class TruncatedNormal(Distribution):
         learn: whether log scale (and loc) are parameters.
         learn_loc: False keeps loc as given, whoever gives the scale; with loc = 0 and low = 0
             that is a half-normal whose scale is learned.
-        parameter_shape: the shape of the parameters, broadcastable to the event; default: the
-            event.
+        parameter_shape: see :class:`LocationScale`.
         net: maps a context to (B, 2 C, ...), channels alternating loc, log scale, or to log scale
             alone, (B, C, ...), where ``learn_loc`` is False.
 
@@ -132,39 +142,24 @@ class TruncatedNormal(Distribution):
             if not bool((low == -math.inf).all()):
                 raise ValueError("TruncatedNormal: expected no low beside high='context'")
             high = math.inf
-        high = expand_to(high, self.event_shape, "TruncatedNormal: high")
-        if not bool((low < high).all()):
-            raise ValueError(
-                f"TruncatedNormal: expected low < high, got {low.tolist()} and {high.tolist()}"
-            )
-        self.register_buffer("low", low.clone())
-        self.register_buffer("high", high.clone())
+        register_edges(self, low, high)
         self.learn_loc = learn_loc
         scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        if not bool((scale > 0).all()):
-            raise ValueError(f"TruncatedNormal: expected scale > 0, got {scale.tolist()}")
+        require_positive("TruncatedNormal", scale=scale)
         shape = self.event_shape if parameter_shape is None else as_shape(parameter_shape)
-        try:
-            broadcasts = torch.broadcast_shapes(shape, self.event_shape) == self.event_shape
-        except RuntimeError:
-            broadcasts = False
-        if not broadcasts:
+        if not _broadcasts(shape, self.event_shape):
             raise ValueError(
                 f"TruncatedNormal: expected parameters that broadcast to {self.event_shape}, "
                 f"got {shape}"
             )
         loc = expand_to(loc, shape, "TruncatedNormal: loc").clone()
         log_scale = expand_to(scale.log(), shape, "TruncatedNormal: scale").clone()
-        if net is not None and learn_loc:
-            return
-        register_value(self, "loc", loc, learn and learn_loc)
-        if net is not None:
-            return
-        register_value(self, "log_scale", log_scale, learn)
+        if net is None or not learn_loc:
+            register_value(self, "loc", loc, learn and learn_loc)
+        if net is None:
+            register_value(self, "log_scale", log_scale, learn)
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None or self.below_context
+    conditional = property(lambda self: self.net is not None or self.below_context)
 
     def parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """loc and log_scale, each broadcastable to (B, *event), float32 or better."""
@@ -180,10 +175,7 @@ class TruncatedNormal(Distribution):
         """low and high, broadcastable to (B, *event), infinite where there is none."""
         if not self.below_context:
             return self.low, self.high
-        try:
-            fits = torch.broadcast_shapes(context.shape[1:], self.event_shape) == self.event_shape
-        except RuntimeError:
-            fits = False
+        fits = _broadcasts(context.shape[1:], self.event_shape)
         if not fits or context.dim() != len(self.event_shape) + 1:
             raise ValueError(
                 "TruncatedNormal: expected a context that broadcasts to (batch, "
@@ -364,10 +356,8 @@ class ZeroInflated(Distribution):
             return
         p = expand_to(probability, self.event_shape, "ZeroInflated: probability")
         s = expand_to(scale, self.event_shape, "ZeroInflated: scale")
-        if not bool(((p > 0) & (p < 1)).all()):
-            raise ValueError(f"ZeroInflated: expected 0 < probability < 1, got {p.tolist()}")
-        if not bool((s > 0).all()):
-            raise ValueError(f"ZeroInflated: expected scale > 0, got {s.tolist()}")
+        require_fraction("ZeroInflated", probability=p)
+        require_positive("ZeroInflated", scale=s)
         for name, value in (("logits", p.logit()), ("log_scale", s.log())):
             register_value(self, name, value.clone(), learn)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surflow.checks import InputError
-from surflow.distributions.base import Distribution, expand_to, sum_event
+from surflow.distributions.base import Distribution, register_edges, sum_event
 
 
 class Uniform(Distribution):
@@ -31,14 +31,7 @@ class Uniform(Distribution):
         high: float | Sequence[float] | Tensor = 1.0,
     ) -> None:
         super().__init__(event_shape)
-        low = expand_to(low, self.event_shape, "Uniform: low")
-        high = expand_to(high, self.event_shape, "Uniform: high")
-        if not bool((low < high).all()):
-            raise ValueError(
-                f"Uniform: expected low < high, got {low.tolist()} and {high.tolist()}"
-            )
-        self.register_buffer("low", low.clone())
-        self.register_buffer("high", high.clone())
+        register_edges(self, low, high)
 
     def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         inside = (x >= self.low) & (x <= self.high)

@@ -56,15 +56,12 @@ class ConvLSTM(nn.Module):
         sizes = (in_channels, hidden_channels, num_layers, kernel_size, dilation)
         if min(sizes) < 1 or kernel_size % 2 == 0:
             raise ValueError(
-                "ConvLSTM: expected positive sizes and an odd kernel, got in_channels={}, "
-                "hidden_channels={}, num_layers={}, kernel_size={}, dilation={}".format(*sizes)
+                f"ConvLSTM: expected positive sizes and an odd kernel, got {in_channels=}, "
+                f"{hidden_channels=}, {num_layers=}, {kernel_size=}, {dilation=}"
             )
         self.hidden_channels = hidden_channels
-        keys = {
-            "kernel_size": kernel_size,
-            "dilation": dilation,
-            "padding": dilation * (kernel_size // 2),
-        }
+        padding = dilation * (kernel_size // 2)
+        keys = {"kernel_size": kernel_size, "dilation": dilation, "padding": padding}
         seen = [in_channels, *[hidden_channels] * (num_layers - 1)]
         self.inputs = nn.ModuleList(nn.Conv2d(c, 4 * hidden_channels, **keys) for c in seen)
         self.recurrent = nn.ModuleList(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require_positive_sizes
+from surflow.checks import require_at_least, require_positive_sizes
 
 
 class GatedConv2d(nn.Module):
@@ -129,8 +129,7 @@ class DenseNet(nn.Module):
         super().__init__()
         require_positive_sizes("DenseNet", in_channels=in_channels, out_channels=out_channels)
         require_positive_sizes("DenseNet", mid_channels=mid_channels, num_blocks=num_blocks)
-        if context_features < 0:
-            raise ValueError(f"DenseNet: expected context_features >= 0, got {context_features}")
+        require_at_least("DenseNet", 0, context_features=context_features)
         self.context_features = context_features
         self.inlet = nn.Conv2d(in_channels + context_features, mid_channels, 1)
         self.blocks = nn.ModuleList(

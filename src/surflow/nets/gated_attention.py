@@ -58,9 +58,7 @@ class ConvAttentionBlock(nn.Module):
         self.conv = WeightNormConv2d(2 * channels, channels, 3)
         self.gate = WeightNormConv2d(2 * channels, 2 * channels, 1)
         self.norm = nn.LayerNorm(channels)
-        self.dropout = dropout
-        self.num_heads = num_heads
-        self.attention = attention
+        self.dropout, self.num_heads, self.attention = dropout, num_heads, attention
         if attention:
             self.project = weight_norm(nn.Linear(channels, 3 * channels, bias=False))
             self.attention_gate = weight_norm(nn.Linear(channels, 2 * channels))
@@ -125,20 +123,14 @@ class ConvAttentionNet(nn.Module):
         if min(sizes) < 1 or mid_channels % num_heads:
             raise ValueError(
                 "ConvAttentionNet: expected positive sizes and heads that divide mid_channels, got "
-                "in_channels={}, out_channels={}, mid_channels={}, num_blocks={}, "
-                "num_heads={}".format(*sizes)
+                f"{in_channels=}, {out_channels=}, {mid_channels=}, {num_blocks=}, {num_heads=}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"ConvAttentionNet: expected dropout in [0, 1), got {dropout}")
         self.inlet = WeightNormConv2d(in_channels, mid_channels, 3)
-        self.blocks = nn.Sequential(
-            *(
-                ConvAttentionBlock(mid_channels, dropout, attention, num_heads)
-                for _ in range(num_blocks)
-            )
-        )
+        options = (mid_channels, dropout, attention, num_heads)
+        self.blocks = nn.Sequential(*(ConvAttentionBlock(*options) for _ in range(num_blocks)))
         self.outlet = WeightNormConv2d(mid_channels, out_channels, 3, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.outlet(self.blocks(self.inlet(x)))
-        return at_least_float32(out)
+        return at_least_float32(self.outlet(self.blocks(self.inlet(x))))

@@ -101,8 +101,7 @@ class ZeroConv2d(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        out = at_least_float32(out)
+        out = at_least_float32(super().forward(x))
         return out * torch.exp(LOG_SCALE_FACTOR * self.log_gain).view(-1, 1, 1)
 
 

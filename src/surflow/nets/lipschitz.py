@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least, require_one_of, require_positive
 from surflow.numeric import at_least_float32
 
 NORMS = ("exact", "power")
@@ -66,17 +67,10 @@ class LipschitzLinear(nn.Linear):
         num_iterations: int = 1,
     ) -> None:
         super().__init__(in_features, out_features)
-        if not bound > 0:
-            raise ValueError(f"LipschitzLinear: expected bound > 0, got {bound}")
-        if norm not in NORMS:
-            raise ValueError(
-                f"LipschitzLinear: expected norm to be one of {', '.join(NORMS)}, got {norm!r}"
-            )
-        if num_iterations < 1:
-            raise ValueError(f"LipschitzLinear: expected num_iterations >= 1, got {num_iterations}")
-        self.bound = bound
-        self.norm = norm
-        self.num_iterations = num_iterations
+        require_positive("LipschitzLinear", bound=bound)
+        require_one_of("LipschitzLinear", NORMS, norm=norm)
+        require_at_least("LipschitzLinear", 1, num_iterations=num_iterations)
+        self.bound, self.norm, self.num_iterations = bound, norm, num_iterations
         if norm == "power":
             self.register_buffer("left", F.normalize(torch.randn(out_features), dim=0))
             self.register_buffer("right", F.normalize(torch.randn(in_features), dim=0))
@@ -174,19 +168,12 @@ class LipschitzMLP(nn.Module):
         sizes = [in_features, *hidden_features, out_features]
         if min(sizes) < 1 or context_features < 0:
             raise ValueError(
-                f"LipschitzMLP: expected positive sizes, got in_features={in_features}, "
-                f"hidden_features={list(hidden_features)}, out_features={out_features}, "
-                f"context_features={context_features}"
+                f"LipschitzMLP: expected positive sizes, got {in_features=}, "
+                f"hidden_features={list(hidden_features)}, {out_features=}, {context_features=}"
             )
-        if activation not in LIPSCHITZ_ACTIVATIONS:
-            raise ValueError(
-                f"LipschitzMLP: expected activation to be one of "
-                f"{', '.join(LIPSCHITZ_ACTIVATIONS)}, got {activation!r}"
-            )
-        if not coefficient > 0:
-            raise ValueError(f"LipschitzMLP: expected coefficient > 0, got {coefficient}")
-        self.in_features = in_features
-        self.context_features = context_features
+        require_one_of("LipschitzMLP", LIPSCHITZ_ACTIVATIONS, activation=activation)
+        require_positive("LipschitzMLP", coefficient=coefficient)
+        self.in_features, self.context_features = in_features, context_features
         bound = coefficient ** (1 / (len(sizes) - 1))
         self.linears = nn.ModuleList(
             LipschitzLinear(a, b, bound, norm, num_iterations) for a, b in pairwise(sizes)

@@ -34,10 +34,9 @@ class MaskedLinear(nn.Linear):
     def set_mask(self, mask: Tensor) -> None:
         """Take another mask, (out, in)."""
         if mask.shape != self.weight.shape:
-            raise ValueError(
-                f"MaskedLinear: expected a mask of shape {tuple(self.weight.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
+            shape = tuple(self.weight.shape)
+            got = tuple(mask.shape)
+            raise ValueError(f"MaskedLinear: expected a mask of shape {shape}, got {got}")
         self.mask.copy_(mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,9 +100,8 @@ class MADE(nn.Module):
         hidden_features = list(hidden_features)
         if min([features, params_per_feature, *hidden_features]) < 1 or context_features < 0:
             raise ValueError(
-                f"MADE: expected positive sizes, got features={features}, params_per_feature="
-                f"{params_per_feature}, hidden_features={hidden_features}, "
-                f"context_features={context_features}"
+                f"MADE: expected positive sizes, got {features=}, {params_per_feature=}, "
+                f"{hidden_features=}, {context_features=}"
             )
         if residual and len(set(hidden_features)) > 1:
             raise ValueError(

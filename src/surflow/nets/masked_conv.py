@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least, require_positive_sizes
+
 
 class MaskedConv2d(nn.Conv2d):
     r"""A convolution masked after its centre: (B, in, H, W) -> (B, out, H, W).
@@ -76,12 +78,9 @@ class LocalPixelCNN(nn.Module):
         block_kernel_size: int = 1,
     ) -> None:
         super().__init__()
-        if min(channels, context_features, mid_channels) < 1 or num_blocks < 0:
-            raise ValueError(
-                f"LocalPixelCNN: expected positive sizes, got channels={channels}, "
-                f"context_features={context_features}, mid_channels={mid_channels}, "
-                f"num_blocks={num_blocks}"
-            )
+        sizes = {"channels": channels, "mid_channels": mid_channels}
+        require_positive_sizes("LocalPixelCNN", **sizes, context_features=context_features)
+        require_at_least("LocalPixelCNN", 0, num_blocks=num_blocks)
         self.context_features = context_features
         self.reach = kernel_size // 2 + num_blocks * (block_kernel_size // 2)
         self.inlet = MaskedConv2d(channels, mid_channels, kernel_size, centre=False)

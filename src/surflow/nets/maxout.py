@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
+
 
 class Maxout(nn.Module):
     r"""The largest of W neighbours: (B, W C) -> (B, C).
@@ -25,8 +27,7 @@ class Maxout(nn.Module):
 
     def __init__(self, window: int) -> None:
         super().__init__()
-        if window < 1:
-            raise ValueError(f"Maxout: expected window >= 1, got {window}")
+        require_at_least("Maxout", 1, window=window)
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:

@@ -69,12 +69,10 @@ class MLP(nn.Module):
         sizes = [in_features + context_features, *hidden_features, out_features]
         if min(sizes) < 1 or in_features < 0 or context_features < 0:
             raise ValueError(
-                f"MLP: expected positive sizes, got in_features={in_features}, hidden_features="
-                f"{list(hidden_features)}, out_features={out_features}, "
-                f"context_features={context_features}"
+                f"MLP: expected positive sizes, got {in_features=}, "
+                f"hidden_features={list(hidden_features)}, {out_features=}, {context_features=}"
             )
-        self.in_features = in_features
-        self.context_features = context_features
+        self.in_features, self.context_features = in_features, context_features
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(sizes)):
             layers.append(Linear(a, b))

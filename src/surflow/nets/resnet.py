@@ -172,8 +172,7 @@ class TanhScale(nn.Module):
         self.factor = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.net(x)
-        out = at_least_float32(out)
+        out = at_least_float32(self.net(x))
         log_scale, shift = out.unflatten(1, (-1, 2)).unbind(2)
         factor = self.factor.view(-1, *[1] * (out.dim() - 2))
         return torch.stack([factor * torch.tanh(log_scale), shift], dim=2).flatten(1, 2)

@@ -38,12 +38,9 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or features < 1 or features % num_heads:
-            raise ValueError(
-                "SelfAttention: expected features that num_heads divides, got "
-                f"{features} and {num_heads}"
-            )
-        self.num_heads = num_heads
-        self.dropout = dropout
+            got = f"{features} and {num_heads}"
+            raise ValueError(f"SelfAttention: expected features that num_heads divides, got {got}")
+        self.num_heads, self.dropout = num_heads, dropout
         self.queries_keys_values = _linear(features, 3 * features)
         self.out = _linear(features, features, out_gain)
 
@@ -63,7 +60,6 @@ class TransformerBlock(nn.Module):
 
     Args:
         features: D.
-        num_heads: of the attention.
         feedforward_features: size of the hidden layer.
         dropout: on the attention's weights, and on the results of both parts.
         activation: σ; relu, elu, gelu, silu or tanh.
@@ -152,26 +148,19 @@ class SetTransformer(nn.Module):
         positions = 1 if num_positions is None else num_positions
         if min(in_features, out_features, features, num_layers, hidden, positions) < 1:
             raise ValueError(
-                "SetTransformer: expected positive sizes, got "
-                f"in_features={in_features}, out_features={out_features}, features={features}, "
-                f"num_layers={num_layers}, feedforward_features={feedforward_features}, "
-                f"num_positions={num_positions}"
+                f"SetTransformer: expected positive sizes, got {in_features=}, {out_features=}, "
+                f"{features=}, {num_layers=}, {feedforward_features=}, {num_positions=}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"SetTransformer: expected a dropout in [0, 1), got {dropout}")
-        self.num_features = in_features
-        self.num_positions = num_positions
+        self.num_features, self.num_positions = in_features, num_positions
         self.embed = nn.Linear(in_features, features)
         if num_positions is not None:
             scale = 0.125 / math.sqrt(features)
             self.positions = nn.Parameter(scale * torch.randn(num_positions, features))
         gain = 1 / math.sqrt(2 * num_layers)
-        self.blocks = nn.Sequential(
-            *(
-                TransformerBlock(features, num_heads, hidden, dropout, activation, gain)
-                for _ in range(num_layers)
-            )
-        )
+        options = (features, num_heads, hidden, dropout, activation, gain)
+        self.blocks = nn.Sequential(*(TransformerBlock(*options) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(features)
         self.out = nn.Linear(features, out_features)
         nn.init.zeros_(self.out.weight)
@@ -181,10 +170,8 @@ class SetTransformer(nn.Module):
         wanted = "any" if self.num_positions is None else self.num_positions
         fits = x.dim() == 3 and x.shape[2] == self.num_features
         if not fits or wanted not in ("any", x.shape[1]):
-            raise ValueError(
-                f"SetTransformer: expected shape (batch, {wanted}, {self.num_features}), got "
-                f"{tuple(x.shape)}"
-            )
+            shape = f"(batch, {wanted}, {self.num_features})"
+            raise ValueError(f"SetTransformer: expected shape {shape}, got {tuple(x.shape)}")
         h = self.embed(x)
         if self.num_positions is not None:
             h = h + self.positions

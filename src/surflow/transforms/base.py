@@ -35,6 +35,9 @@ from surflow.numeric import at_least_float32, repeat_rows, working_dtype
 Box = tuple[list[float], list[float]]
 """Lower and upper edges of each coordinate, infinite where there are none."""
 
+Sampler = Callable[[int], tuple[Tensor, Tensor]]
+"""n -> draws (n, *event) and their log-densities (n,), nats."""
+
 Tail = Callable[[Tensor], Tensor]
 """log p of what comes out of a layer: (B, *latent) -> (B,)."""
 
@@ -110,8 +113,7 @@ class Example:
 
     Attributes:
         transform: the instance.
-        sample: a density r that covers the support of the model: a distribution, or
-            ``sample(n) -> (x, log_r)``, draws (n, *event) and their log-densities (n,) in nats.
+        sample: a density r that covers the support of the model: a distribution or a sampler.
         base: a distribution with ``log_prob``, supported on the codomain of ``forward``.
         context: ``context(n)`` draws a context for n rows, or an int F: (n, F) normals; None for an
             unconditional instance.
@@ -120,7 +122,7 @@ class Example:
     """
 
     transform: Transform
-    sample: Distribution | Callable[[int], tuple[Tensor, Tensor]]
+    sample: Distribution | Sampler
     base: Any
     context: Callable[[int], Tensor] | int | None = None
     latent: Callable[[int], Tensor] | None = None
@@ -137,7 +139,7 @@ class Transform(nn.Module, ABC):
     """One layer of a SurVAE flow.
 
     A subclass declares three booleans and implements :meth:`_forward`, :meth:`_inverse` and
-    :meth:`example`. It must guarantee:
+    :meth:`example`, such that
 
     * with base density p the expectation of exp(log p(z) + ldj) over z is the density of x;
     * a row of the result depends on that row of the input only;
@@ -155,9 +157,8 @@ class Transform(nn.Module, ABC):
         integer_latent: z is an integer tensor.
         compiles: both directions go through ``torch.compile(fullgraph=True)``.
         why_not_compiled: where they do not, one sentence that says why.
-        estimated: the contribution is a random, unbiased estimate of V(x, z), such as that of a
-            log-determinant by random probes, here or in a part of this layer. The number is then
-            neither exact nor a bound.
+        estimated: the contribution is a random, unbiased estimate of V(x, z), here or in a part of
+            this layer. The number is then neither exact nor a bound.
         reversible: the inverse is a formula that costs about as much as forward, so that a backward
             pass can recompute x from z (:mod:`surflow.memory`).
         repeatable: a second run on the same input gives the same output and changes nothing. A net
@@ -324,8 +325,7 @@ class Transform(nn.Module, ABC):
             context: conditioning, (B, ...), or None.
 
         Returns:
-            z: the latent, (B, *latent).
-            ldj: likelihood contribution V(x, z), (B,), nats, float32 or better.
+            z (B, *latent), and V(x, z), (B,), nats, float32 or better.
 
         Raises:
             ValueError: for a wrong shape, dtype or value.
@@ -361,7 +361,8 @@ class Transform(nn.Module, ABC):
         Raises:
             ValueError: as ``forward``, and for num_samples < 1.
         """
-        if not self._several(num_samples, "forward"):
+        require_at_least(self.where("forward"), 1, num_samples=num_samples)
+        if num_samples == 1:
             return self(x, context)
         z, ldj = self._call("forward", self._forward_samples, x, context, num_samples)
         return z, at_least_float32(ldj)
@@ -370,14 +371,11 @@ class Transform(nn.Module, ABC):
         self, z: Tensor, context: Tensor | None = None, num_samples: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Generate several x of each latent, and score the pairs; see :meth:`forward_samples`."""
-        if not self._several(num_samples, "inverse"):
+        require_at_least(self.where("inverse"), 1, num_samples=num_samples)
+        if num_samples == 1:
             return self.inverse_and_ldj(z, context)
         x, ldj = self._call("inverse", self._inverse_and_ldj_samples, z, context, num_samples)
         return x, at_least_float32(ldj)
-
-    def _several(self, num_samples: int, method: str) -> bool:
-        require_at_least(self.where(method), 1, num_samples=num_samples)
-        return num_samples > 1
 
     @property
     def lower_bound(self) -> bool:
@@ -513,3 +511,16 @@ def shapes_match(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bo
     return len(shape) == len(expected) and all(
         e is None or s == e for s, e in zip(shape, expected, strict=True)
     )
+
+
+def generated_by(
+    transform: Transform, base: Distribution
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A sampler for :class:`Example`: what the layer generates from a base, with its density."""
+
+    def sample(n: int) -> tuple[Tensor, Tensor]:
+        z, log_r = base.sample_and_log_prob(n)
+        x, ldj = transform.inverse_and_ldj(z)
+        return x, log_r + ldj
+
+    return sample

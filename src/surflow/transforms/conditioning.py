@@ -32,7 +32,6 @@ def concatenate_context(seen: Tensor, context: Tensor | None, features: int) -> 
     """``seen`` and the flow's context, concatenated along dimension 1.
 
     Args:
-        seen: (B, C, ...).
         context: (B, F), expanded over the other dimensions of ``seen``, or (B, F, ...); an image
             k times as high and wide is averaged over blocks of k × k pixels.
         features: F; 0: the layer reads no context, and ``seen`` is returned.

@@ -19,10 +19,8 @@ class Inverse(Transform):
 
     .. math:: V_{\mathrm{inv}}(x, z) = -V(z, x)
 
-    For a bijection the log-determinant changes its sign. For an inference surjection,
-    V = log p(x|z), the result is the generative surjection with the same right-inverse,
-    -log q(z|x), and the other way round; a stochastic layer swaps encoder and decoder. One class
-    therefore gives the second direction of every layer.
+    An inference surjection, V = log p(x|z), becomes the generative surjection with the same
+    right-inverse, -log q(z|x), and the other way round; a stochastic layer swaps its two parts.
 
     Cost: that of the layer, forward and inverse exchanged.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.1 (the two directions of a surjection).

@@ -42,16 +42,13 @@ class ActNorm(Bijection):
     def __init__(self, num_channels: int, dim: int = 1) -> None:
         super().__init__()
         require_at_least("ActNorm", 1, dim=dim, num_channels=num_channels)
-        self.num_channels = num_channels
-        self.dim = dim
+        self.num_channels, self.dim = num_channels, dim
         self.shift = nn.Parameter(torch.zeros(num_channels))
         self.log_scale = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self._initialised = False  # a copy on the host: asking the buffer would make a GPU wait
 
-    @property
-    def repeatable(self) -> bool:  # type: ignore[override]
-        return self._initialised or not self.training
+    repeatable = property(lambda self: self._initialised or not self.training)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

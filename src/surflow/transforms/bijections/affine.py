@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError
+from surflow.checks import InputError, require_one_of
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
@@ -69,10 +69,7 @@ class AffineMap(ElementwiseMap):
     exact_inverse = True
 
     def __init__(self, scale: str = "exp") -> None:
-        if scale not in LOG_SCALES:
-            raise ValueError(
-                f"AffineMap: expected scale to be one of {', '.join(LOG_SCALES)}, got {scale!r}"
-            )
+        require_one_of("AffineMap", LOG_SCALES, scale=scale)
         self.scale = scale
         self.log_scale = LOG_SCALES[scale]
 
@@ -175,9 +172,7 @@ class Affine(Bijection):
         register_value(self, "log_scale", scale.abs().log(), learn)
         self.net = net
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     def _scale_and_shift(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.net is None:
@@ -187,9 +182,9 @@ class Affine(Bijection):
         out = self.net(context).to(self.shift.dtype)
         expected = (2 * self.event_shape[0], *self.event_shape[1:])
         if not net_output_fits(out, context.shape[0], expected):
+            wanted = ", ".join(map(str, expected))
             raise InputError(
-                f"expected the net to give shape (batch, "
-                f"{', '.join(map(str, expected))}), got {tuple(out.shape)}"
+                f"expected the net to give shape (batch, {wanted}), got {tuple(out.shape)}"
             )
         extra = out.unflatten(1, (self.event_shape[0], 2))
         return self.log_scale + extra[:, :, 0], self.shift + extra[:, :, 1]

@@ -24,12 +24,11 @@ class Autoregressive(Bijection):
     .. math:: z_d = f(x_d;\, \theta_d(x_{<d}, c)), \qquad
               \mathrm{ldj} = \sum_d \log |f'(x_d)|
 
-    Exact. :math:`x_{<d}` are the features before d in the net's order, so the Jacobian is
-    triangular in that order. As it stands it is the layer of a masked autoregressive flow (MAF):
-    the density takes one pass of the net, a sample D steps, a loop over the features, since each
-    waits for those before it. ``Inverse(Autoregressive(...))`` is the layer of an inverse
-    autoregressive flow (IAF): one pass for a sample, D steps for a density. The loop is unrolled
-    when compiled, so its compile time grows with D.
+    :math:`x_{<d}` are the features before d in the net's order. As it stands it is the layer of a
+    masked autoregressive flow (MAF): the density takes one pass of the net, a sample D steps.
+    ``Inverse(Autoregressive(...))`` is the layer of an inverse autoregressive flow (IAF): one pass
+    for a sample, D steps for a density. The steps are a loop over the features, unrolled when
+    compiled, so the compile time grows with D.
 
     Args:
         map: the elementwise map f.
@@ -54,8 +53,7 @@ class Autoregressive(Bijection):
                 f"{type(self).__name__}: expected a net with {map.num_params} parameters a "
                 f"feature, got {net.params_per_feature}"
             )
-        self.map = map
-        self.net = net
+        self.map, self.net = map, net
         self.event_shape = (net.features,)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,9 +102,7 @@ class MaskedAffineAutoregressive(Autoregressive):
     Args:
         features: D; x is (B, D).
         scale: g: exp, softplus, sigmoid or tanh_exp; see :class:`AffineMap`.
-        made: further arguments of the :class:`MADE` that gives s and t: ``hidden_features``,
-            ``activation``, ``context_features``, ``ordering``, ``seed``, ``residual``,
-            ``zero_init``.
+        made: further arguments of the :class:`MADE` that gives s and t.
 
     Raises:
         ValueError: for an unknown scale, or arguments that :class:`MADE` refuses.
@@ -197,9 +193,7 @@ class MaskedLogisticMixtureAutoregressive(Autoregressive):
         return _example(cls(2, 3, hidden_features=[12], activation="tanh", ordering="reversed"))
 
 
-def _example(transform: Autoregressive, context: Callable[[int], Tensor] | None = None) -> Example:
+def _example(transform: Autoregressive, context: int | None = None) -> Example:
     """Wide normal inputs, a standard normal base."""
-    base = StandardNormal(transform.event_shape)
-    return Example(
-        transform, DiagonalNormal(transform.event_shape, scale=1.8), base, context=context
-    )
+    shape = transform.event_shape
+    return Example(transform, DiagonalNormal(shape, scale=1.8), StandardNormal(shape), context)

@@ -19,17 +19,13 @@ class BatchNorm(Bijection):
               \mathrm{ldj} = N \sum_c \gamma_c - \tfrac12 \log(v_c + \epsilon)
 
     with N the number of positions of a channel. In evaluation mode m and v are the running mean
-    and variance, which are buffers: the layer is exact and bijective, and independent row by row.
+    and variance, which are buffers, and the layer is exact.
 
     In training mode ``forward`` takes m and v from its batch (v biased) and moves the running
-    ones towards them (v unbiased). The rows then depend on each other: ldj is that of the
-    map with m and v held fixed, as the authors have it, so a training batch's likelihood is not
-    exact, and a likelihood to report is taken in evaluation mode. (Dinh et al. mix the statistics
+    ones towards them (v unbiased). The rows then depend on each other, and ldj is that of the map
+    with m and v held fixed, as the authors have it: not exact. (Dinh et al. mix the statistics
     of recent batches into those of the batch; Papamakarios et al. do not, nor does this layer.)
-
-    ``inverse`` uses the running statistics in both modes, so it undoes
-    ``forward`` in evaluation mode only, and ``inverse_and_ldj`` scores its pair as evaluation mode
-    does.
+    ``inverse`` and ``inverse_and_ldj`` use the running statistics in both modes.
 
     Under distributed data parallel each process normalises by its own part of the batch, and the
     running statistics are those of the first process, whose buffers are broadcast.
@@ -63,9 +59,7 @@ class BatchNorm(Bijection):
             raise ValueError(
                 f"BatchNorm: expected 0 < momentum <= 1 and eps > 0, got {momentum} and {eps}"
             )
-        self.num_channels = num_channels
-        self.momentum = momentum
-        self.eps = eps
+        self.num_channels, self.momentum, self.eps = num_channels, momentum, eps
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
         self.log_gamma = nn.Parameter(torch.zeros(num_channels)) if affine else None
@@ -81,16 +75,12 @@ class BatchNorm(Bijection):
             )
         var, mean = torch.var_mean(values, dim=1, correction=0)
         with torch.no_grad():
-            for running, new in (
-                (self.running_mean, mean),
-                (self.running_var, var * (count / (count - 1))),
-            ):
+            unbiased = var * (count / (count - 1))
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running.lerp_(new.to(running.dtype), self.momentum)
         return mean, var
 
-    @property
-    def repeatable(self) -> bool:  # type: ignore[override]
-        return not self.training
+    repeatable = property(lambda self: not self.training)
 
     def _scale_and_shift(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The mean, log-scale and shift of z = (x - mean) exp(log_scale) + shift, shaped as x."""
@@ -104,10 +94,8 @@ class BatchNorm(Bijection):
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         require_size(x, self.num_channels)
-        if self.training:
-            mean, var = self._batch_statistics(x)
-        else:
-            mean, var = self.running_mean, self.running_var
+        running = self.running_mean, self.running_var
+        mean, var = self._batch_statistics(x) if self.training else running
         mean, log_scale, shift = self._scale_and_shift(mean, var, x)
         z = (x - mean) * torch.exp(log_scale) + shift
         return z.to(x.dtype), per_position(log_scale.sum(), x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.checks import require
+from surflow.checks import require, require_positive
 from surflow.distributions import StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.transforms.base import Bijection, Example
@@ -43,8 +43,7 @@ class BoxToReal(Bijection):
 
     def __init__(self, low: Sequence[float], high: Sequence[float], sharpness: float = 1.0) -> None:
         super().__init__()
-        if not sharpness > 0:
-            raise ValueError(f"BoxToReal: expected sharpness > 0, got {sharpness}")
+        require_positive("BoxToReal", sharpness=sharpness)
         self.sharpness = float(sharpness)
         low_, high_ = (torch.as_tensor(t, dtype=torch.get_default_dtype()) for t in (low, high))
         if low_.dim() != 1 or low_.shape != high_.shape or not bool((low_ < high_).all()):
@@ -98,8 +97,7 @@ class BoxToReal(Bijection):
             x = torch.where(self.boxed, self.origin + self.width * torch.sigmoid(z), x)
         if self._half_open:
             length = F.softplus(self.sharpness * self.direction * z) / self.sharpness
-            half = self.origin + self.direction * length
-            x = torch.where(self.half_open, half, x)
+            x = torch.where(self.half_open, self.origin + self.direction * length, x)
         return x
 
     @classmethod
@@ -112,15 +110,10 @@ class BoxToReal(Bijection):
             z = 1.5 * normal.sample(n)
             log_r = normal.log_prob(z / 1.5) - 4 * math.log(1.5)
             # closed-form derivatives of the four maps, written independently of the layer
-            x = torch.stack(
-                [
-                    -1.0 + 3.0 / (1 + torch.exp(-z[:, 0])),
-                    0.5 + torch.log1p(torch.exp(2 * z[:, 1])) / 2,
-                    1.0 - torch.log1p(torch.exp(-2 * z[:, 2])) / 2,
-                    z[:, 3],
-                ],
-                dim=1,
-            )
+            a = -1.0 + 3.0 / (1 + torch.exp(-z[:, 0]))
+            b = 0.5 + torch.log1p(torch.exp(2 * z[:, 1])) / 2
+            c = 1.0 - torch.log1p(torch.exp(-2 * z[:, 2])) / 2
+            x = torch.stack([a, b, c, z[:, 3]], dim=1)
             s0 = torch.sigmoid(z[:, 0])
             s1, s2 = torch.sigmoid(2 * z[:, 1]), torch.sigmoid(-2 * z[:, 2])
             return x, log_r - torch.log(3.0 * s0 * (1 - s0)) - torch.log(s1) - torch.log(s2)

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_one_of, require_positive
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, sum_event
 from surflow.nets import MLP
@@ -70,8 +71,7 @@ class Continuous(Bijection):
 
     The solver "rk4" takes ``num_steps`` equal steps. The adaptive ones are those of torchdiffeq;
     they choose their steps by an error norm over the whole batch, so that a row depends on the
-    other rows within the tolerance, and their number of steps depends on the data: they do not
-    compile. They evaluate f outside autocast, in whose rounding no small step would be accepted.
+    other rows within the tolerance, and do not compile. They evaluate f outside autocast.
 
     Args:
         net: the field f. It sees y with the time appended along dimension 1, (B, C + 1, ...), and
@@ -116,16 +116,9 @@ class Continuous(Bijection):
         adjoint: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, known in (("solver", solver, SOLVERS), ("trace", trace, TRACES)):
-            if value not in known:
-                raise ValueError(
-                    f"Continuous: expected {name} to be one of {', '.join(known)}, got {value!r}"
-                )
-        for name, size in (("num_steps", num_steps), ("atol", atol), ("rtol", rtol)):
-            if not size > 0:
-                raise ValueError(f"Continuous: expected {name} > 0, got {size}")
-        if not end_time > 0:
-            raise ValueError(f"Continuous: expected end_time > 0, got {end_time}")
+        require_one_of("Continuous", SOLVERS, solver=solver)
+        require_one_of("Continuous", TRACES, trace=trace)
+        require_positive("Continuous", num_steps=num_steps, atol=atol, rtol=rtol, end_time=end_time)
         if adjoint and solver not in ADAPTIVE:
             raise ValueError(
                 f"Continuous: adjoint is for the solvers {', '.join(ADAPTIVE)}, got {solver!r}"
@@ -138,19 +131,11 @@ class Continuous(Bijection):
             load_torchdiffeq()
             self.compiles = False
             self.why_not_compiled = "an adaptive solver takes a number of steps that the data set"
-        self.net = net
-        self.solver = solver
-        self.num_steps = num_steps
-        self.atol = atol
-        self.rtol = rtol
+        self.net, self.trace, self.adjoint = net, trace, adjoint
+        self.solver, self.num_steps, self.atol, self.rtol = solver, num_steps, atol, rtol
         self.end_time = float(end_time)
-        self.trace = trace
-        self.adjoint = adjoint
 
-    @property
-    def estimated(self) -> bool:
-        """Whether the contribution is a random estimate of the log-determinant."""
-        return self.trace != "exact"
+    estimated = property(lambda self: self.trace != "exact")
 
     def _field(self, t: Tensor, rows: Tensor, context: Tensor | None, like: Tensor) -> Tensor:
         """f on flat rows in the solver's dtype; ``like`` has the shape and dtype of x."""
@@ -234,14 +219,8 @@ class Continuous(Bijection):
         }
         if self.adjoint:
             parameters = tuple(p for p in self.net.parameters() if p.requires_grad)
-            path = load_torchdiffeq().odeint_adjoint(
-                ahead,
-                state,
-                times,
-                adjoint_params=parameters,
-                adjoint_options={"step_t": times[:1]},
-                **options,
-            )
+            options |= {"adjoint_params": parameters, "adjoint_options": {"step_t": times[:1]}}
+            path = load_torchdiffeq().odeint_adjoint(ahead, state, times, **options)
         else:
             path = load_torchdiffeq().odeint(ahead, state, times, **options)
         return tuple(part[-1] for part in path)
@@ -258,9 +237,5 @@ class Continuous(Bijection):
     @classmethod
     def example(cls) -> Example:
         net = MLP(3, 2, [8], "tanh", context_features=1)
-        return Example(
-            cls(net, solver="rk4", num_steps=6, end_time=0.5),
-            DiagonalNormal((2,), scale=1.8),
-            StandardNormal((2,)),
-            context=1,
-        )
+        sample, base = DiagonalNormal((2,), scale=1.8), StandardNormal((2,))
+        return Example(cls(net, solver="rk4", num_steps=6, end_time=0.5), sample, base, context=1)

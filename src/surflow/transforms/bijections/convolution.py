@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import InputError, require_at_least, require_positive_sizes
+from surflow.checks import InputError, require_at_least, require_one_of, require_positive_sizes
 from surflow.numeric import working_dtype
 from surflow.transforms.base import Bijection, Example, zero_ldj
 from surflow.transforms.bijections.linear import (
@@ -57,11 +57,7 @@ class Conv1x1(Bijection):
 
     def __init__(self, channels: int, parametrisation: str = "full") -> None:
         super().__init__()
-        if parametrisation != "full" and parametrisation not in FACTORISED:
-            raise ValueError(
-                "Conv1x1: expected parametrisation to be one of "
-                f"{', '.join(['full', *FACTORISED])}, got {parametrisation!r}"
-            )
+        require_one_of("Conv1x1", ["full", *FACTORISED], parametrisation=parametrisation)
         require_at_least("Conv1x1", 1, channels=channels)
         self.parametrisation = parametrisation
         self.event_shape = (channels, None, None)
@@ -86,9 +82,9 @@ class Conv1x1(Bijection):
         return self.weight if self.linear is None else self.linear._like
 
     def _log_abs_det(self, x: Tensor) -> Tensor:
-        if self.linear is None:
-            return per_position(dense_log_abs_det(self.weight), x)
-        return per_position(self.linear._log_abs_det(), x)
+        dense = self.linear is None
+        log_det = dense_log_abs_det(self.weight) if dense else self.linear._log_abs_det()
+        return per_position(log_det, x)
 
     def _at_every_pixel(self, x: Tensor, matrix: Callable[[], Tensor]) -> Tensor:
         """The matrix times the channels, in float32 or better even under autocast, in the memory
@@ -126,8 +122,7 @@ class PeriodicConv2d(Bijection):
     with :math:`\hat x(f) \in \mathbb C^C` the discrete Fourier transform of x at frequency f, one
     of H W, and :math:`\hat K(f)` the C × C response of the kernel. Exact, and parallel both ways.
     In the image, z is the cross-correlation of x, padded circularly, with ``weight``; both
-    directions go through the FFT, so that they undo each other. Compiled, it is one graph, whose
-    complex products inductor leaves to the uncompiled kernels.
+    directions go through the FFT, so that they undo each other.
 
     Args:
         channels: C; x is (B, C, H, W).

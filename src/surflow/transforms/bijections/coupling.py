@@ -73,23 +73,15 @@ class Coupling(Bijection):
                 f"{type(self).__name__}: expected split to be one of {', '.join(SPLITS)} or a "
                 f"positive int, got {split!r}"
             )
-        self.map = map
-        self.net = net
-        self.split = split
-        self.swap = swap
-        self.dim = dim
+        self.map, self.net, self.split, self.swap, self.dim = map, net, split, swap, dim
         if mask is not None:
             mask = torch.as_tensor(mask, dtype=torch.bool)
             mask = ~mask if swap else mask
         self.register_buffer("mask", mask)
 
-    @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        return self.map.exact_inverse
+    reversible = property(lambda self: self.map.exact_inverse)
 
-    @property
-    def heavy_nets(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
-        return (self.net,)
+    heavy_nets = property(lambda self: (self.net,))
 
     # Splitting x and joining it ---------------------------------------------------------
 
@@ -97,7 +89,8 @@ class Coupling(Bijection):
         require_dim(x, self.dim)
         dim, channels = self.dim, x.shape[self.dim]
         if self.split == "alternate":
-            first, second = (_every_other(x, dim, start) for start in (0, 1))
+            before = (slice(None),) * dim
+            first, second = (x[(*before, slice(start, None, 2))] for start in (0, 1))
         else:
             size = min(channels // 2 if self.split == "half" else self.split, channels)
             first, second = x.split([size, channels - size], dim)
@@ -150,10 +143,8 @@ class Coupling(Bijection):
             mask = self._mask_for(x)
             params = self._params(torch.where(mask, x, 0.0), x, context)
             changed, log_derivative = function(x, params)
-            return (
-                torch.where(mask, x, changed),
-                sum_event(torch.where(mask, 0.0, log_derivative)),
-            )
+            ldj = sum_event(torch.where(mask, 0.0, log_derivative))
+            return torch.where(mask, x, changed), ldj
         conditioning, second = self._parts(x)
         params = self._params(conditioning, second, context)
         changed, log_derivative = function(second, params)
@@ -175,11 +166,8 @@ class Coupling(Bijection):
     def retrace(
         self, value: Tensor, context: Tensor | None, turned: bool
     ) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-        """See :class:`Transform`; at a single pass of the net.
-
-        The part that conditions is the same in input and output, so the net's output serves the
-        inverse, which finds the other part, and the graph.
-        """
+        """See :class:`Transform`; one pass of the net serves the inverse and the graph, since the
+        part that conditions is the same in input and output."""
         function = self.map.inverse_and_ldj if turned else self.map.forward
         if self.mask is not None:
             mask = self._mask_for(value)
@@ -188,23 +176,16 @@ class Coupling(Bijection):
             moved = torch.where(mask, 0.0, self._undo(value, params, turned)).requires_grad_()
             whole = torch.where(mask, kept, moved)
             changed, log_derivative = function(whole, params)
-            return (
-                (kept, moved),
-                lambda a, b: torch.where(mask, a, b),
-                torch.where(mask, whole, changed),
-                sum_event(torch.where(mask, 0.0, log_derivative)),
-            )
+            changed = torch.where(mask, whole, changed)
+            ldj = sum_event(torch.where(mask, 0.0, log_derivative))
+            return (kept, moved), lambda a, b: torch.where(mask, a, b), changed, ldj
         kept, changed = self._parts(value)
         kept = kept.detach().requires_grad_()
         params = self._params(kept, changed, context)
         moved = self._undo(changed, params, turned).requires_grad_()
         changed, log_derivative = function(moved, params)
-        return (
-            (kept, moved),
-            partial(self._join, value),
-            self._join(value, kept, changed),
-            sum_event(log_derivative),
-        )
+        joined = self._join(value, kept, changed)
+        return (kept, moved), partial(self._join, value), joined, sum_event(log_derivative)
 
     @torch.no_grad()
     def _undo(self, value: Tensor, params: Tensor, turned: bool) -> Tensor:
@@ -338,12 +319,7 @@ class LogisticMixtureCoupling(Coupling):
         return _example(cls(MLP(2, 2 * 11, [16], "tanh"), num_components=3))
 
 
-def _every_other(x: Tensor, dim: int, start: int) -> Tensor:
-    """x[..., start::2, ...] along a dimension, a view."""
-    return x[(slice(None),) * dim + (slice(start, None, 2),)]
-
-
-def _example(transform: Coupling, context: Callable[[int], Tensor] | None = None) -> Example:
+def _example(transform: Coupling, context: int | None = None) -> Example:
     """Four dimensions, wide normal inputs, a standard normal base."""
     wide = DiagonalNormal((4,), scale=1.5)
     return Example(transform, wide, StandardNormal((4,)), context=context)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
+from surflow.checks import require, require_positive
 from surflow.distributions import DiagonalNormal, HalfNormal, Logistic, StandardNormal, Uniform
 from surflow.distributions.base import as_shape, sum_event
 from surflow.transforms.base import Bijection, Example, output_of_context
@@ -21,14 +21,9 @@ from surflow.transforms.maps import ElementwiseMap
 class _ElementwiseBijection(Bijection):
     """z_d = f(x_d): a subclass gives f, its inverse and log |f'|, and checks its range."""
 
-    def _map(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _inverse_map(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
-        raise NotImplementedError
+    _map: Callable[[Tensor], Tensor]
+    _inverse_map: Callable[[Tensor], Tensor]
+    _log_derivative: Callable[[Tensor, Tensor], Tensor]
 
     def _check_range(self, z: Tensor) -> None:
         """Raise ValueError for a z outside the range of f; nothing to check by default."""
@@ -62,11 +57,8 @@ class Exp(_ElementwiseBijection):
     (tensor([[1., 1.]]), tensor([0.]))
     """
 
-    def _map(self, x: Tensor) -> Tensor:
-        return torch.exp(x)
-
-    def _inverse_map(self, z: Tensor) -> Tensor:
-        return torch.log(z)
+    _map = staticmethod(torch.exp)
+    _inverse_map = staticmethod(torch.log)
 
     def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
         return x
@@ -126,8 +118,7 @@ class Sigmoid(_ElementwiseBijection):
     (tensor([[0.5000, 0.5000]]), tensor([-2.7726]))
     """
 
-    def _map(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
+    _map = staticmethod(torch.sigmoid)
 
     def _inverse_map(self, z: Tensor) -> Tensor:
         return torch.log(z) - torch.log1p(-z)
@@ -183,8 +174,7 @@ class Softplus(_ElementwiseBijection):
     (tensor([[0.6931, 0.6931]]), tensor([-1.3863]))
     """
 
-    def _map(self, x: Tensor) -> Tensor:
-        return F.softplus(x)
+    _map = staticmethod(F.softplus)
 
     def _inverse_map(self, z: Tensor) -> Tensor:
         return z + torch.log(-torch.expm1(-z))
@@ -242,11 +232,8 @@ class Tanh(_ElementwiseBijection):
     (tensor([[0., 0.]]), tensor([0.]))
     """
 
-    def _map(self, x: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-    def _inverse_map(self, z: Tensor) -> Tensor:
-        return torch.atanh(z)
+    _map = staticmethod(torch.tanh)
+    _inverse_map = staticmethod(torch.atanh)
 
     def _log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
         return 2 * (math.log(2) - x - F.softplus(-2 * x))
@@ -281,8 +268,7 @@ class LeakyReLU(_ElementwiseBijection):
 
     def __init__(self, slope: float = 0.01) -> None:
         super().__init__()
-        if not slope > 0:
-            raise ValueError(f"LeakyReLU: expected slope > 0, got {slope}")
+        require_positive("LeakyReLU", slope=slope)
         self.slope = slope
 
     def _map(self, x: Tensor) -> Tensor:
@@ -327,14 +313,11 @@ class Elementwise(Bijection):
     ) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
-        self.map = map
-        self.net = net
+        self.map, self.net = map, net
         if net is None:
             self.params = nn.Parameter(torch.zeros(*self.event_shape, map.num_params))
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require_at_least
+from surflow.checks import require_at_least, require_one_of
 from surflow.distributions import DiagonalNormal, Uniform
 from surflow.numeric import at_least_float32, working_dtype
 from surflow.transforms.base import Bijection, Example, Transform, require_size, zero_ldj
@@ -24,8 +24,7 @@ def initial_matrix(size: int, init: str, where: str) -> Tensor:
     """A matrix (size, size) to start from: a random orthogonal one, or the identity."""
     if size < 1:
         raise ValueError(f"{where}: expected a positive size, got {size}")
-    if init not in INITS:
-        raise ValueError(f"{where}: expected init to be one of {', '.join(INITS)}, got {init!r}")
+    require_one_of(where, INITS, init=init)
     matrix = torch.eye(size)
     return nn.init.orthogonal_(matrix) if init == "orthogonal" else matrix
 
@@ -156,8 +155,7 @@ class FullLinear(_LinearBijection):
 
     @classmethod
     def example(cls) -> Example:
-        transform = cls(3)
-        return _example(_perturbed(transform), (3, 2))
+        return _example(_perturbed(cls(3)), (3, 2))
 
 
 class PLULinear(_LinearBijection):
@@ -166,16 +164,8 @@ class PLULinear(_LinearBijection):
     .. math:: z_n = P L (U + \mathrm{diag}(s))\, x_n, \qquad
               \mathrm{ldj} = N \sum_d \log |s_d|
 
-    with n over the N positions after dimension 1 (one for a vector). Exact. P is a fixed
-    permutation, L lower triangular with a unit diagonal, U strictly upper triangular; the signs
-    of s are fixed.
-
-    Args:
-        features: D, the size of dimension 1 of x.
-        init: start at a random "orthogonal" matrix or at the "identity".
-
-    Raises:
-        ValueError: for another size along dimension 1, D < 1, or an unknown init.
+    P is a fixed permutation, L lower triangular with a unit diagonal, U strictly upper triangular;
+    the signs of s are fixed. N, arguments and errors: see :class:`FullLinear`.
 
     Cost: O(D²) a position, by products or by triangular solves; for images O(D³) once a call.
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039, Sec. 3.2.
@@ -203,10 +193,8 @@ class PLULinear(_LinearBijection):
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """L with its unit diagonal, and U with s on its diagonal."""
         scale = self.sign.to(dtype) * torch.exp(self.log_scale.to(dtype))
-        lower = self.lower.to(dtype).tril(-1) + torch.eye(
-            self.features, dtype=dtype, device=scale.device
-        )
-        return lower, self.upper.to(dtype).triu(1) + torch.diag(scale)
+        one = torch.eye(self.features, dtype=dtype, device=scale.device)
+        return self.lower.to(dtype).tril(-1) + one, self.upper.to(dtype).triu(1) + torch.diag(scale)
 
     def _multiply(self, columns: Tensor) -> Tensor:
         lower, upper = self._factors(columns.dtype)
@@ -256,8 +244,7 @@ class HouseholderLinear(_LinearBijection):
     def __init__(self, features: int, num_reflections: int | None = None) -> None:
         super().__init__(features)
         count = features if num_reflections is None else num_reflections
-        if count < 1:
-            raise ValueError(f"{type(self).__name__}: expected num_reflections >= 1, got {count}")
+        require_at_least(type(self).__name__, 1, num_reflections=count)
         self.vectors = nn.Parameter(torch.randn(count, features))
 
     def _reflect(self, columns: Tensor, transpose: bool) -> Tensor:
@@ -266,10 +253,7 @@ class HouseholderLinear(_LinearBijection):
         half = torch.full(v.shape[:1], 0.5, dtype=v.dtype, device=v.device)
         t = (v @ v.T).triu(1) + torch.diag(half)
         inner = v @ columns
-        if transpose:
-            inner = torch.linalg.solve_triangular(t.T, inner, upper=False)
-        else:
-            inner = torch.linalg.solve_triangular(t, inner, upper=True)
+        inner = torch.linalg.solve_triangular(t.T if transpose else t, inner, upper=not transpose)
         return columns - v.T @ inner
 
     def _multiply(self, columns: Tensor) -> Tensor:
@@ -292,15 +276,8 @@ class QRLinear(HouseholderLinear):
 
     .. math:: z_n = Q\,(R + \mathrm{diag}(s))\, x_n, \qquad \mathrm{ldj} = N \sum_d \log s_d
 
-    with n over the N positions after dimension 1 (one for a vector). Exact. Q is that of
-    :class:`HouseholderLinear`, R strictly upper triangular, s > 0; it starts at W = Q.
-
-    Args:
-        features: D, the size of dimension 1 of x.
-        num_reflections: K; None for D.
-
-    Raises:
-        ValueError: for another size along dimension 1, D < 1 or K < 1.
+    N is as in :class:`FullLinear`; Q, arguments and errors are those of
+    :class:`HouseholderLinear`. R is strictly upper triangular, s > 0; it starts at W = Q.
 
     Cost: O(D² + D K) a vector or O(D²) a pixel, and O(D K² + D³) once a call, both ways.
     Source: Hoogeboom et al. 2019, arXiv 1901.11137, the QR parametrisation.

@@ -40,8 +40,7 @@ class LogisticMixtureMap(ElementwiseMap):
 
     def __init__(self, num_components: int = 8, max_log_scale: float = 7.0) -> None:
         require_at_least("LogisticMixtureMap", 1, num_components=num_components)
-        self.num_components = num_components
-        self.max_log_scale = max_log_scale
+        self.num_components, self.max_log_scale = num_components, max_log_scale
         self.num_params = 3 * num_components + 2
 
     def _unpack(self, params: Tensor) -> tuple[Tensor, ...]:

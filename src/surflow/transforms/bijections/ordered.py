@@ -12,7 +12,7 @@ from surflow.checks import require
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import sum_event
 from surflow.distributions.order import feature_index
-from surflow.transforms.base import Bijection, Example
+from surflow.transforms.base import Bijection, Example, generated_by
 
 
 class OrderedToReal(Bijection):
@@ -136,10 +136,4 @@ class RunningMaxToReal(Bijection):
     def example(cls) -> Example:
         transform = cls(softness=0.8, by=1)
         wide = DiagonalNormal((3, 2), loc=[[0, -0.2], [0.1, 0.2], [0, 0.1]], scale=1.4)
-
-        def sample(n: int) -> tuple[Tensor, Tensor]:
-            z, log_q = wide.sample_and_log_prob(n)
-            x, ldj = transform.inverse_and_ldj(z)
-            return x, log_q + ldj
-
-        return Example(transform, sample, StandardNormal((3, 2)))
+        return Example(transform, generated_by(transform, wide), StandardNormal((3, 2)))

@@ -87,9 +87,7 @@ class _FromParameters(Bijection):
         if self.net is None:
             self.params = nn.Parameter(start)
 
-    @property
-    def conditional(self) -> bool:
-        return self.net is not None
+    conditional = property(lambda self: self.net is not None)
 
     @abstractmethod
     def _map(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +123,7 @@ class _Stack(_FromParameters):
     """K layers of one kind at once; their parameters follow one another in ``params``."""
 
     def __init__(
-        self, event_shape: int | Sequence[int], net: nn.Module | None, num_layers: int
+        self, event_shape: int | Sequence[int], net: nn.Module | None = None, num_layers: int = 1
     ) -> None:
         super().__init__(event_shape, net)
         require_at_least(type(self).__name__, 1, num_layers=num_layers)
@@ -162,8 +160,7 @@ class Planar(_Stack):
     ``forward`` is the cheap direction. For density estimation use the layer as it is. Where
     samples are drawn and scored (the posterior of a VAE), use ``Inverse(Planar(...))``: then
     ``inverse_and_ldj``, which :class:`~surflow.flow.FlowDistribution` calls, is the cheap one and
-    the scalar root is never needed. What does not depend on x, and the log-determinants, are
-    computed for all K layers together.
+    the scalar root is never needed.
 
     Args:
         event_shape: the shape of x, D elements in all.
@@ -184,11 +181,6 @@ class Planar(_Stack):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
     True
     """
-
-    def __init__(
-        self, event_shape: int | Sequence[int], net: nn.Module | None = None, num_layers: int = 1
-    ) -> None:
-        super().__init__(event_shape, net, num_layers)
 
     def _start(self, k: int) -> Tensor:
         d = self.features

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from surflow.nets import MLP
 from surflow.transforms.base import Example
@@ -46,11 +45,6 @@ class Radial(_Stack):
     >>> torch.allclose(layer.inverse(layer(x)[0]), x, atol=1e-5)
     True
     """
-
-    def __init__(
-        self, event_shape: int | Sequence[int], net: nn.Module | None = None, num_layers: int = 1
-    ) -> None:
-        super().__init__(event_shape, net, num_layers)
 
     def _start(self, k: int) -> Tensor:
         centre = torch.randn(k, self.features) / self.features**0.5

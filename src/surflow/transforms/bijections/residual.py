@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from surflow.checks import require, values_are_checked
+from surflow.checks import (
+    require,
+    require_at_least,
+    require_fraction,
+    require_positive,
+    values_are_checked,
+)
 from surflow.distributions import DiagonalNormal, StandardNormal
 from surflow.distributions.base import as_shape, sum_event
 from surflow.nets.lipschitz import LipschitzMLP
@@ -60,9 +66,8 @@ class Residual(Bijection):
       :math:`c^2 < 1 -` ``stop``.
 
     The last two give a random number (``estimated`` is True). An unbiased estimate of log p(x) is
-    neither its value nor a bound: averages over data or over repetitions converge to the value,
-    while the mean of its exponential does not converge to p(x), so that importance-weighted
-    bounds need ``trace="exact"``.
+    neither its value nor a bound: averages converge to the value, but the mean of its exponential
+    does not converge to p(x), so that importance-weighted bounds need ``trace="exact"``.
 
     The inverse iterates x <- z - g(x), each row until it converges, at most ``max_iterations``
     times. Its gradient is that of the implicit function: with "exact" by a Newton step, which
@@ -118,37 +123,24 @@ class Residual(Bijection):
             raise ValueError(
                 f"Residual: expected gradient in {', '.join(GRADIENTS)}, got {gradient!r}"
             )
-        if not 0 < stop < 1:
-            raise ValueError(f"Residual: expected 0 < stop < 1, got {stop}")
-        for name, value in (
-            ("num_terms", num_terms),
-            ("max_iterations", max_iterations),
-            ("gradient_iterations", gradient_iterations),
-        ):
-            if value < 1:
-                raise ValueError(f"Residual: expected {name} >= 1, got {value}")
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"Residual: expected tolerance > 0, got {tolerance}")
+        require_fraction("Residual", stop=stop)
+        counts = {"num_terms": num_terms, "max_iterations": max_iterations}
+        require_at_least("Residual", 1, **counts, gradient_iterations=gradient_iterations)
+        if tolerance is not None:
+            require_positive("Residual", tolerance=tolerance)
         if event_shape is None:
             event_shape = getattr(net, "in_features", None)
         if event_shape is not None:
             self.event_shape = as_shape(event_shape)
-        self.net = net
-        self.trace = trace
-        self.num_terms = num_terms
-        self.stop = stop
-        self.gradient = gradient
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
+        self.net, self.trace, self.gradient = net, trace, gradient
+        self.num_terms, self.stop = num_terms, stop
+        self.max_iterations, self.tolerance = max_iterations, tolerance
         self.gradient_iterations = gradient_iterations
         if trace == "russian_roulette":
             self.compiles = False
             self.why_not_compiled = "the number of terms of the series is drawn in each call"
 
-    @property
-    def estimated(self) -> bool:
-        """Whether the contribution is a random estimate of the log-determinant."""
-        return self.trace != "exact"
+    estimated = property(lambda self: self.trace != "exact")
 
     def _function(self, like: Tensor, context: Tensor | None) -> Function:
         """g on flat rows in the solver's dtype; its weights are bounded here, once."""
@@ -277,9 +269,5 @@ class Residual(Bijection):
         with torch.no_grad():  # up to the bound, so that the example is far from the identity
             for layer in net.linears:
                 layer.weight.mul_(3.0)
-        return Example(
-            cls(net, max_iterations=64),
-            DiagonalNormal((3,), scale=1.8),
-            StandardNormal((3,)),
-            context=2,
-        )
+        sample, base = DiagonalNormal((3,), scale=1.8), StandardNormal((3,))
+        return Example(cls(net, max_iterations=64), sample, base, context=2)

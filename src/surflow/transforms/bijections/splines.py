@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surflow.checks import require, require_at_least
+from surflow.checks import require, require_at_least, require_fraction
 from surflow.numeric import at_least_float32
 from surflow.transforms.maps import ElementwiseMap
 
@@ -75,10 +75,7 @@ class RationalQuadraticSpline(ElementwiseMap):
             raise ValueError(
                 f"RationalQuadraticSpline: expected 0 < min_bin < 1/num_bins, got {min_bin}"
             )
-        if not 0 < min_slope < 1:
-            raise ValueError(
-                f"RationalQuadraticSpline: expected 0 < min_slope < 1, got {min_slope}"
-            )
+        require_fraction("RationalQuadraticSpline", min_slope=min_slope)
         self.num_bins = num_bins
         self.tails = bound is not None
         self.low, self.high = float(interval[0]), float(interval[1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from surflow.checks import require_at_least
 from surflow.nets import MLP
 from surflow.transforms.base import Example
 from surflow.transforms.bijections.planar import (
@@ -93,8 +94,7 @@ class Sylvester(_FromParameters):
         h = m if num_reflections is None else num_reflections
         if not 1 <= m <= self.features:
             raise ValueError(f"Sylvester: expected 1 <= num_directions <= {self.features}, got {m}")
-        if h < 1:
-            raise ValueError(f"Sylvester: expected num_reflections >= 1, got {h}")
+        require_at_least("Sylvester", 1, num_reflections=h)
         self.num_directions, self.num_reflections = m, h
         triangles = 0.1 * torch.randn(m * m + m)
         self._declare(torch.cat([torch.randn(h * self.features), triangles, torch.zeros(m)]))

@@ -66,24 +66,18 @@ class DiscretelyIndexed(Transform):
                     f"{getattr(t, 'label', type(t).__name__)}"
                 )
         for name, part in (("gate", gate), ("encoder", encoder)):
-            if (
-                not isinstance(part, Categorical)
-                or part.event_shape != (1,)
-                or part.num_classes != len(transforms)
-            ):
+            fits = isinstance(part, Categorical) and part.event_shape == (1,)
+            if not fits or part.num_classes != len(transforms):
                 raise ValueError(
                     f"DiscretelyIndexed: expected as {name} a Categorical of event shape (1,) over "
                     f"{len(transforms)} classes, got {part}"
                 )
         self.transforms = nn.ModuleList(transforms)
-        self.gate = gate
-        self.encoder = encoder
+        self.gate, self.encoder = gate, encoder
         self.event_shape = transforms[0].event_shape
         self.latent_shape = transforms[0].latent_shape
 
-    @property
-    def conditional(self) -> bool:
-        return False  # gate and encoder are conditioned on z and x, not on the flow's context
+    conditional = False  # gate and encoder are conditioned on z and x, not on the flow's context
 
     @staticmethod
     def _given(part: Distribution, value: Tensor) -> Tensor | None:
@@ -134,12 +128,6 @@ class DiscretelyIndexed(Transform):
             Affine((2,), shift, scale, learn=True)
             for shift, scale in (([0.5, 0.0], 1.2), ([-0.4, 0.3], [0.9, -1.1]), ([0.0, -0.5], 0.8))
         ]
-        return Example(
-            cls(
-                transforms,
-                gate=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
-                encoder=Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")),
-            ),
-            DiagonalNormal((2,), scale=2.2),
-            StandardNormal((2,)),
-        )
+        gate, encoder = (Categorical((1,), 3, net=MLP(2, 3, [8], "tanh")) for _ in range(2))
+        sample = DiagonalNormal((2,), scale=2.2)
+        return Example(cls(transforms, gate, encoder), sample, StandardNormal((2,)))

@@ -21,7 +21,7 @@ class StochasticPermutation(Transform):
               x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
               V = \log p(\tau^{-1} \mid z) - \log q(\tau \mid x)
 
-    A lower bound: both directions are stochastic. With uniform orders V = 0 and any model that
+    A lower bound. With uniform orders V = 0 and any model that
     follows becomes exchangeable. Learned orders are Plackett-Luce: places are filled one by one, an
     element with a weight :math:`e^{\ell}` among those left. V scores the permutation that was drawn
     and its inverse; for distinct elements that is the only one that leads from x to z, and elements
@@ -125,9 +125,6 @@ class StochasticPermutation(Transform):
     @classmethod
     def example(cls) -> Example:
         transform = cls(3, True, MLP(3, 3, [8], "tanh", context_features=1), MLP(3, 3, [8], "tanh"))
-        return Example(
-            transform,
-            DiagonalNormal((3,), scale=1.4),
-            DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8]),
-            context=1,
-        )
+        sample = DiagonalNormal((3,), scale=1.4)
+        base = DiagonalNormal((3,), [0.4, -0.4, 0.0], [0.9, 1.0, 0.8])
+        return Example(transform, sample, base, context=1)

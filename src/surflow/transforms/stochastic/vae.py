@@ -60,9 +60,7 @@ class VAE(Transform):
             if not isinstance(part, Distribution) or not part.conditional:
                 raise ValueError(f"VAE: expected a conditional distribution as {name}, got {part}")
         require_at_least("VAE", 0, context_features=context_features)
-        self.encoder = encoder
-        self.decoder = decoder
-        self.context_features = context_features
+        self.encoder, self.decoder, self.context_features = encoder, decoder, context_features
         self.event_shape = decoder.event_shape
         self.latent_shape = encoder.event_shape
         self.integer_data = decoder.integer

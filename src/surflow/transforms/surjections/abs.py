@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
+from surflow.checks import require, require_fraction
 from surflow.distributions import DiagonalNormal, HalfNormal, StandardNormal
 from surflow.distributions.base import as_shape, register_value, sum_event
 from surflow.nets import MLP
@@ -25,7 +25,7 @@ class AbsInference(Surjection):
     .. math:: z_d = |x_d|, \quad x_d = s_d z_d,\ s_d \sim \mathrm{sign}(\pi_d(z)), \qquad
               V = \sum_d \log p(s_d \mid z)
 
-    Exact: forward is deterministic. With :math:`\pi = 1/2` the model is symmetric in every
+    Exact. With :math:`\pi = 1/2` the model is symmetric in every
     folded coordinate; with a learned :math:`\pi(z)` it can be anti-symmetric.
 
     Args:
@@ -62,18 +62,13 @@ class AbsInference(Surjection):
         super().__init__()
         self.event_shape = as_shape(event_shape)
         channels = self.event_shape[0]
-        if element is None:
-            elements = list(range(channels))
-        else:
-            elements = [element] if isinstance(element, int) else list(element)
+        element = range(channels) if element is None else element
+        elements = [element] if isinstance(element, int) else list(element)
         if not elements or any(not 0 <= e < channels for e in elements):
             raise ValueError(
                 f"{type(self).__name__}: expected elements in 0 to {channels - 1}, got {elements}"
             )
-        if not 0 < probability < 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected 0 < probability < 1, got {probability}"
-            )
+        require_fraction(type(self).__name__, probability=probability)
         self.element = tuple(sorted(set(elements)))
         self.folds_all = len(self.element) == channels
         folded = torch.zeros(channels, dtype=torch.bool)
@@ -85,8 +80,7 @@ class AbsInference(Surjection):
         if net is None:
             shape = (len(self.element), *self.event_shape[1:])
             logit = torch.full(shape, probability, dtype=torch.float64).logit()
-            logit = logit.to(torch.get_default_dtype())
-            register_value(self, "logit", logit, learn)
+            register_value(self, "logit", logit.to(torch.get_default_dtype()), learn)
 
     def _logits(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Logits of P(x >= 0) at the folded coordinates, (B, C_folded, ...)."""
@@ -95,22 +89,18 @@ class AbsInference(Surjection):
         expected = (z.shape[0], len(self.element), *z.shape[2:])
         return net_output(self.net, z, context, expected)
 
-    def _score(self, positive: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
-        logits = self._logits(z, context)
+    @staticmethod
+    def _score(positive: Tensor, logits: Tensor) -> Tensor:
         return sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         chosen = x if self.folds_all else x.index_select(1, self.index)
         z = x.abs() if self.folds_all else torch.where(self.folded, x.abs(), x)
-        return z, self._score(chosen >= 0, z, context)
-
-    def _check_support(self, z: Tensor) -> None:
-        ok = (z >= 0) | ~self.folded
-        require(ok, "values >= 0 at the folded coordinates", z)
+        return z, self._score(chosen >= 0, self._logits(z, context))
 
     def _draw(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A signed x for z; whether each folded sign is positive; the logits it came from."""
-        self._check_support(z)
+        require((z >= 0) | ~self.folded, "values >= 0 at the folded coordinates", z)
         logits = self._logits(z, context)
         positive = torch.rand_like(logits) < torch.sigmoid(logits)
         signs = torch.where(positive, 1.0, -1.0).to(z.dtype)
@@ -124,7 +114,7 @@ class AbsInference(Surjection):
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # scored by the sign that was drawn, which at z = 0 the product no longer shows
         x, positive, logits = self._draw(z, context)
-        log_probability = sum_event(F.logsigmoid(torch.where(positive, logits, -logits)))
+        log_probability = self._score(positive, logits)
         record_score(log_probability)
         return x, log_probability
 
@@ -158,8 +148,7 @@ class AbsGenerative(_InverseOf):
     .. math:: x_d = |z_d|, \quad z_d = s_d x_d,\ s_d \sim \mathrm{sign}(\pi_d(x)), \qquad
               V = -\sum_d \log q(s_d \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`AbsInference` in the other direction, so a
-    learned sign distribution is the variational posterior q(s|x).
+    A lower bound; a learned sign distribution is the variational posterior q(s|x).
 
     Args:
         event_shape, element, probability, learn, net: see :class:`AbsInference`; the net sees x.

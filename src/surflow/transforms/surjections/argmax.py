@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,14 @@ from surflow.distributions.base import Distribution, as_shape, expand_to, regist
 from surflow.distributions.location_scale import Logistic
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32
-from surflow.transforms.base import Example, Surjection, require_context, require_output, run_net
+from surflow.transforms.base import (
+    Example,
+    Sampler,
+    Surjection,
+    require_context,
+    require_output,
+    run_net,
+)
 from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.rounding import uniform_integers
@@ -57,16 +64,10 @@ class _Categories(Surjection):
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(f"{type(self).__name__}: expected num_classes >= 2, got {num_classes}")
         self.latent_shape = as_shape(latent_shape)
-        self.num_classes = num_classes
-        self.width = width
+        self.num_classes, self.width = num_classes, width
         self.event_shape = (self.latent_shape[0] * width, *self.latent_shape[1:])
         # its dtype follows .to(), and says in which dtype to draw for an integer tensor
         self.register_buffer("unit", torch.ones(()), persistent=False)
-
-    def _check_categories(self, z: Tensor) -> None:
-        level = z.long()
-        inside = (level >= 0) & (level < self.num_classes)
-        require(inside, f"classes 0 to {self.num_classes - 1}", z)
 
     def _per_category(self, values: Tensor) -> Tensor:
         """A vector over the second dimension of (C, width, ...), to broadcast there."""
@@ -115,8 +116,10 @@ class _Categories(Surjection):
         return self._inverse_and_ldj(z, context)[0]
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check_categories(z)
-        x, log_p = self._draw(z.long(), context)
+        level = z.long()
+        inside = (level >= 0) & (level < self.num_classes)
+        require(inside, f"classes 0 to {self.num_classes - 1}", z)
+        x, log_p = self._draw(level, context)
         return x.flatten(1, 2), log_p
 
 
@@ -150,12 +153,9 @@ class _FromNoise(_Categories):
                 f"{type(self).__name__}: expected a noise of event shape {self.event_shape}, "
                 f"one value a score, got {noise.event_shape}"
             )
-        self.noise = noise
-        self.context_features = context_features
+        self.noise, self.context_features = noise, context_features
 
-    @property
-    def _context_features(self) -> int:
-        return self.context_features
+    _context_features = property(lambda self: self.context_features)
 
     def _thresholded(self, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Scores from noise, both (B, C, width, ...), and log |dx/dv| of each."""
@@ -196,9 +196,8 @@ class ArgmaxInference(_FromNoise):
         noise: p(v|z), any density on the whole space of event shape (C K, ...); its context, if
             it is conditional, is z one-hot, (B, C K, ...). None: standard logistics, whose
             thresholded density stays positive and bounded at the threshold.
-        context_features: features F of the flow's context that the noise sees too: its context
-            is then (one-hot, context), joined along dimension 1; a context (B, F) is spread over
-            the other dimensions.
+        context_features: F, of the flow's context, which the noise then sees after the one-hot;
+            see :class:`Slice`.
 
     Raises:
         ValueError: for K < 2 or a noise of another shape; from ``forward`` for x that is not a
@@ -251,17 +250,13 @@ class ArgmaxGenerative(_Generative):
     .. math:: x = \arg\max_k z_k, \quad z_x = T = v_x,\ z_k = T - \log(1 + e^{T - v_k}),\
               v \sim q(v \mid x), \qquad V = \sum_{k \ne x} \log\sigma(T - v_k) - \log q(v \mid x)
 
-    A lower bound on the log-mass of categorical data. It is the other direction of
-    :class:`ArgmaxInference`.
+    A lower bound on the log-mass of categorical data.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...), channel c K + k the score
             of category k.
-        num_classes, noise, context_features: see :class:`ArgmaxInference`.
-
-    Raises:
-        ValueError: as :class:`ArgmaxInference`; from ``forward`` for x outside 0 ... K - 1 or not
-            of integers.
+        num_classes, noise, context_features, and errors (its directions exchanged): see
+            :class:`ArgmaxInference`.
 
     Cost: forward one sample of the noise with its log-density, inverse O(D K).
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3.
@@ -292,8 +287,7 @@ class GumbelArgmaxInference(_Categories):
 
     Exact, and in closed form. It is the law of independent Gumbels at :math:`\phi`, given where
     their maximum stands; so with a categorical base of logits :math:`\phi` the scores are just
-    independent Gumbels. Each element of z has K scores, in alternating channels; among equal
-    scores the first counts as the greatest.
+    independent Gumbels. Channels and ties are as in :class:`ArgmaxInference`.
 
     Args:
         latent_shape: the shape of z, (C, ...); that of x is (C K, ...).
@@ -301,12 +295,10 @@ class GumbelArgmaxInference(_Categories):
         logits: phi, (K,) or (*latent, K); zeros if left out.
         learn: whether they are a parameter.
         net: maps z one-hot, (B, C K, ...) (and the context, if it has ``context_features``), to
-            phi, (B, C K, ...), channels alternating over categories; replaces
-            ``logits``.
+            phi, (B, C K, ...), channels alternating over categories; replaces ``logits``.
 
     Raises:
-        ValueError: for K < 2, logits or a net's output of a wrong shape; from ``forward`` for x
-            that is not a number, from ``inverse`` for a z outside 0 ... K - 1 or not of integers.
+        ValueError: as :class:`ArgmaxInference`, and for logits or a net's output of a wrong shape.
 
     Cost: O(D K) and one pass of the net, either way.
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Gumbel thresholding); Maddison et
@@ -335,9 +327,7 @@ class GumbelArgmaxInference(_Categories):
         value = expand_to(value, shape, f"{type(self).__name__}: logits").movedim(-1, 1).clone()
         register_value(self, "logits", value, learn)
 
-    @property
-    def _context_features(self) -> int:
-        return getattr(self.net, "context_features", 0)
+    _context_features = property(lambda self: getattr(self.net, "context_features", 0))
 
     def _phi(self, z: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, K, ...), or without the batch."""
@@ -394,12 +384,8 @@ class GumbelArgmaxGenerative(_Generative):
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C K, ...).
-        num_classes, logits, learn, net: see :class:`GumbelArgmaxInference`; the net sees x
-            one-hot.
-
-    Raises:
-        ValueError: as :class:`GumbelArgmaxInference`; from ``forward`` for x outside 0 ... K - 1
-            or not of integers.
+        num_classes, logits, learn, net, and errors (its directions exchanged): see
+            :class:`GumbelArgmaxInference`; the net sees x one-hot.
 
     Cost: O(D K) either way, and forward one pass of the net.
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Gumbel thresholding).
@@ -441,9 +427,7 @@ class BinaryArgmaxInference(_FromNoise):
         context_features: see :class:`ArgmaxInference`.
 
     Raises:
-        ValueError: for K < 2 or a noise of another shape; from ``forward`` for x that is not a
-            number or spells no category, from ``inverse`` for a z outside 0 ... K - 1 or not of
-            integers.
+        ValueError: as :class:`ArgmaxInference`; from ``forward`` for x that spells no category.
 
     Cost: forward one log-density of the noise, inverse one sample, and O(D log K).
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Cartesian products of argmaxes).
@@ -503,18 +487,15 @@ class BinaryArgmaxGenerative(_Generative):
     .. math:: x = \sum_{m < M} 2^m [z_m > 0], \quad z_m = \pm\log(1 + e^{v_m}),\ v \sim q(v \mid x),
               \qquad V = \sum_m \log\sigma(v_m) - \log q(v \mid x)
 
-    A lower bound. It is the other direction of :class:`BinaryArgmaxInference`.
+    A lower bound.
 
     Args:
         event_shape: the shape of x, (C, ...); that of z is (C M, ...), with
             :math:`M = \lceil\log_2 K\rceil`.
         num_classes: K. Where it is no power of two, ``inverse`` takes a z that spells more to
             K - 1, and the bound loses its mass.
-        noise, context_features: see :class:`BinaryArgmaxInference`.
-
-    Raises:
-        ValueError: as :class:`BinaryArgmaxInference`; from ``forward`` for x outside 0 ... K - 1
-            or not of integers.
+        noise, context_features, and errors (its directions exchanged): see
+            :class:`BinaryArgmaxInference`.
 
     Cost: forward one sample of the noise with its log-density, inverse O(D log K).
     Source: Hoogeboom et al. 2021, arXiv 2102.05379, Sec. 3 (Cartesian products of argmaxes).
@@ -553,9 +534,7 @@ def _noise(features: int, log_scale: float) -> Distribution:
     return Logistic((features,), net=net)
 
 
-def scores_below_a_greatest(
-    features: int, num_classes: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+def scores_below_a_greatest(features: int, num_classes: int) -> Sampler:
     """A sampler of scores, with their log-density: a greatest one T, the others T - d.
 
     T is logistic and log d logistic about min(T, 0), so that its tails are heavier than those of

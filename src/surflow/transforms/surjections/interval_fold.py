@@ -66,9 +66,8 @@ class IntervalFold(Surjection):
         super().__init__()
         self.event_shape = as_shape(event_shape)
         if len(self.event_shape) != 1:
-            raise ValueError(
-                f"IntervalFold: expected an event of one dimension, got {self.event_shape}"
-            )
+            shape = self.event_shape
+            raise ValueError(f"IntervalFold: expected an event of one dimension, got {shape}")
         if not 0 <= element < self.event_shape[0]:
             raise ValueError(
                 f"IntervalFold: expected element in 0 to {self.event_shape[0] - 1}, got {element}"
@@ -78,11 +77,7 @@ class IntervalFold(Surjection):
             raise ValueError(f"IntervalFold: expected low < high, got {low} and {high}")
         self.element, self.num_intervals = element, num_intervals
         self.low, self.high = float(low), float(high)
-        widths = torch.zeros(num_intervals)
-        if learn_edges:
-            self.widths = nn.Parameter(widths)
-        else:
-            self.register_buffer("widths", widths)
+        register_value(self, "widths", torch.zeros(num_intervals), learn_edges)
         odd = torch.arange(num_intervals) % 2 == 1
         self.register_buffer("turned", odd & zigzag, persistent=False)
         self.net = net
@@ -101,15 +96,17 @@ class IntervalFold(Surjection):
         shape = (z.shape[0], self.num_intervals)
         return F.log_softmax(net_output(self.net, z, context, shape), 1)
 
+    def _require_within(self, value: Tensor, low: float, high: float) -> None:
+        expected = f"coordinate {self.element} in [{low:g}, {high:g}]"
+        require((value >= low) & (value <= high), expected, value)
+
     def _replace(self, value: Tensor, column: Tensor) -> Tensor:
         e = self.element
         return torch.cat([value[:, :e], column.unsqueeze(1), value[:, e + 1 :]], dim=1)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         value = x[:, self.element]
-        inside = (value >= self.low) & (value <= self.high)
-        expected = f"coordinate {self.element} in [{self.low:g}, {self.high:g}]"
-        require(inside, expected, value)
+        self._require_within(value, self.low, self.high)
         left, width = (part.to(x.dtype) for part in self.edges())
         index = (value.unsqueeze(1) >= left[1:]).sum(1)
         place = ((value - left[index]) / width[index]).clamp(0.0, 1.0)
@@ -117,11 +114,9 @@ class IntervalFold(Surjection):
         gate = self.log_gate(z, context).gather(1, index.unsqueeze(1)).squeeze(1)
         return z, gate - width.log()[index]
 
-    def _generate(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         value = z[:, self.element]
-        inside = (value >= 0) & (value <= 1)
-        expected = f"coordinate {self.element} in [0, 1]"
-        require(inside, expected, value)
+        self._require_within(value, 0, 1)
         log_gate = self.log_gate(z, context)
         index = draw_index(log_gate.exp())
         log_probability = log_gate.gather(1, index).squeeze(1)
@@ -134,10 +129,7 @@ class IntervalFold(Surjection):
         return x, log_probability - width.log()[index]
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self._generate(z, context)[0]
-
-    def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._generate(z, context)
+        return self._inverse_and_ldj(z, context)[0]
 
     def summed(self, x: Tensor, tail: Tail, rule: Any) -> Tensor:
         rule.say(f"enumeration of {self.num_intervals} intervals")

@@ -17,18 +17,12 @@ from surflow.latents import Tape
 from surflow.nets import MLP
 from surflow.numeric import working_dtype
 from surflow.score_function import record_score
-from surflow.transforms.base import Example, Surjection, net_output, zero_ldj
+from surflow.transforms.base import Example, Surjection, generated_by, net_output, zero_ldj
 from surflow.transforms.inverse import _InverseOf
 
 
 def remove_one(values: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Leave out one element along ``dim``: (..., K, ...) -> (..., K - 1, ...), order kept.
-
-    Args:
-        values: K elements along ``dim``.
-        index: which to leave out; one element along ``dim``.
-        dim: the dimension.
-    """
+    """Leave out the element ``index`` along ``dim``: (..., K, ...) -> (..., K - 1, ...)."""
     k = values.shape[dim] - 1
     place = torch.arange(k, device=values.device).view(k, *[1] * (values.dim() - dim - 1))
     return torch.where(place < index, values.narrow(dim, 0, k), values.narrow(dim, 1, k))
@@ -44,12 +38,7 @@ def insert_one(value: Tensor, others: Tensor, index: Tensor, dim: int) -> Tensor
 
 
 def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """Gumbel noise e with argmax(log p + e) = index, from its distribution given the index.
-
-    Args:
-        index: of the winner, one element along ``dim``.
-        log_p: normalised log-probabilities along ``dim``.
-        dim: the dimension of the race.
+    """Gumbel noise e with argmax(log p + e) = index along ``dim``, given that index.
 
     Source: Maddison et al. 2014, arXiv 1411.0030 (the top first, the others below it).
     """
@@ -60,9 +49,9 @@ def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
 
 
 class _Max(Surjection):
-    """The max over K elements along one dimension of blocks into which a subclass cuts x."""
+    """The max over K elements along ``dim`` of blocks into which a subclass cuts x."""
 
-    dim: int  # of a block's K elements
+    dim: int
 
     def _setup(
         self,
@@ -92,7 +81,7 @@ class _Max(Surjection):
         self.net = net
         self.logits = nn.Parameter(torch.zeros(logits_shape)) if learn and net is None else None
 
-    # What a subclass writes: z keeps the place of the K elements, of size 1, between these -------
+    # What a subclass may write: how x is cut into blocks, and what the decoder and z are of them
 
     def _cut(self, x: Tensor) -> Tensor:
         """x as blocks, their K elements along ``dim``."""
@@ -109,13 +98,10 @@ class _Max(Surjection):
     def _unpack(self, event: Tensor) -> Tensor:
         return event
 
-    # ---------------------------------------------------------------------------------------------
-
     def _log_index(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """Log-probability of each of the K places, like blocks; None for uniform."""
         if self.net is not None:
-            shape = (z.shape[0], *self.logits_shape)
-            logits = net_output(self.net, z, context, shape)
+            logits = net_output(self.net, z, context, (z.shape[0], *self.logits_shape))
         elif self.logits is not None:
             logits = self.logits.to(working_dtype(z)).unsqueeze(0)
         else:
@@ -210,10 +196,9 @@ class MaxInference(_Max):
               x_{-k} \sim p(x_{-k} \mid z), \qquad
               V = \log \pi_k(z) + \log p(x_{-k} \mid z)
 
-    Exact: forward is deterministic. The other K - 1 elements, in their order, come from a density
-    at or below the max: ``decoder`` gives either their distances z - x >= 0, or (with
-    ``differences=False``) their values. Each position after dimension 1 has its own max and
-    index. Of equal maxima the first counts.
+    Exact. The other K - 1 elements, in their order, come from ``decoder``: their distances
+    z - x >= 0, or (with ``differences=False``) their values. Each position after dimension 1 has
+    its own max and index. Of equal maxima the first counts.
 
     Args:
         event_shape: the shape of x, (K, *rest), K >= 2; z has (1, *rest).
@@ -261,13 +246,9 @@ class MaxInference(_Max):
         with torch.no_grad():
             decoder.net.layers[-1].bias.copy_(torch.tensor([-0.3, -0.5]))
         base = DiagonalNormal((1,), 0.2, 0.8)
-
-        def sample(n: int) -> tuple[Tensor, Tensor]:
-            # the same structure with wider parts: a normal max, exponentials below, any place
-            z, log_r = DiagonalNormal((1,), 0.2, 1.2).sample_and_log_prob(n)
-            x, ldj = cls((3,), Exponential((2,), 1.5)).inverse_and_ldj(z)
-            return x, log_r + ldj
-
+        # the same structure with wider parts: a normal max, exponentials below, any place
+        same = cls((3,), Exponential((2,), 1.5))
+        sample = generated_by(same, DiagonalNormal((1,), 0.2, 1.2))
         return Example(cls((3,), decoder, net=net), sample, base, context=1)
 
 
@@ -278,17 +259,12 @@ class MaxGenerative(_InverseOf):
               z_{-k} \sim q(z_{-k} \mid x), \qquad
               V = -\log \pi_k(x) - \log q(z_{-k} \mid x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxInference` in the other direction: x has
-    one element along dimension 1, z has K, and the decoder is the variational posterior of the
-    elements below the max. A drawn index has no pathwise gradient: the objectives add its
-    score-function gradient.
+    A lower bound; the decoder is the variational posterior of the elements below the max. A drawn
+    index has no pathwise gradient: the objectives add its score-function gradient.
 
     Args:
         event_shape: the shape of z, (K, *rest); x has (1, *rest).
-        decoder, differences, learn, net: see :class:`MaxInference`; nets see x.
-
-    Raises:
-        ValueError: as :class:`MaxInference`.
+        decoder, differences, learn, net, and errors: see :class:`MaxInference`; nets see x.
 
     Cost: O(D) in both directions, and a pass of the net and of the decoder.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Sec. 3.2 and Tables 6, 7.
@@ -305,8 +281,5 @@ class MaxGenerative(_InverseOf):
         transform = cls((3,), Exponential((2,), [1.5, 1.2], learn=True), learn=True)
         with torch.no_grad():
             transform.transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1]))
-        return Example(
-            transform,
-            DiagonalNormal((1,), 0.7, 1.2),
-            DiagonalNormal((3,), [0.0, 0.2, -0.1], [0.9, 1.0, 0.8]),
-        )
+        base = DiagonalNormal((3,), [0.0, 0.2, -0.1], [0.9, 1.0, 0.8])
+        return Example(transform, DiagonalNormal((1,), 0.7, 1.2), base)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surflow.checks import require_at_least
 from surflow.distributions import DiagonalNormal, Exponential
 from surflow.distributions.base import Distribution, as_shape
-from surflow.transforms.base import Example
+from surflow.transforms.base import Example, generated_by
 from surflow.transforms.inverse import _InverseOf
 from surflow.transforms.surjections.max import _Max
 
@@ -27,7 +27,7 @@ class MaxPool2d(_Max):
               r \sim p(r \mid z),\ x_{j, -k_j} = z_j - r_j, \qquad
               V = \log p(r \mid z) + \sum_j \log \pi_{j k_j}(z)
 
-    Exact: forward is deterministic. x is cut into blocks of k x k pixels, their pixels in raster
+    Exact. x is cut into blocks of k x k pixels, their pixels in raster
     order; a block's remainders r are the distances of its other k^2 - 1 pixels from the max, in
     raster order, and stand as k^2 - 1 channels a channel: remainder i of channel c is channel
     c (k^2 - 1) + i of the decoder. Of equal maxima the first counts.
@@ -124,16 +124,9 @@ class MaxPool2d(_Max):
         with torch.no_grad():
             transform.logits.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]).view(4, 1, 1))
         base = DiagonalNormal((1, 1, 1), 0.3, 0.7)
-
-        def sample(n: int) -> tuple[Tensor, Tensor]:
-            # the same structure with wider parts: a normal max, exponentials below, any place
-            wide, below = DiagonalNormal((1, 1, 1), 0.3, 1.0), Exponential((3, 1, 1), 0.9)
-            same = cls((1, 2, 2), decoder=below)
-            z, log_r = wide.sample_and_log_prob(n)
-            x, ldj = same.inverse_and_ldj(z)
-            return x, log_r + ldj
-
-        return Example(transform, sample, base)
+        # the same structure with wider parts: a normal max, exponentials below, any place
+        same = cls((1, 2, 2), decoder=Exponential((3, 1, 1), 0.9))
+        return Example(transform, generated_by(same, DiagonalNormal((1, 1, 1), 0.3, 1.0)), base)
 
 
 class MaxPool2dGenerative(_InverseOf):
@@ -143,16 +136,12 @@ class MaxPool2dGenerative(_InverseOf):
               r \sim q(r \mid x),\ z_{j, -k_j} = x_j - r_j, \qquad
               V = -\log q(r \mid x) - \sum_j \log \pi_{j k_j}(x)
 
-    A lower bound: forward is stochastic. It is :class:`MaxPool2d` in the other direction: x is the
-    small image. A drawn index has no pathwise gradient: the objectives add its score-function
-    gradient.
+    A lower bound; x is the small image. A drawn index has no pathwise gradient: the objectives add
+    its score-function gradient.
 
     Args:
         event_shape: the shape of z, (C, H, W); x has (C, H/k, W/k).
-        kernel_size, decoder, learn, net: see :class:`MaxPool2d`; nets see x.
-
-    Raises:
-        ValueError: as :class:`MaxPool2d`.
+        kernel_size, decoder, learn, net, and errors: see :class:`MaxPool2d`; nets see x.
 
     Cost: O(C H W) in both directions, and a pass of the net and of the decoder.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Table 6.
@@ -166,9 +155,6 @@ class MaxPool2dGenerative(_InverseOf):
 
     @classmethod
     def example(cls) -> Example:
-        decoder = Exponential((3, 1, 1), scale=1.4, learn=True)
-        return Example(
-            cls((1, 2, 2), decoder=decoder),
-            DiagonalNormal((1, 1, 1), 0.8, 1.2),
-            DiagonalNormal((1, 2, 2), scale=0.8),
-        )
+        transform = cls((1, 2, 2), decoder=Exponential((3, 1, 1), scale=1.4, learn=True))
+        sample, base = DiagonalNormal((1, 1, 1), 0.8, 1.2), DiagonalNormal((1, 2, 2), scale=0.8)
+        return Example(transform, sample, base)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surflow.checks import require
+from surflow.checks import require, require_positive
 from surflow.distributions import DiagonalNormal, ZeroInflated
 from surflow.distributions.base import as_shape, expand_to, register_value, sum_event
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
@@ -63,13 +63,10 @@ class ReLUInference(Surjection):
         self.event_shape = as_shape(event_shape)
         name = type(self).__name__
         scale = expand_to(scale, self.event_shape, f"{name}: scale")
-        if not bool((scale > 0).all()):
-            raise ValueError(f"{name}: expected scale > 0, got {scale.tolist()}")
+        require_positive(name, scale=scale)
         self.net = net
-        if net is not None:
-            return
-        log_scale = scale.log()
-        register_value(self, "log_scale", log_scale, learn)
+        if net is None:
+            register_value(self, "log_scale", scale.log(), learn)
 
     def _log_scale(self, z: Tensor, context: Tensor | None) -> Tensor:
         if self.net is None:
@@ -104,12 +101,8 @@ class ReLUInference(Surjection):
     @classmethod
     def example(cls) -> Example:
         net = MLP(2, 2, [8], "tanh", context_features=1)
-        return Example(
-            cls((2,), net=net),
-            DiagonalNormal((2,), -0.3, 2.2),
-            ZeroInflated((2,), [0.4, 0.6], [1.0, 1.3]),
-            context=1,
-        )
+        sample, base = DiagonalNormal((2,), -0.3, 2.2), ZeroInflated((2,), [0.4, 0.6], [1.0, 1.3])
+        return Example(cls((2,), net=net), sample, base, context=1)
 
 
 class ReLUGenerative(_InverseOf):
@@ -120,11 +113,10 @@ class ReLUGenerative(_InverseOf):
               \text{ if } x_d = 0, \qquad
               V = -\sum_{d:\, x_d = 0} \log \tfrac{2}{\sigma_d} \varphi(z_d / \sigma_d)
 
-    A lower bound: forward is stochastic. It is :class:`ReLUInference` in the other direction, for
-    data with exact zeros. The latents have an ordinary density, so any flow may follow; log p(x) is
-    with respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~ p, a zero has the
-    probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws are reparametrised,
-    so the half-normal learns as a variational posterior.
+    A lower bound, for data with exact zeros. The latents have an ordinary density, so any flow may
+    follow; log p(x) is with respect to Lebesgue measure on x > 0 plus a unit atom at 0: with z_d ~
+    p, a zero has the probability that p gives to z_d <= 0, and x_d > 0 the density p(x_d). Draws
+    are reparametrised, so the half-normal learns as a variational posterior.
 
     Args:
         event_shape, scale, learn, net: see :class:`ReLUInference`; the net sees x.
@@ -144,8 +136,5 @@ class ReLUGenerative(_InverseOf):
 
     @classmethod
     def example(cls) -> Example:
-        return Example(
-            cls((2,), scale=[1.1, 0.9], learn=True),
-            ZeroInflated((2,), 0.4, 1.3),
-            DiagonalNormal((2,), [0.4, -0.3], [0.8, 0.75]),
-        )
+        sample, base = ZeroInflated((2,), 0.4, 1.3), DiagonalNormal((2,), [0.4, -0.3], [0.8, 0.75])
+        return Example(cls((2,), scale=[1.1, 0.9], learn=True), sample, base)

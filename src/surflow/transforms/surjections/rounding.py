@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from surflow.distributions.base import Distribution
 from surflow.latents import Tape
 from surflow.nets import MLP
 from surflow.numeric import at_least_float32, repeat_rows, working_dtype
-from surflow.transforms.base import Example, Surjection, Tail, require_context, zero_ldj
+from surflow.transforms.base import Example, Sampler, Surjection, Tail, require_context, zero_ldj
 from surflow.transforms.conditioning import check_distribution, draw, score
 from surflow.transforms.inverse import _InverseOf
 
@@ -44,9 +43,8 @@ class Rounding(Surjection):
             events of any shape.
         scale: True: x in [0, 1). False: x in [0, K), z is the floor of x, and V has no
             :math:`D \log K`.
-        context_features: features F of the flow's context that the noise sees too: its context
-            is then (levels, context), joined along dimension 1; a context (B, F) is spread over
-            the other dimensions.
+        context_features: F, of the flow's context, which the noise then sees after the levels;
+            see :class:`Slice`.
 
     Raises:
         ValueError: for a number of levels out of range or a noise that is no density; from
@@ -178,7 +176,6 @@ class Dequantization(_InverseOf):
     z in [0, 1). Uniform noise is the default; a flow as the noise makes it variational
     dequantization; :func:`surflow.objectives.iwbo` of a flow that begins with this layer is
     importance-weighted dequantization, whose bound tightens with the number of samples.
-    It is the other direction of :class:`Rounding`.
 
     Args:
         num_levels: K; data are integers 0 ... K - 1. At most 65 536.
@@ -275,9 +272,7 @@ def _noise(shape: tuple[int, ...]) -> Distribution:
     return LogitLogistic(shape, net=MLP(shape[0], 2 * shape[0], [8], "tanh"))
 
 
-def uniform_integers(
-    shape: tuple[int, ...], num_levels: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+def uniform_integers(shape: tuple[int, ...], num_levels: int) -> Sampler:
     """A sampler of uniform integers 0 ... num_levels - 1, with the logarithm of their mass."""
 
     def sample(n: int) -> tuple[Tensor, Tensor]:

@@ -124,12 +124,8 @@ class Slice(Surjection):
     @classmethod
     def example(cls) -> Example:
         decoder = DiagonalNormal((1,), net=MLP(2 + 1, 2, [8], "tanh"))
-        return Example(
-            cls(decoder, keep=2, context_features=1),
-            DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]),
-            StandardNormal((2,)),
-            context=1,
-        )
+        sample, base = DiagonalNormal((3,), scale=[1.3, 1.3, 2.0]), StandardNormal((2,))
+        return Example(cls(decoder, keep=2, context_features=1), sample, base, context=1)
 
 
 class Augment(_InverseOf):
@@ -144,10 +140,7 @@ class Augment(_InverseOf):
         encoder: q, any density; its event shape is the shape of u. If it is conditional its
             context is x.
         keep: how many channels x has, along ``dim``.
-        dim, context_features: see :class:`Slice`.
-
-    Raises:
-        ValueError: as :class:`Slice`.
+        dim, context_features, and errors: see :class:`Slice`.
 
     Cost: forward one sample of the encoder with its log-density, inverse O(1).
     Source: Nielsen et al. 2020, arXiv 2007.02731, Tables 3, 6; Huang et al. 2020, arXiv

@@ -31,12 +31,11 @@ class SortInference(Surjection):
     .. math:: z = \mathrm{sort}(x), \quad x_i = z_{\sigma_i},\ \sigma \sim p(\sigma \mid z), \qquad
               V = \log p(\sigma \mid z)
 
-    Exact: forward is deterministic. :math:`\sigma_i` is the rank of :math:`x_i`. Uniform orders
-    give V = -log N!, and a model in which the elements are exchangeable; else p is
-    Plackett-Luce: the places of x are filled one by one, the element of rank k with a weight
-    :math:`e^{\ell_k(z)}` among those left. Elements are sorted along dimension 1; where they are
-    vectors, whole, by one feature. The base must live on sorted z. Of equal
-    elements the first counts as the lower.
+    Exact. :math:`\sigma_i` is the rank of :math:`x_i`. Uniform orders give V = -log N!, and a model
+    in which the elements are exchangeable; else p is Plackett-Luce: the places of x are filled one
+    by one, the element of rank k with a weight :math:`e^{\ell_k(z)}` among those left. Elements are
+    sorted along dimension 1; where they are vectors, whole, by one feature. The base must live on
+    sorted z. Of equal elements the first counts as the lower.
 
     Args:
         event_shape: the shape of x, (N, *rest).
@@ -113,12 +112,9 @@ class SortInference(Surjection):
 
     @classmethod
     def example(cls) -> Example:
-        return Example(
-            cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1)),
-            DiagonalNormal((3,), scale=1.3),
-            OrderStatistics(StandardNormal((3,))),
-            context=1,
-        )
+        transform = cls((3,), net=MLP(3, 3, [8], "tanh", context_features=1))
+        sample, base = DiagonalNormal((3,), scale=1.3), OrderStatistics(StandardNormal((3,)))
+        return Example(transform, sample, base, context=1)
 
 
 class SortGenerative(_InverseOf):
