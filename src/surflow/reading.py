@@ -78,11 +78,9 @@ class Fields:
 
     def number(self, key: str, default: Any = REQUIRED, least: float = -math.inf) -> Any:
         """A finite number as a float."""
+        want = "a finite number" + ("" if least == -math.inf else f", {least:g} or more")
         value = self._read(
-            key,
-            default,
-            "a finite number" + ("" if least == -math.inf else f", {least:g} or more"),
-            lambda v: _is(v, (int, float)) and math.isfinite(v) and v >= least,
+            key, default, want, lambda v: _is(v, (int, float)) and math.isfinite(v) and v >= least
         )
         return float(value) if isinstance(value, int) else value
 
@@ -118,15 +116,11 @@ class Fields:
     def texts(self, key: str, known: Collection[str] | None = None) -> tuple[str, ...]:
         """The strings in the list at a key: of any kind, or one or more of the known ones."""
         want = "a list of strings" if known is None else f"a list of some of {', '.join(known)}"
-        required = known is not None
-        return tuple(
-            self._list(
-                key,
-                want,
-                required,
-                lambda item: isinstance(item, str) and (known is None or item in known),
-            )
-        )
+
+        def good(item: Any) -> bool:
+            return isinstance(item, str) and (known is None or item in known)
+
+        return tuple(self._list(key, want, known is not None, good))
 
     def _list(self, key: str, want: str, required: bool, good: Callable[[Any], bool]) -> list:
         default = REQUIRED if required else []

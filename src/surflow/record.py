@@ -42,19 +42,15 @@ class Record:
     """The content of one `record.json`. Times are in seconds, memory in MiB.
 
     Attributes:
-        path: the file.
         config_hash: hash of what the run computes, 16 hex digits.
         former_hash: hash of the same run under an earlier layout of the config.
-        config: the resolved config.
-        measures: the resolved options of the measures.
-        metrics: the numbers by name.
+        config, measures: the resolved config, and the resolved options of the measures.
         missing: why a metric could not be computed, one line, by its name.
         floor: the lowest value of a metric, by its name.
         provenance: which data: name, version, rows, checksums.
         weights: the released weights; empty where the run trained its own.
         ledger: the likelihood layer by layer.
         truth: the comparison with a likelihood that is known by other means.
-        parameters: their number.
         commit: of the code, 40 hex digits, or "unknown".
         dirty: whether the code differs from the commit.
     """
@@ -113,10 +109,7 @@ class Record:
 
 
 def load_record(path: str | Path) -> Record:
-    """Read and check one record.
-
-    Args:
-        path: a `record.json` or the run folder that holds it.
+    """Read and check one record: a `record.json` or the run folder that holds it.
 
     Raises:
         RecordError: for a missing or truncated file, another schema, a missing or mistyped field,
@@ -159,15 +152,12 @@ def _parsed(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordError(
-            path, "no such file; a finished run writes its record.json there"
-        ) from None
+        why = "no such file; a finished run writes its record.json there"
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(path, f"cannot be read as UTF-8 text ({error})") from None
+        why = f"cannot be read as UTF-8 text ({error})"
     except json.JSONDecodeError as error:
-        raise RecordError(
-            path, f"not valid JSON (line {error.lineno}: {error.msg}), truncated? run it again"
-        ) from None
+        why = f"not valid JSON (line {error.lineno}: {error.msg}), truncated? run it again"
+    raise RecordError(path, why)
 
 
 def _metric(name: str, content: Fields) -> Metric:
@@ -197,11 +187,7 @@ def find_records(root: str | Path) -> list[Path]:
 
 
 def load_records(root: str | Path) -> list[Record | RecordError]:
-    """Every record under `root`, in order of path; one that cannot be used comes as its error.
-
-    `surflow.reporting.build_table` takes such a list: a broken record refuses its own cell, and
-    the other cells of the table are unaffected.
-    """
+    """Every record under `root`, in order of path; one that cannot be used comes as its error."""
     loaded: list[Record | RecordError] = []
     for path in find_records(root):
         try:
@@ -214,15 +200,12 @@ def load_records(root: str | Path) -> list[Record | RecordError]:
 def lacking(record: Record, wanted: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a record lacks a metric, or has it under another protocol.
 
-    Args:
-        record: of a run.
-        wanted: the protocol of each metric, by name; keys such as ``reference.splits``.
+    `wanted` is the protocol of each metric, by name; its keys are such as ``reference.splits``.
     """
+    if wanted.keys() - record.metrics.keys():
+        return True
     return any(
-        name not in record.metrics
-        or any(
-            protocol_value(record.metrics[name].protocol, key) != value
-            for key, value in protocol.items()
-        )
+        protocol_value(record.metrics[name].protocol, key) != value
         for name, protocol in wanted.items()
+        for key, value in protocol.items()
     )

@@ -43,13 +43,10 @@ def block_size(num_dims: int) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """One estimator over all rows: ``rows`` at a time, their samples in ``chunks``.
+    """One estimator over all rows: ``rows`` at a time, their samples in ``chunks``, in order.
 
-    Attributes:
-        name: nll, elbo, iwbo, or ledger for a draw that only the ledger needs.
-        rows: rows of a block.
-        chunks: samples of the blocks that share these rows, in order.
-        traced: whether its draw is the ledger's too.
+    ``name`` is nll, elbo, iwbo, or ledger for a draw that only the ledger needs; ``traced`` says
+    whether its draw is the ledger's too.
     """
 
     name: str
@@ -121,12 +118,7 @@ def fingerprint(flow: Flow, data: Tensor, seed: int, passes: Sequence[Pass], tf3
 
 
 class Work:
-    """The shares of finished blocks; those not yet fetched stay on their device.
-
-    Args:
-        passes: the passes.
-        count: N, rows of the data.
-    """
+    """The shares of finished blocks of `count` rows; those not yet fetched stay on their device."""
 
     def __init__(self, passes: Sequence[Pass], count: int) -> None:
         self.passes = passes

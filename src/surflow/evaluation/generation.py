@@ -37,14 +37,11 @@ SHUFFLE_SEED = 2020  # torch-fidelity's own, of the splits of an Inception score
 
 @dataclass(frozen=True)
 class GenerationProtocol:
-    """What a score of samples depends on, besides the model and the reference images.
+    """What a score of `n` samples depends on, besides the model and the reference images.
 
     Attributes:
-        n: images to draw.
         extractor: "inception", or "random_features" for checks without trained weights.
         reference: names of the splits that the samples are compared with.
-        temperature: of the base distribution.
-        seed: of the draws.
         batch_size: images at a time through the extractor; changes nothing but rounding.
         splits: parts that an Inception score is averaged over.
     """
@@ -95,10 +92,8 @@ class _Reference:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         for part in parts:
             if part.dtype != torch.uint8 or part.dim() != 4:
-                raise ValueError(
-                    f"reference: expected uint8 images (N, C, H, W), got {part.dtype} "
-                    f"{tuple(part.shape)}"
-                )
+                got = f"{part.dtype} {tuple(part.shape)}"
+                raise ValueError(f"reference: expected uint8 images (N, C, H, W), got {got}")
         if len({tuple(part.shape[1:]) for part in parts}) != 1:
             raise ValueError("reference: expected images of one shape")
         self.parts = list(parts)
@@ -136,9 +131,7 @@ class Samples:
     statistics of the reference images in the cache.
 
     Args:
-        n: images to draw; 0: no such scores.
-        extractor, temperature, batch_size: see :class:`GenerationProtocol`.
-        reference: the split or the splits that the samples are compared with.
+        n: images to draw; 0: no such scores. Other options: see :class:`GenerationProtocol`.
         weights: a file of Inception's weights; None: torch-fidelity's own download.
 
     Raises:
@@ -181,22 +174,13 @@ class Samples:
         return {name: told for name in (kind.inception_score, kind.distance) if name is not None}
 
     def check(self, data: TensorDataModule) -> None:
-        """Refuse data of which samples have no such scores, before anything is trained.
-
-        Raises:
-            UserError: for data that are no images.
-        """
+        """Raise UserError for data that are no images, before anything is trained."""
         if self.protocol is not None and len(data.event_shape) != 3:
-            raise UserError(
-                f"measures.samples.n: scores of samples are for images, not data={data.name}"
-            )
+            why = f"scores of samples are for images, not data={data.name}"
+            raise UserError(f"measures.samples.n: {why}")
 
     def __call__(self, trained: Trained) -> list[Metric]:
-        """The scores; the reasons of missing ones go to ``trained.missing``.
-
-        Raises:
-            UserError: for data that are no images.
-        """
+        """The scores; the reasons of missing ones go to ``trained.missing``; see :meth:`check`."""
         data, protocol = trained.data, self.protocol
         if protocol is None:
             return []
@@ -239,24 +223,20 @@ def generation_scores(
               \mathrm{FID} = |\mu_1 - \mu_2|^2
               + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    The draws are made in units of 256, each from a seed of its own, in float32 without TF32, and
-    are kept only as features: no image is written. Weights are looked for before anything is
-    drawn.
+    The draws are made in units of 256, each from a seed of its own, in evaluation mode and float32
+    without TF32, and are kept only as features. Weights are looked for before anything is drawn.
 
     Args:
-        flow: a model of integer images (C, H, W), on the device to compute on; evaluated in
-            evaluation mode.
+        flow: a model of integer images (C, H, W), on the device to compute on.
         reference: uint8 (N, C, H, W), or several such, on any device or mapped from disk.
-        protocol: how many draws, which extractor, and so on.
         inception_weights: a file; None: torch hub's folder, or torch-fidelity's download.
-        num_levels: K, levels of the images; fewer than 256 are scaled to 0 ... 255 for the
-            extractor.
+        num_levels: K, levels of the images; fewer than 256 are scaled to 0 ... 255.
         progress: told "reference features" or "samples", images done, images in all.
         resume: a file that keeps what is done of the draws; a second call with the same weights
             and protocol resumes from it. Deleted at the end.
         cache: a folder that keeps the reference's statistics, by pixels and extractor.
         stopwatch: gets the seconds of reference features, sampling, sample features, statistics.
-        save_interval: seconds between writes of these files, at the least.
+        save_interval: least seconds between writes of these files.
 
     Returns:
         scores by name, ``sample/inception_score`` and ``sample/fid``, or
@@ -281,7 +261,12 @@ def generation_scores(
         extract = kind(images.shape[0], inception_weights, device)
     except Unavailable as reason:
         return {}, {name: str(reason) for name in names}
-    features = _Features(extract, protocol.batch_size, device, num_levels)
+
+    def features(drawn: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        parts = [full_range(x.to(device), num_levels) for x in drawn.split(protocol.batch_size)]
+        rows, logits = zip(*map(extract, parts), strict=True)
+        labelled = None if logits[0] is None else torch.cat(logits).cpu().numpy()
+        return torch.cat(rows).cpu().numpy(), labelled
 
     def of_reference(unit: int) -> tuple[np.ndarray, None]:
         with watch("reference features"):
@@ -321,11 +306,7 @@ def generation_scores(
 
 
 def _marks(
-    flow: Flow,
-    protocol: GenerationProtocol,
-    words: dict[str, Any],
-    extract: Any,
-    num_levels: int,
+    flow: Flow, protocol: GenerationProtocol, words: dict[str, Any], extract: Any, num_levels: int
 ) -> tuple[str, str]:
     """Fingerprints of all that the features of the reference and of the samples follow from."""
     shared = [extract.sha256, num_levels, words["library"]]
@@ -337,27 +318,6 @@ def _marks(
     )
 
 
-class _Features:
-    """Features and logits of images (B, C, H, W), so many at a time."""
-
-    def __init__(
-        self, extract: Any, batch_size: int, device: torch.device, num_levels: int
-    ) -> None:
-        self.extract, self.batch_size = extract, batch_size
-        self.device, self.num_levels = device, num_levels
-
-    def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        found = [
-            self.extract(full_range(part.to(self.device), self.num_levels))
-            for part in images.split(self.batch_size)
-        ]
-        rows, logits = zip(*found, strict=True)
-        return (
-            torch.cat(rows).cpu().numpy(),
-            None if logits[0] is None else torch.cat(logits).cpu().numpy(),
-        )
-
-
 def _drawn(
     flow: Flow, unit: int, protocol: GenerationProtocol, num_levels: int, shape: tuple[int, ...]
 ) -> Tensor:
@@ -367,11 +327,9 @@ def _drawn(
     except ValueError as error:  # a layer met what is not a number, or out of its range
         raise BrokenSamples(f"samples: {error}") from error
     drawn = as_images(drawn, num_levels)
-    if tuple(drawn.shape[1:]) != shape:
-        raise ValueError(
-            f"reference: expected images of the samples' shape {tuple(drawn.shape[1:])}, "
-            f"got {shape}"
-        )
+    own = tuple(drawn.shape[1:])
+    if own != shape:
+        raise ValueError(f"reference: expected images of the samples' shape {own}, got {shape}")
     return drawn
 
 
@@ -415,8 +373,7 @@ def _scores(
             )
         else:
             scores.append(_inception_score(fake.all_logits(), protocol, words, extract))
-    few = min(n, length)
-    rank = ""
+    few, rank = min(n, length), ""
     if few <= extract.dim:
         rank = (
             f"; {few} images are too few for the covariance of {extract.dim} features: too high, "
@@ -444,12 +401,8 @@ def generation_seconds(
 ) -> dict[str, float]:
     """Where the time of :func:`generation_scores` goes: seconds by stage, and in total.
 
-    Args:
-        flow, reference, protocol, others: as there.
-
-    Returns:
-        seconds of "reference features", "sampling", "sample features", "statistics" (means,
-        eigenvalues) and "total", which holds the rest too: loading weights, moments, files.
+    The stages are "reference features", "sampling", "sample features", "statistics" (means,
+    eigenvalues); "total" holds the rest too: loading weights, moments, files.
     """
     watch = Stopwatch()
     with watch("total"):

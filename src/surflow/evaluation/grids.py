@@ -22,12 +22,10 @@ def density_grid(
     box: tuple[Sequence[float], Sequence[float]] | None = None,
     lower_bound_samples: int = 64,
 ) -> Tensor:
-    """exp(log p) at the cell centres of a square grid, (size, size), index [i, j] = (x_i, y_j).
+    """exp(log p) at the cell centres of the square [low, high]², (size, size), [i, j] = (x_i, y_j).
 
     Args:
         flow: a model of 2-D data.
-        low, high: the square's edges.
-        size: cells a side.
         box: lower and upper edges of the model's support; the density is 0 outside.
         lower_bound_samples: K of the IWBO where the flow is a bound.
     """
@@ -45,13 +43,7 @@ def density_grid(
 
 
 def mass_table(flow: Flow, num_levels: int, lower_bound_samples: int = 64) -> Tensor:
-    """exp(log P) of every pair of integers 0 ... K - 1, (K, K), index [x_0, x_1].
-
-    Args:
-        flow: a model of pairs of integers.
-        num_levels: K.
-        lower_bound_samples: draws of the IWBO where the flow is a bound.
-    """
+    """exp(log P) of every pair of K integers, (K, K), [x_0, x_1]; see :func:`density_grid`."""
     levels = torch.arange(num_levels, device=device_of(flow))
     pairs = torch.cartesian_prod(levels, levels)
     return _densities(flow, pairs, lower_bound_samples).reshape(num_levels, num_levels).cpu()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import io
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,16 +28,6 @@ class Unavailable(Exception):
     """Why a metric cannot be computed here, in one line; all others can."""
 
 
-@contextlib.contextmanager
-def _answer_within(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def inception_file(path: str | None = None) -> Path:
     """Where the weights are: the path, else torch hub's folder, downloaded into it if need be.
 
@@ -59,33 +47,31 @@ def inception_file(path: str | None = None) -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
         return file
+    before = socket.getdefaulttimeout()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _answer_within(_TIMEOUT):
-            torch.hub.download_url_to_file(
-                INCEPTION_URL, str(file), INCEPTION_SHA256, progress=sys.stderr.isatty()
-            )
+        socket.setdefaulttimeout(_TIMEOUT)
+        torch.hub.download_url_to_file(
+            INCEPTION_URL, str(file), INCEPTION_SHA256, progress=sys.stderr.isatty()
+        )
     except (OSError, RuntimeError) as error:  # no network, no room; another checksum
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise Unavailable(
             f"no Inception weights, and they cannot be downloaded ({reason}): get {INCEPTION_URL} "
             f"(sha256 {INCEPTION_SHA256[:8]}…) and give measures.samples.weights=PATH"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
     return file
 
 
 def load_inception_weights(path: str | None = None) -> tuple[dict[str, Tensor], str]:
     """The tensors of a weights file, and the file's SHA-256. Nothing in it is run.
 
-    A file with another checksum than the published one's is taken, with a warning on
-    stderr.
-
-    Args:
-        path: see :func:`inception_file`.
+    A file with another checksum than the published one's is taken, with a warning on stderr.
 
     Raises:
-        UserError: for a path that is no file, or a file that is no mapping of tensors.
-        Unavailable: see :func:`inception_file`.
+        UserError: for a file that is no mapping of tensors; else as :func:`inception_file`.
     """
     file = inception_file(path)
     where = "measures.samples.weights" if path is not None else "inception weights"
@@ -140,8 +126,7 @@ class InceptionFeatures:
 
     Args:
         channels: C of the images, 3 or 1; one channel is repeated three times.
-        weights: a file of weights; None: torch hub's folder, or torch-fidelity's download.
-        device: where to compute.
+        weights: see :func:`inception_file`.
 
     Raises:
         UserError: for a weights file that is missing, damaged or of another net.
@@ -159,10 +144,7 @@ class InceptionFeatures:
     what: ClassVar[str] = "Inception features"
 
     def __init__(
-        self,
-        channels: int,
-        weights: str | None = None,
-        device: torch.device | str = "cpu",
+        self, channels: int, weights: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         if channels not in (1, 3):
             raise Unavailable(f"Inception takes images of 1 or 3 channels, got {channels}")

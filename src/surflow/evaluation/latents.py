@@ -13,11 +13,10 @@ from surflow.models import PyramidFlow
 
 
 def active_units(trained: Trained, rows: int = 4096) -> list[Metric]:
-    """The latent dimensions that a model with a VAE layer uses: one draw of a seed.
+    """The latent dimensions that a model with a VAE layer uses, from one draw.
 
-    Args:
-        trained: the model; no metric without a VAE layer, for a pyramid, or for a single row.
-        rows: rows of the split, evenly spaced, that the variance is taken over.
+    No metric without a VAE layer, for a pyramid, or for a single row. The variance is taken over at
+    most so many `rows` of the split, evenly spaced.
     """
     flow, split = trained.flow, trained.split
     one_latent = variational.has_vae_layer(flow) and not isinstance(flow, PyramidFlow)
@@ -44,11 +43,7 @@ def active_units(trained: Trained, rows: int = 4096) -> list[Metric]:
 def levels(trained: Trained) -> list[Metric]:
     """What every resolution of a pyramid takes, in bits per dimension of its own image.
 
-    Args:
-        trained: the model, with its ledger; no metric for another model than a pyramid.
-
-    Raises:
-        UserError: for a pyramid without a ledger.
+    No metric for another model. Raises UserError for a pyramid without a ledger.
     """
     flow, ledger = trained.flow, trained.ledger
     if not isinstance(flow, PyramidFlow):

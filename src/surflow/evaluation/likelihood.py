@@ -33,10 +33,6 @@ def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
 
     What is done is kept in :func:`unfinished` of the run's folder, and a second call resumes from
     it; delete it with :func:`forget` once the numbers are written. Sets ``trained.ledger``.
-
-    Args:
-        trained: the model.
-        tf32: see :func:`evaluate`.
     """
     data = trained.data
     with shown_progress("draws") as progress:
@@ -91,28 +87,25 @@ def evaluate(
     of the data alone (:func:`~surflow.evaluation.blocks.block_size`), each with its own random
     numbers (:meth:`~surflow.evaluation.blocks.Block.seed`). So the result depends on the seed, and
     neither on ``batch_size`` nor on an interruption. In a block, what does not depend on a draw is
-    computed once a row. The sums over samples are float64. Autocast is off, and so is TF32 unless
-    it is allowed. Mode and random state are restored.
+    computed once a row. The sums over samples are float64. Autocast is off. The flow is in
+    evaluation mode; mode and random state are restored.
 
     Args:
-        flow: the model, on its device; evaluated in evaluation mode.
+        flow: the model, on its device.
         data: (N, *event), on any device: blocks of rows are moved to the flow's.
         batch_size: rows at a time where nothing is drawn.
-        seed: of the draws.
         eval_samples: S, draws averaged in the ELBO.
         iwbo_samples: K of an IWBO with its own draws; 0 for none.
         unit: nats or bpd.
         split: which split these rows are, for the names.
         progress: called after each block with the draws that are done, and all of them.
         resume: a file that keeps what is done. From one of the same flow, data, seed and
-            estimators the evaluation resumes; any other is replaced. The caller deletes it after
-            it has written the numbers.
+            estimators the evaluation resumes; any other is replaced. The caller deletes it.
         tf32: whether a GPU may round the factors of convolutions and matrix products to TF32, a few
             times as fast; the estimator's text then says so.
 
     Returns:
-        metrics by name (``test/nll_nats`` or ``test/elbo_nats``, ``test/iwbo_nats``), and the
-        ledger over all rows, from one draw of each.
+        metrics by name, such as ``test/nll_nats``, and the ledger over all rows, from one draw.
 
     Raises:
         ValueError: for an IWBO of a flow with estimated log-determinants
@@ -198,13 +191,8 @@ def per_point(metrics: Mapping[str, Metric], num_points: int) -> dict[str, Metri
 
     .. math:: \frac1N \log p(x_1, \dots, x_N)
 
-    Args:
-        metrics: of sets, in nats, by names such as ``test/nll_nats``.
-        num_points: N, points of a set.
-
-    Returns:
-        by name: ``test/point_log_likelihood_nats`` of an exact likelihood, ``test/point_elbo_nats``
-        and ``test/point_iwbo_nats`` of bounds.
+    Those in nats by names such as ``test/nll_nats`` become ``test/point_log_likelihood_nats``,
+    ``test/point_elbo_nats`` and ``test/point_iwbo_nats``; N is ``num_points``.
     """
     found = {}
     for metric in metrics.values():

@@ -36,12 +36,8 @@ _CHUNK = 1 << 23  # most elements of one table of pairs: 64 MiB in float64
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a layer's latent is integrated.
-
-    Attributes:
-        half_width: h of the cube [-h, h]^d that holds the latent's mass.
-        points: points a dimension.
-    """
+    """Where a layer's latent is integrated: the cube [-half_width, half_width]^d, `points` a
+    dimension."""
 
     half_width: float
     points: int
@@ -66,12 +62,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Marginal:
-    """log p(x) of every row, and how far a coarser rule is from it.
+    """log p(x) of every row, (B,), nats, and the method in words.
 
-    Attributes:
-        log_prob: (B,), nats.
-        difference: (B,), what the coarser rule gives more, nats; 0 where nothing is integrated.
-        method: how it was obtained, in words.
+    `difference` is what a coarser rule gives more, (B,), nats; 0 where nothing is integrated.
     """
 
     log_prob: Tensor
@@ -113,13 +106,8 @@ class Rule:
     def line(self, shape: tuple[int, ...], like: Tensor, which: str) -> tuple[Tensor, float]:
         """The nodes of the layer's grid, (J, *shape), and the log of the volume of each.
 
-        Args:
-            shape: of what is drawn.
-            like: for the nodes' dtype and device.
-            which: dimension it is, in words: "a latent" or "an added".
-
-        Raises:
-            ValueError: for a missing grid, or more than 3 dimensions.
+        `which` dimension it is, in words: "a latent" or "an added". Raises ValueError for a missing
+        grid, or more than 3 dimensions.
         """
         if self._nodes is None:
             grid = self._rules.next_grid(self._label)
@@ -163,9 +151,6 @@ def marginal_log_prob(
         grids: one for each layer that integrates over a continuous latent, data side first; a
             single one serves all.
         cell_nodes: nodes a dimension in a dequantization's cell.
-
-    Returns:
-        log-likelihoods in nats, their error against a rule with two thirds of the points.
 
     Raises:
         ValueError: for a layer that does not know how to sum out its draw, a missing grid, or a

@@ -63,7 +63,7 @@ class FeaturePass:
         fingerprint: of everything the features follow from.
         path: a file that keeps what is done, from which an interrupted pass resumes; one with
             another fingerprint, or damaged, is ignored. None: nothing is kept.
-        interval: seconds between writes of that file, at the least.
+        interval: least seconds between writes of that file.
     """
 
     def __init__(
@@ -84,10 +84,9 @@ class FeaturePass:
         features: Callable[[int], tuple[np.ndarray, np.ndarray | None]],
         progress: Callable[[int], None] = lambda images: None,
     ) -> None:
-        """Add the units that are not done yet.
+        """Add those of so many units that are not done yet.
 
         Args:
-            units: how many there are.
             features: of the unit with this number: features (B, D), logits (B, L) or None.
             progress: told the number of images done.
         """
@@ -130,10 +129,8 @@ class FeaturePass:
                 if str(file["fingerprint"]) != self.fingerprint:
                     return
                 done, count, mean, scatter, logits = (file[name] for name in names)
-        except FileNotFoundError:
-            return
         except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, BadZipFile):
-            return  # damaged: what was kept is computed again
+            return  # none, or damaged: what was kept is computed again
         self.done = int(done)
         self.moments.count, self.moments.mean, self.moments.scatter = int(count), mean, scatter
         self.logits = [logits] if logits.size else []

@@ -35,14 +35,8 @@ def draw_pictures(trained: Trained, row: str = "model") -> dict[str, Path]:
     """Draw every picture that applies to the data and the flow into the run's folder.
 
     A picture that fails is left out, with a line on stderr. The random numbers follow from
-    ``trained.seed``; mode and random state are restored.
-
-    Args:
-        trained: the model.
-        row: its name in the pictures of densities.
-
-    Returns:
-        PNG files by name, such as ``figures/samples``.
+    ``trained.seed``; mode and random state are restored. Returns PNG files by name, such as
+    ``figures/samples``; ``row`` is the model's name in the pictures of densities.
     """
     found: dict[str, Path] = {}
     for picture in (plane, sets, images, interpolation, reconstructions, latent, pyramid):
@@ -149,8 +143,7 @@ def interpolation(trained: Trained, row: str) -> dict[str, Path]:
     flow, data, folder = trained.flow, trained.data, trained.folder
     if not _drawable(data):
         return {}
-    path = interpolation_figure(flow, data, folder, pairs=4, seed=trained.seed)
-    return {"interpolation": path}
+    return {"interpolation": interpolation_figure(flow, data, folder, pairs=4, seed=trained.seed)}
 
 
 def interpolation_figure(
@@ -171,15 +164,10 @@ def interpolation_figure(
     Args:
         flow: a flow over images, on any device.
         data: a DataModule, set up, of the same images, flat or not.
-        folder: where the picture goes; made if it is not there.
         pairs: rows; as many as there are pairs of test images where there are fewer.
         steps: columns, the two images included.
         path: "spherical" or "linear"; see :func:`surflow.models.latent_interpolation`.
         seed: of the choice of images and of what inference draws.
-        name: the file's name.
-
-    Returns:
-        The picture.
 
     Raises:
         ValueError: as :func:`surflow.models.latent_interpolation`; for fewer than two images.
@@ -237,10 +225,8 @@ def latent(trained: Trained, row: str) -> dict[str, Path]:
         arrays["labels"] = labels.numpy()
     file = write_npz(folder / "latent.npz", **arrays)
     if not math.isnan(arrays["kl"]):
-        print(
-            f"{relative(file)}: KL(aggregated posterior || prior) {arrays['kl']:.3f} nats, by the "
-            f"sum over {GRID} x {GRID} cells"
-        )
+        kl = f"KL(aggregated posterior || prior) {arrays['kl']:.3f} nats"
+        print(f"{relative(file)}: {kl}, by the sum over {GRID} x {GRID} cells")
     return {"latent": latent_run_figure(file, folder / "latent.png")}
 
 
@@ -260,17 +246,14 @@ def pyramid(trained: Trained, row: str) -> dict[str, Path]:
     finer = [flow.images(seen[0])[-1] for _ in range(count)]
     drawn = flow.images(flow.base.sample(len(x)))
     levels = data.num_levels
-    arrays = {
-        name: side_by_side(images, levels, flow.sides[0])
-        for name, images in (("data", seen), ("super_resolution", finer), ("levels", drawn))
-    }
+    shown = {"data": seen, "super_resolution": finer, "levels": drawn}
+    arrays = {name: side_by_side(x, levels, flow.sides[0]) for name, x in shown.items()}
     write_npz(folder / "pyramid.npz", **arrays, num_levels=np.int64(levels), columns=count)
-    return {
-        name: image_sheet(
-            [arrays["data"], arrays[name]], folder / f"{name}.png", count, num_levels=levels
-        )
-        for name in ("super_resolution", "levels")
-    }
+    found = {}
+    for name in ("super_resolution", "levels"):
+        path, grids = folder / f"{name}.png", [arrays["data"], arrays[name]]
+        found[name] = image_sheet(grids, path, count, num_levels=levels)
+    return found
 
 
 def side_by_side(images: list[Tensor], num_levels: int, side: int) -> np.ndarray:

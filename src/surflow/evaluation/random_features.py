@@ -26,7 +26,6 @@ class RandomFeatures:
     Args:
         channels: C of the images.
         weights: unused: there is nothing to load.
-        device: where to compute.
 
     Cost: about 30 C H W + 2,000 H W multiplications an image.
     """
@@ -39,10 +38,7 @@ class RandomFeatures:
     what: ClassVar[str] = "features of a random net"
 
     def __init__(
-        self,
-        channels: int,
-        weights: str | None = None,
-        device: torch.device | str = "cpu",
+        self, channels: int, weights: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         bits = np.random.PCG64(self.seed)
         digest = hashlib.sha256()
@@ -58,12 +54,8 @@ class RandomFeatures:
             channels = out_channels
         self.sha256 = digest.hexdigest()
         self.caution = ""
-        self.details: dict[str, Any] = {
-            "name": self.name,
-            "sha256": self.sha256,
-            "features": self.dim,
-            "resize": "none",
-        }
+        self.details: dict[str, Any] = {"name": self.name, "sha256": self.sha256}
+        self.details |= {"features": self.dim, "resize": "none"}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """Features of uint8 images (B, C, H, W) with levels 0 ... 255: (B, 64); no logits."""

@@ -39,24 +39,10 @@ def num_units(n: int, unit: int) -> int:
 def draw_unit(
     flow: Flow, index: int, n: int, seed: int, temperature: float = 1.0, unit: int = IMAGE_UNIT
 ) -> Tensor:
-    """Rows ``index * unit`` and on of n draws, in evaluation mode.
+    """Rows ``index * unit`` and on of n draws, (B, *event), on the flow's device.
 
-    They follow from the arguments and the kind of device alone; mode and random state are
-    restored.
-
-    Args:
-        flow: the model.
-        index: of the unit, from 0.
-        n: all draws; the last unit has the rest.
-        seed: of all draws.
-        temperature: of the base distribution.
-        unit: rows a unit.
-
-    Returns:
-        (B, *event), B = ``unit``, or less in the last one, on the flow's device.
-
-    Raises:
-        ValueError: for an index beyond the last unit.
+    B is ``unit``, or less in the last one. They follow from the arguments and the kind of device
+    alone; mode and random state are restored. Raises ValueError for an index beyond the last unit.
     """
     rows = min(unit, n - index * unit)
     if index < 0 or rows < 1:
@@ -67,12 +53,7 @@ def draw_unit(
 
 
 def draw(
-    flow: Flow,
-    n: int,
-    seed: int,
-    temperature: float = 1.0,
-    unit: int = IMAGE_UNIT,
-    first: int = 0,
+    flow: Flow, n: int, seed: int, temperature: float = 1.0, unit: int = IMAGE_UNIT, first: int = 0
 ) -> Iterator[Tensor]:
     """The units of n draws from number ``first`` on, with progress; see :func:`draw_unit`."""
     with shown_progress() as progress:
@@ -84,15 +65,7 @@ def draw(
 
 @dataclass(frozen=True)
 class SampleWriter:
-    """Samples of a trained model for a user; no batch size changes them.
-
-    Attributes:
-        flow: the model.
-        data: the DataModule, set up.
-        n: how many.
-        seed: of the draws.
-        temperature: of the base distribution.
-    """
+    """n samples of a trained model for a user; no batch size changes them. ``data`` are set up."""
 
     flow: Flow
     data: TensorDataModule
@@ -103,9 +76,6 @@ class SampleWriter:
     def _draw(self, flow: Flow, unit: int, first: int = 0) -> Iterator[Tensor]:
         units = draw(flow, self.n, self.seed, self.temperature, unit, first)
         return (rows.cpu() for rows in units)
-
-    def _write(self, out: Path, **arrays: np.ndarray) -> None:
-        write_npz(out, **arrays, seed=self.seed, temperature=self.temperature)
 
     def write_array(self, out: Path) -> Path | None:
         """Write an .npz file; returns the picture of the first ones, where there is one."""
@@ -118,7 +88,7 @@ class SampleWriter:
         from surflow.reporting.figures.sets import clouds_figure
 
         samples = torch.cat(list(self._draw(self.flow, POINT_UNIT))).numpy()
-        self._write(out, samples=samples)
+        write_npz(out, samples=samples, seed=self.seed, temperature=self.temperature)
         if self.data.kind == "set":
             shown = {f"{len(samples[:SHOWN])} samples": samples[:SHOWN]}
             return clouds_figure(shown, self.data.width, picture)
@@ -144,7 +114,7 @@ class SampleWriter:
             arrays["means"] = torch.cat(means).numpy()
             grids = [arrays["means"][:SHOWN], full_range(samples[:SHOWN], levels).numpy()]
             levels = 256
-        self._write(out, **arrays)
+        write_npz(out, **arrays, seed=self.seed, temperature=self.temperature)
         if samples.shape[1] not in (1, 3):
             return None
         return image_sheet(grids, picture, columns=8, num_levels=levels)
@@ -152,15 +122,8 @@ class SampleWriter:
     def write_files(self, out: Path, checkpoint: Path) -> Path:
         """One PNG file an image, each whole or not there; complete units are kept.
 
-        Args:
-            out: the folder; one that was begun is completed.
-            checkpoint: the file of the weights, whose checksum is kept in the folder.
-
-        Returns:
-            the picture of the first ones.
-
-        Raises:
-            UserError: for a folder of other files.
+        A folder ``out`` that was begun is completed; it keeps the checksum of the ``checkpoint``.
+        Returns the picture of the first ones. Raises UserError for a folder of other files.
         """
         from PIL import Image
 
@@ -183,12 +146,8 @@ class SampleWriter:
 
     def _claim(self, out: Path, checkpoint: Path) -> None:
         """Say in the folder what its files are; refuse one whose files are of something else."""
-        note = {
-            "checkpoint_sha256": sha256_of(checkpoint),
-            "n": self.n,
-            "seed": self.seed,
-            "temperature": float(self.temperature),
-        }
+        note = {"checkpoint_sha256": sha256_of(checkpoint), "n": self.n, "seed": self.seed}
+        note["temperature"] = float(self.temperature)
         if (out / NOTE).is_file():
             try:
                 found = json.loads((out / NOTE).read_text())

@@ -26,7 +26,6 @@ class Trained:
         flow: on the device to compute on.
         data: the DataModule, set up.
         split: which split is scored: train, valid or test.
-        seed: of the draws.
         unit: of likelihoods and bounds: nats or bpd.
         eval_samples: draws a point averaged in the ELBO.
         iwbo_samples: K of the IWBO; 0 for none.
@@ -75,14 +74,7 @@ def run_measures(trained: Trained, measures: Mapping[str, Measure]) -> dict[str,
     """Call the measures in order; the flow is in evaluation mode, without gradients.
 
     The random numbers of a measure follow from ``trained.seed``; the random state of the caller
-    is restored.
-
-    Args:
-        trained: the model.
-        measures: by name; each gives one metric or several.
-
-    Returns:
-        the metrics by their names.
+    is restored. Returns the metrics by their names.
 
     Raises:
         UserError: for a value that is not finite, two metrics of one name, or something else
@@ -104,11 +96,7 @@ def run_measures(trained: Trained, measures: Mapping[str, Measure]) -> dict[str,
 
 
 def check_finite(metric: Metric) -> None:
-    """Refuse a value that no record can hold.
-
-    Raises:
-        UserError: for a value that is not finite.
-    """
+    """Raise UserError for a value that is not finite: no record can hold it."""
     if math.isfinite(metric.value):
         return
     advice = ""

@@ -24,14 +24,10 @@ ROWS = 1 << 17
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a bound lies below the likelihood, on the same points.
+    """How far a bound lies below the likelihood, on the same points, in nats.
 
-    Attributes:
-        num_samples: K of the IWBO.
-        bound: mean of the bound over the points, nats.
-        bound_error: its standard error over the points.
-        mean: mean of log p(x) - bound, nats.
-        standard_error: of that mean: both are of the same points, so it is the difference's own.
+    `bound` is the mean of the IWBO with K = `num_samples`, `mean` that of log p(x) - bound;
+    `bound_error` and `standard_error` are their standard errors over the points.
     """
 
     num_samples: int
@@ -46,9 +42,7 @@ class Comparison:
     """Bounds against the truth.
 
     Attributes:
-        log_prob: mean of log p(x), nats.
-        standard_error: of that mean over the points.
-        count: the number of points.
+        log_prob: mean of log p(x) over `count` points, nats, with its `standard_error`.
         method: how log p(x) was obtained.
         error: numerical error of log p(x): greatest difference from a coarser rule, nats.
         mean_error: the same of the mean.
@@ -69,31 +63,23 @@ class Comparison:
 
     def metrics(self, split: str = "test") -> dict[str, Metric]:
         """The truth and the IWBO of every K, negated: lower is better."""
-        over = f"mean over {self.count} {split} points"
-        found = [
-            Metric(
-                name=f"{split}/true_nll_nats",
-                value=-self.log_prob,
+        words, error = f"log p(x) by {self.method}", self.standard_error
+        found = [("true_nll", self.log_prob, "likelihood", words, error)]
+        for gap in self.gaps:
+            words = f"IWBO, K = {gap.num_samples}"
+            found.append((f"iwbo{gap.num_samples}", gap.bound, "bound", words, gap.bound_error))
+        return {
+            f"{split}/{name}_nats": Metric(
+                name=f"{split}/{name}_nats",
+                value=-value,
                 unit="nats",
-                kind="likelihood",
-                estimator=f"log p(x) by {self.method}, {over}",
-                standard_error=self.standard_error,
+                kind=kind,
+                estimator=f"{words}, mean over {self.count} {split} points",
+                standard_error=error,
                 count=self.count,
             )
-        ]
-        for gap in self.gaps:
-            found.append(
-                Metric(
-                    name=f"{split}/iwbo{gap.num_samples}_nats",
-                    value=-gap.bound,
-                    unit="nats",
-                    kind="bound",
-                    estimator=f"IWBO, K = {gap.num_samples}, {over}",
-                    standard_error=gap.bound_error,
-                    count=self.count,
-                )
-            )
-        return {metric.name: metric for metric in found}
+            for name, value, kind, words, error in found
+        }
 
 
 class Truth:
@@ -145,13 +131,9 @@ class Truth:
     def compare(
         self, flow: Flow, data: Tensor, seed: int = 0, progress: Progress = silent
     ) -> Comparison:
-        """Bounds and truth of every row of ``data``, in float64, on the CPU.
+        """Bounds and truth of every row of ``data``, (N, *event), in float64, on the CPU.
 
-        Args:
-            flow: the model; left as it is.
-            data: (N, *event).
-            seed: of the draws.
-            progress: told how many of the estimates are done.
+        The flow is left as it is; ``progress`` is told how many of the estimates are done.
         """
         flow = copy.deepcopy(flow).cpu().double().eval()
         x = data.cpu().double() if data.is_floating_point() else data.cpu()
@@ -164,7 +146,9 @@ class Truth:
                 progress("likelihood", 1 + len(gaps), 1 + len(wanted))
                 rows = max(1, ROWS // k)
                 bound = torch.cat([iwbo(flow, part, num_samples=k) for part in x.split(rows)])
-                gaps.append(_gap(k, bound, truth.log_prob))
+                gap = truth.log_prob - bound
+                means = (bound.mean().item(), standard_error(bound), gap.mean().item())
+                gaps.append(Gap(k, *means, standard_error(gap)))
         worst = None
         if not flow.lower_bound:
             worst = (flow.log_prob(x) - truth.log_prob).abs().max().item()
@@ -180,14 +164,3 @@ class Truth:
             worst=worst,
             gaps=tuple(gaps),
         )
-
-
-def _gap(num_samples: int, bound: Tensor, log_prob: Tensor) -> Gap:
-    gap = log_prob - bound
-    return Gap(
-        num_samples=num_samples,
-        bound=bound.mean().item(),
-        bound_error=standard_error(bound),
-        mean=gap.mean().item(),
-        standard_error=standard_error(gap),
-    )

@@ -23,13 +23,8 @@ MEANS, DRAWS = "decoder means", "decoder draws"
 class Decoded(nn.Module):
     """The parts of a flow around its first VAE layer, and images of its latents.
 
-    Args:
-        flow: without a context; the parts are its own, not copies.
-
-    Attributes:
-        front: layers before the VAE layer, data side first.
-        vae: the layer.
-        prior: what follows it, as a flow over latents.
+    The parts are the flow's own, not copies: ``front``, the layers before the VAE layer, data side
+    first; ``vae``; ``prior``, what follows, as a flow over latents.
 
     Raises:
         ValueError: for a flow without a VAE layer, or one that takes a context.
@@ -116,10 +111,7 @@ def aggregated_density(loc: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
         edges: (2, G + 1), of the cells along each axis, ascending and evenly spaced.
 
     Returns:
-        (G, G), float64, [i, j] at (z1_i, z2_j); its sum times the area of a cell is the mass
-        inside.
-
-    Cost: N G evaluations and one product of (G, N) with (N, G) matrices, in blocks of rows.
+        (G, G), float64, [i, j] at (z1_i, z2_j); its sum times a cell's area is the mass inside.
 
     Source: Hoffman & Johnson 2016, "ELBO surgery"; Tomczak & Welling 2018, arXiv 1705.07120.
     """
@@ -158,7 +150,6 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     """The arrays of ``latent.npz``, of a 2-D latent.
 
     Args:
-        parts: of the flow.
         test: data, (N, *event).
 
     Returns:

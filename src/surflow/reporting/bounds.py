@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import fmean
 
 from surflow.record import Record
 from surflow.reporting.table import Cell, Table, distinct
@@ -75,9 +75,8 @@ class BoundsRow:
         for k, (_, _, gap, error) in sorted(self.gaps.items()):
             if gap < -(_ERRORS * error + self.numerical_error):
                 found.append(f"IWBO, K = {k}, above the likelihood by {-gap:.2g} ± {error:.1g}")
-        for (k, (_, _, gap, error)), (more, (_, _, less, other)) in pairwise(
-            sorted(self.gaps.items())
-        ):
+        for one, next_one in pairwise(sorted(self.gaps.items())):
+            (k, (_, _, gap, error)), (more, (_, _, less, other)) = one, next_one
             if less - gap > _ERRORS * math.hypot(error, other):
                 found.append(f"gap grows from K = {k} to {more} by {less - gap:.2g}")
         return tuple(found)
@@ -103,10 +102,6 @@ def layers_of(record: Record) -> str:
     return " → ".join(shown)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
 def _error(values: Sequence[float]) -> float:
     return math.sqrt(sum(v * v for v in values)) / len(values)
 
@@ -130,12 +125,13 @@ def _row(cell: Cell) -> BoundsRow:
         raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
     gaps = {}
     for parts in zip(*(truth["gaps"] for truth in truths), strict=True):
-        gaps[parts[0]["num_samples"]] = (
-            _mean([part["bound"] for part in parts]),
-            _error([part["bound_error"] for part in parts]),
-            _mean([part["mean"] for part in parts]),
-            _error([part["standard_error"] for part in parts]),
+        names = (
+            ("bound", fmean),
+            ("bound_error", _error),
+            ("mean", fmean),
+            ("standard_error", _error),
         )
+        gaps[parts[0]["num_samples"]] = tuple(f([p[name] for p in parts]) for name, f in names)
     exact = bool(truths[0]["exact"])
     metric = "test/nll_nats" if exact else "test/elbo_nats"
     scores = [record.metrics[metric] for record in records]
@@ -146,15 +142,15 @@ def _row(cell: Cell) -> BoundsRow:
         data=records[0].data,
         layers=layers_of(records[0]),
         exact=exact,
-        log_prob=_mean([truth["log_prob"] for truth in truths]),
+        log_prob=fmean([truth["log_prob"] for truth in truths]),
         log_prob_error=_error([truth["standard_error"] for truth in truths]),
         method=truths[0]["method"],
         numerical_error=max(truth["mean_error"] for truth in truths),
-        elbo=-_mean([score.value for score in scores]),
+        elbo=-fmean([score.value for score in scores]),
         elbo_error=_error([score.standard_error or 0.0 for score in scores]),
         gaps=gaps,
         worst=max(truth["worst"] for truth in truths) if exact else None,
-        entropy=_mean(floors) if floors else None,
+        entropy=fmean(floors) if floors else None,
         parameters=records[0].parameters,
         records=records,
     )
@@ -162,12 +158,10 @@ def _row(cell: Cell) -> BoundsRow:
 
 def _signed(value: float, error: float) -> str:
     """A small number with its error, both with as many digits as the error has."""
-    digits = 4 if error <= 0 or not math.isfinite(error) else min(6, max(3, 1 - _exponent(error)))
+    digits = 4
+    if error > 0 and math.isfinite(error):
+        digits = min(6, max(3, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def _exponent(value: float) -> int:
-    return math.floor(math.log10(value))
 
 
 def _counts(rows: Sequence[BoundsRow]) -> list[int]:
@@ -245,32 +239,22 @@ def _gaps_grid(rows: Sequence[BoundsRow]) -> str:
 
 def _layers_grid(rows: Sequence[BoundsRow]) -> str:
     header = ["model", "layers, data side first", "parameters", "log p(x) by"]
-    lines = [
-        [
-            row.label,
-            row.layers,
-            "" if row.parameters is None else str(row.parameters),
-            row.method,
-            f"{row.numerical_error:.0e}" if row.numerical_error else "none",
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        error = f"{row.numerical_error:.0e}" if row.numerical_error else "none"
+        count = "" if row.parameters is None else str(row.parameters)
+        lines.append([row.label, row.layers, count, row.method, error])
     return markdown_grid([*header, "its numerical error"], lines, (2,))
 
 
 def _run_facts(table: Table, rows: Sequence[BoundsRow]) -> list[str]:
     if not rows:
         return ["No run entered this table."]
-    times = [
-        f"{row.label}: "
-        + ", ".join(duration(r.wall_time_s) for r in row.records if r.wall_time_s is not None)
-        for row in rows
-    ]
-    return [
-        "Wall time of each run, seed by seed:",
-        bullets(times),
-        bullets(machine_facts(table)),
-    ]
+    times = []
+    for row in rows:
+        seconds = [r.wall_time_s for r in row.records if r.wall_time_s is not None]
+        times.append(f"{row.label}: {', '.join(map(duration, seconds))}")
+    return ["Wall time of each run, seed by seed:", bullets(times), bullets(machine_facts(table))]
 
 
 def summary(table: Table) -> tuple[str, list[str], list[list[str]]]:

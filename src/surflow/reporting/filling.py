@@ -194,7 +194,7 @@ def _warnings(table: Table) -> list[str]:
             found.append(f"{column.label}: estimators differ: {' | '.join(estimators)}.")
         for what, values in (
             ("protocols", [protocol_of(metric) for cell in cells for metric in cell.metrics]),
-            ("data", [record.provenance for record in records]),
+            ("data", [record.provenance for record in records if record.provenance]),
         ):
             keys = _differing(values)
             if keys:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from surflow.record import Record
 from surflow.reporting.figures.layout import (
     GREY,
     INK,
@@ -21,11 +19,14 @@ from surflow.reporting.figures.layout import (
     any_file,
     caution_of,
     existing,
+    legend_below,
     not_run,
     plot_axes,
     record_of,
     run_files,
     save,
+    say,
+    sheet_of,
     warn,
 )
 from surflow.reporting.table import Table
@@ -97,14 +98,13 @@ def read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{file}: lacks column {', '.join(missing)}; expected epoch, {column}")
         pairs = []
         for number, line in enumerate(reader, 2):
-            if not (line["epoch"] or "").strip() or not (line[column] or "").strip():
-                continue
+            pair = [(line[name] or "").strip() for name in ("epoch", column)]
             try:
-                pairs.append((float(line["epoch"]), float(line[column])))
+                if all(pair):
+                    pairs.append([float(text) for text in pair])
             except ValueError:
-                raise ValueError(
-                    f"{file}: line {number}: epoch and {column} must be numbers"
-                ) from None
+                why = f"{file}: line {number}: epoch and {column} must be numbers"
+                raise ValueError(why) from None
     values = np.array(pairs, float).reshape(-1, 2)
     values = values[np.isfinite(values).all(1)]
     return values[:, 0], values[:, 1]
@@ -155,10 +155,7 @@ def learning_curve_figure(
     does not stretch the scale.
 
     Args:
-        cells: cells[row label][column label] is a run's `metrics.csv` or None.
-        path: the PNG file.
         column: may be one for each row label.
-        metric: whose floor is shown.
         label: of the vertical axis; None: that of `column`.
         scale: values are shown times it; where it is negative, higher is better.
     """
@@ -173,11 +170,10 @@ def learning_curve_figure(
     legend_columns = (1 if max(map(len, models)) > LONG_LABEL else 2) * across
     legend_rows = math.ceil((len(models) + 1) / legend_columns)  # a line more: the floor
     height = 2.7 * down + 0.3 + 0.2 * legend_rows + (0.25 if caution else 0)
-    figure = Figure(figsize=(4.3 * across, height), layout="constrained")
+    figure, panels = sheet_of(down, across, len(datasets), (4.3 * across, height))
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    grid = figure.subplots(down, across, squeeze=False).ravel()
     handles: dict[str, object] = {}
-    for axes, dataset in zip(grid, datasets, strict=False):
+    for axes, dataset in zip(panels, datasets, strict=True):
         axes.set_title(dataset, fontsize=11, color=INK)
         curves = {}
         for model in models:
@@ -189,27 +185,14 @@ def learning_curve_figure(
             not_run(axes)
             continue
         found = [records[model][dataset] for model in models]
-        _curve_panel(axes, models, curves, _floor_of(found, metric), scale, handles)
+        floor = next((r.floor[metric].value for r in found if r and metric in r.floor), None)
+        _curve_panel(axes, models, curves, floor, scale, handles)
         axes.set_ylabel(label, fontsize=9, color=INK)
-    for axes in grid[len(datasets) :]:
-        axes.remove()
-    order = [name for name in (*models, FLOOR) if name in handles]
+    order = [handles[name] for name in (*models, FLOOR) if name in handles]
     if order:
-        figure.legend(
-            [handles[name] for name in order],
-            order,
-            loc="outside lower center",
-            ncols=min(len(order), legend_columns),
-            frameon=False,
-            fontsize=9,
-        )
+        legend_below(figure, order, min(len(order), legend_columns), 9)
     warn(figure, caution)
     return save(figure, path)
-
-
-def _floor_of(records: Sequence[Record | None], metric: str) -> float | None:
-    """The floor that the first record with one names."""
-    return next((r.floor[metric].value for r in records if r and metric in r.floor), None)
 
 
 def _curve_panel(
@@ -236,12 +219,13 @@ def _curve_panel(
             ms=3,
             zorder=3 + index,
         )
+        line.set_label(model)
         handles.setdefault(model, line)
         late = values[len(values) // 20 :] if len(values) >= 20 else values
         best, worst = (values.min(), 0.995) if scale > 0 else (values.max(), 0.005)
         seen += [float(best), float(np.quantile(late, worst))]
     if floor is not None:
-        line = axes.axhline(floor, color=INK, lw=1.0, ls=(0, (5, 3)), zorder=2)
+        line = axes.axhline(floor, color=INK, lw=1.0, ls=(0, (5, 3)), zorder=2, label=FLOOR)
         handles.setdefault(FLOOR, line)
         seen.append(floor)
     low, high = min(seen), max(seen)
@@ -250,9 +234,7 @@ def _curve_panel(
     axes.margins(x=0.02)
     missing = "\n".join(f"{model}: not run" for model in models if model not in curves)
     if missing:
-        axes.text(
-            0.98, 0.95, missing, transform=axes.transAxes, ha="right", va="top", color=GREY, size=8
-        )
+        say(axes, missing, 0.98, 0.95, ha="right", va="top", size=8)
     plot_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("epoch", fontsize=9, color=INK)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,9 +15,7 @@ from surflow.record import Record, load_record
 from surflow.reporting.figures.layout import (
     CAUTION,
     COLORMAP,
-    DOTS,
     INK,
-    UNDEFINED,
     Cells,
     Sheet,
     any_file,
@@ -30,6 +27,9 @@ from surflow.reporting.figures.layout import (
     record_of,
     run_files,
     save,
+    say,
+    show_density,
+    show_dots,
 )
 from surflow.reporting.table import Table
 
@@ -47,10 +47,7 @@ def compared(table: Table, folder: Path) -> dict[str, str]:
         return {}
     density_figure(files, folder / "density.png", metric=table.spec.metric)
     sample_figure(files, folder / "samples.png", metric=table.spec.metric)
-    return {
-        "Densities: data and models": "density.png",
-        "Samples: data and models": "samples.png",
-    }
+    return {"Densities: data and models": "density.png", "Samples: data and models": "samples.png"}
 
 
 def one_by_one(table: Table, folder: Path) -> dict[str, str]:
@@ -68,13 +65,9 @@ def one_by_one(table: Table, folder: Path) -> dict[str, str]:
 def density_figure(cells: Cells, path: str | Path, *, metric: str = "test/nll_nats") -> Path:
     """Plot the densities p(x) on their window, one colour scale a dataset. Returns the path.
 
-    A row of panels is a dataset: the density of the data, then each model's. The scale ends at the
-    highest true density; what a model has above it is clipped.
-
-    Args:
-        cells: cells[row label][column label] is a run's `picture.npz` or None.
-        path: the PNG file.
-        metric: the metric of the captions, read from the records.
+    A row of panels is a dataset: the density of the data, then each model's, from the runs'
+    `picture.npz`; `metric` is that of the captions. The scale ends at the highest true density;
+    what a model has above it is clipped.
     """
     return _compare(cells, path, metric, ("density", "true_density"), _show_densities)
 
@@ -132,23 +125,9 @@ def _show_densities(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
     top = top if math.isfinite(top) and top > 0 else 1.0
     clipped = False
     for axes, picture, density in panels:
-        shown = np.ma.masked_invalid(density.T)  # density[i, j] is at (x1_i, x2_j)
-        clipped |= bool(shown.max() > 1.02 * top)
-        image = _show_image(axes, shown, extent_of(picture), top)
+        clipped |= bool(np.ma.masked_invalid(density).max() > 1.02 * top)
+        image = show_density(axes, density, extent_of(picture), vmin=0.0, vmax=top, aspect="auto")
     sheet.scale(i, image, clipped)
-
-
-def _show_image(axes: Axes, values: np.ndarray, extent: tuple[float, ...], top: float):
-    return axes.imshow(
-        values,
-        origin="lower",
-        extent=extent,
-        cmap=colormaps[COLORMAP].with_extremes(bad=UNDEFINED),
-        vmin=0.0,
-        vmax=top,
-        aspect="auto",
-        interpolation="nearest",
-    )
 
 
 def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
@@ -159,7 +138,7 @@ def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
         left, right, low, high = extent = extent_of(picture)
         inside = (points >= (left, low)).all(1) & (points <= (right, high)).all(1)
         if smallest < FEW:
-            axes.scatter(*points[inside][:5000].T, s=1.6, alpha=0.45, color=DOTS, linewidths=0)
+            show_dots(axes, points[inside])
             axes.set_xlim(left, right)
             axes.set_ylim(low, high)
         else:
@@ -169,26 +148,14 @@ def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
             density = counts / (max(len(points), 1) * area)  # (bins, bins), per unit of area
             top = top or float(np.quantile(density, 0.999)) or 1.0
             clipped |= bool(density.max() > top)
-            image = _show_image(axes, density.T, extent, top)
+            image = show_density(axes, density, extent, vmin=0.0, vmax=top, aspect="auto")
         outside = 1 - inside.mean() if len(points) else 0.0
         if outside >= 0.001:
-            _note(axes, f"{100 * outside:.1f} % outside")
+            text = f"{100 * outside:.1f} % outside"
+            box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
+            say(axes, text, 0.97, 0.03, ha="right", va="bottom", size=7.5, color=INK, bbox=box)
     if image is not None:
         sheet.scale(i, image, clipped)
-
-
-def _note(axes: Axes, text: str) -> None:
-    axes.text(
-        0.97,
-        0.03,
-        text,
-        transform=axes.transAxes,
-        ha="right",
-        va="bottom",
-        fontsize=7.5,
-        color=INK,
-        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5},
-    )
 
 
 def scatter_figure(samples: np.ndarray, path: str | Path, low: float, high: float) -> Path:
@@ -222,25 +189,13 @@ def model_figure(
     panels = figure.subplots(2, 2)
     left, right, low, high = extent = extent_of(picture)
     top = float(np.nanmax(picture["true_density"])) or 1.0
-    for axes, name, label in zip(
-        panels[0], ("true_density", "density"), ("Data, density", "Model, density"), strict=True
-    ):
-        axes.imshow(
-            np.ma.masked_invalid(picture[name].T),
-            origin="lower",
-            extent=extent,
-            cmap=COLORMAP,
-            vmin=0.0,
-            vmax=top,
-            interpolation="nearest",
-        )
-        axes.set_title(label, fontsize=9)
-    for axes, name, label in zip(
-        panels[1], ("data_samples", "samples"), ("Data, samples", "Model, samples"), strict=True
-    ):
-        axes.scatter(*picture[name][:5000].T, s=1.6, alpha=0.45, color=DOTS, linewidths=0)
-        axes.set_title(label, fontsize=9)
-        axes.set_aspect("equal")
+    names = (("Data", "true_density", "data_samples"), ("Model", "density", "samples"))
+    for (upper, lower), (whose, density, samples) in zip(panels.T, names, strict=True):
+        show_density(upper, picture[density], extent, cmap=COLORMAP, vmin=0.0, vmax=top)
+        upper.set_title(f"{whose}, density", fontsize=9)
+        show_dots(lower, picture[samples])
+        lower.set_title(f"{whose}, samples", fontsize=9)
+        lower.set_aspect("equal")
     for axes in panels.flat:
         axes.set(xlim=(left, right), ylim=(low, high))
         axes.tick_params(labelsize=7)

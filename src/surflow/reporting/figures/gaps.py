@@ -44,10 +44,8 @@ def gap_figure(rows: Sequence[BoundsRow], path: str | Path, *, profile: str) -> 
     figure.supxlabel("K, samples of the importance-weighted bound", fontsize=9)
     figure.supylabel("log p(x) − IWBO, nats a point", fontsize=9)
     note = "" if profile == "paper" else f"  (profile {profile}: a smaller budget)"
-    figure.suptitle(
-        "Gap between bound and likelihood; bars: 95 %, open marker: below the scale" + note,
-        fontsize=9.5,
-    )
+    title = "Gap between bound and likelihood; bars: 95 %, open marker: below the scale"
+    figure.suptitle(title + note, fontsize=9.5)
     return save(figure, path)
 
 
@@ -57,16 +55,9 @@ def _gap_panel(axes: Axes, row: BoundsRow, top: float) -> None:
         _, _, gap, error = row.gaps[k]
         low, high = gap - 1.96 * error, gap + 1.96 * error
         axes.plot([k, k], [max(low, GAP_FLOOR), max(high, GAP_FLOOR)], color=LINES[0], lw=1.2)
-        axes.plot(
-            k,
-            max(gap, GAP_FLOOR),
-            marker="o",
-            ms=4.5,
-            color=LINES[0],
-            mfc=LINES[0] if gap > GAP_FLOOR else "white",
-            clip_on=False,
-            zorder=3,
-        )
+        fill = LINES[0] if gap > GAP_FLOOR else "white"
+        mark = {"marker": "o", "ms": 4.5, "color": LINES[0], "mfc": fill}
+        axes.plot(k, max(gap, GAP_FLOOR), clip_on=False, zorder=3, **mark)
     shown = [(k, row.gaps[k][2]) for k in counts if row.gaps[k][2] > GAP_FLOOR]
     axes.plot(*zip(*shown, strict=True) if shown else ([], []), color=LINES[0], lw=0.8, alpha=0.6)
     axes.set_xscale("log")

@@ -10,7 +10,6 @@ import numpy as np
 from surflow.reporting.figures.images import tile
 from surflow.reporting.figures.layout import (
     Sheet,
-    any_file,
     caution_of,
     columns_of,
     load_arrays,
@@ -27,33 +26,6 @@ MOST_ACROSS = 6
 """Panels of images in one row; further ones are in rows below."""
 
 
-def samples(table: Table, folder: Path) -> dict[str, str]:
-    """Samples of models of images."""
-    if not any_file(run_files(table, "images.npz")):
-        return {}
-    image_figure(table, folder / "samples.png")
-    return {"Samples: data and models": "samples.png"}
-
-
-def reconstructions(table: Table, folder: Path) -> dict[str, str]:
-    """Reconstructions of VAEs."""
-    if not any_file(run_files(table, "reconstructions.npz")):
-        return {}
-    reconstruction_figure(table, folder / "reconstructions.png")
-    return {"Reconstructions of training images": "reconstructions.png"}
-
-
-def pyramids(table: Table, folder: Path) -> dict[str, str]:
-    """Samples of models of several resolutions."""
-    if not any_file(run_files(table, "pyramid.npz")):
-        return {}
-    paths = pyramid_figures(table, folder)
-    return {
-        "Test images, and draws of the finest given the coarsest": paths["super_resolution"].name,
-        "Unconditional draws, level by level": paths["levels"].name,
-    }
-
-
 def image_figure(table: Table, path: str | Path) -> Path:
     """Plot the samples of the models side by side: a row of panels a dataset, the data first.
 
@@ -68,31 +40,22 @@ def reconstruction_figure(table: Table, path: str | Path) -> Path:
 
     The panels are those of `image_figure`, from `reconstructions.npz`. Returns the path.
     """
-    return _plot_grids(
-        table, path, "reconstructions.npz", "reconstructions", "the first training images", 10
-    )
+    data = "the first training images"
+    return _plot_grids(table, path, "reconstructions.npz", "reconstructions", data, 10)
 
 
-def pyramid_figures(table: Table, folder: str | Path) -> dict[str, Path]:
-    """Plot what models of several resolutions make of `pyramid.npz`: super_resolution.png and
-    levels.png, a row of each panel a test image or a draw.
+def pyramid_figure(table: Table, path: Path) -> Path:
+    """Plot what models of several resolutions make of `pyramid.npz`: its array named as the path.
 
-    Returns the paths by name: "super_resolution" (test images of every resolution, and several
-    finest images given the coarsest one) and "levels" (the same, and unconditional draws coarse to
-    fine).
+    A row of a panel is a test image of every resolution, and several finest images given the
+    coarsest one (super_resolution) or unconditional draws coarse to fine (levels).
     """
-    data = "test images, coarse to fine"
-    with np.load(_first_file(table, "pyramid.npz")) as arrays:
+    files = run_files(table, "pyramid.npz")
+    first = next(file for row in files.values() for file in row.values() if file)
+    with np.load(first) as arrays:
         columns = int(arrays["columns"])
-    return {
-        name: _plot_grids(table, Path(folder) / f"{name}.png", "pyramid.npz", name, data, columns)
-        for name in ("super_resolution", "levels")
-    }
-
-
-def _first_file(table: Table, name: str) -> Path:
-    """The file `name` of the first run that has it."""
-    return next(f for row in run_files(table, name).values() for f in row.values() if f)
+    data = "test images, coarse to fine"
+    return _plot_grids(table, path, "pyramid.npz", path.stem, data, columns)
 
 
 def _plot_grids(
@@ -100,16 +63,12 @@ def _plot_grids(
 ) -> Path:
     """A row of panels a dataset: `data` of the runs' file `name`, then `array` of each model."""
     files = run_files(table, name)
-    found = {
-        file: load_arrays(file, (array, "data"))
-        for row in files.values()
-        for file in filter(None, row.values())
-    }
+    there = [file for row in files.values() for file in row.values() if file]
+    found = {file: load_arrays(file, (array, "data")) for file in there}
     lines = 2 + max(len(shown) for shown in columns_of(table).values())
     lines += any("shown" in grid for grid in found.values())
-    sheet = Sheet(
-        files, caution_of(table.records), IMAGE_PANEL, lines, right=0.12, most=MOST_ACROSS
-    )
+    caution = caution_of(table.records)
+    sheet = Sheet(files, caution, IMAGE_PANEL, lines, right=0.12, most=MOST_ACROSS)
     rows = [row for row in table.spec.rows if row.experiment is not None]
     for i, (label, shown) in enumerate(columns_of(table).items()):
         of_models = [files[model][label] for model in sheet.models]
@@ -143,10 +102,7 @@ def image_caption(table: Table, row: str, columns: Sequence[ColumnSpec]) -> str:
     record = next(record for column in columns for record in table.cells[row, column.name].records)
     said = "" if record.profile == "paper" else ": not a reproduction"
     released = ", released weights" if record.weights else ""
-    lines = [
-        f"{record.data}, seed {record.seed}{released}",
-        f"profile {record.profile}{said}",
-    ]
+    lines = [f"{record.data}, seed {record.seed}{released}", f"profile {record.profile}{said}"]
     for column in columns:
         metric = record.metrics.get(column.metric)
         if metric is not None:

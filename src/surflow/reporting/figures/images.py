@@ -16,11 +16,7 @@ SHOWN_SIDE = 64  # pixels of the picture that a small image's side is brought up
 
 
 def tile(
-    images: np.ndarray,
-    columns: int = 8,
-    gap: int = 2,
-    num_levels: int = 256,
-    scale: int = 1,
+    images: np.ndarray, columns: int = 8, gap: int = 2, num_levels: int = 256, scale: int = 1
 ) -> np.ndarray:
     """Images side by side, row by row, on white; the last row may be short.
 
@@ -64,20 +60,10 @@ def image_grid(
 ) -> Path:
     """Write images as :func:`tile` lays them out.
 
-    Args:
-        images, columns, num_levels, gap: see :func:`tile`.
-        path: the PNG file, written whole or not at all.
-        scale: see :func:`tile`; None: 2, and more for images of fewer than 32 pixels a side.
-
-    Returns:
-        the path.
-
-    Raises:
-        ValueError: as :func:`tile`.
+    `scale` None: 2, and more for images of fewer than 32 pixels a side. Returns the path; the file
+    is written whole or not at all. Raises `ValueError` as :func:`tile`.
     """
-    if scale is None:
-        scale = max(2, SHOWN_SIDE // max(np.shape(images)[-2:], default=SHOWN_SIDE))
-    return write_bytes(path, _png(tile(images, columns, gap, num_levels, scale)))
+    return image_sheet([images], path, columns, scale, num_levels, gap)
 
 
 def image_sheet(
@@ -88,18 +74,9 @@ def image_sheet(
     num_levels: int = 256,
     gap: int = 2,
 ) -> Path:
-    """Write grids of images side by side, each as :func:`tile` lays it out.
+    """Write grids of images, as many in each, of one shape, side by side: see :func:`image_grid`.
 
-    Args:
-        grids: images as :func:`tile` takes them, as many in each, of one shape.
-        path, columns, scale, num_levels, gap: see :func:`image_grid`; between the grids is as much
-            white as an eighth of one is wide.
-
-    Returns:
-        the path.
-
-    Raises:
-        ValueError: as :func:`tile`.
+    Between the grids is as much white as an eighth of one is wide.
     """
     if scale is None:
         scale = max(2, SHOWN_SIDE // max(np.shape(grids[0])[-2:], default=SHOWN_SIDE))

@@ -16,12 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from surflow.record import Record
 from surflow.reporting.figures.layout import (
-    COLORMAP,
     DOTS,
     GREY,
     INK,
-    UNDEFINED,
-    any_file,
     caution_of,
     color_bar,
     extent_of,
@@ -31,6 +28,7 @@ from surflow.reporting.figures.layout import (
     record_of,
     run_files,
     save,
+    show_density,
     warn,
 )
 from surflow.reporting.table import Table
@@ -43,14 +41,6 @@ SHOWN_MASS = 0.98
 """Of the aggregated posterior and of the prior, along each axis, in the window of a picture."""
 
 
-def latents(table: Table, folder: Path) -> dict[str, str]:
-    """2-D latents of the models that have them."""
-    if not any_file(run_files(table, "latent.npz")):
-        return {}
-    latent_figure(table, folder / "latent.png")
-    return {"Aggregated posterior and prior": "latent.png"}
-
-
 def latent_figure(table: Table, path: str | Path) -> Path:
     """Plot 2-D latents: a row a model, and of each dataset the aggregated posterior and the prior.
 
@@ -61,11 +51,7 @@ def latent_figure(table: Table, path: str | Path) -> Path:
     Raises:
         ValueError: where no run has a `latent.npz`, or one is damaged.
     """
-    files = {
-        row: found
-        for row, found in run_files(table, "latent.npz").items()
-        if any(file for file in found.values())
-    }
+    files = {r: found for r, found in run_files(table, "latent.npz").items() if any(found.values())}
     if not files:
         raise ValueError("latent_figure: expected a run with latent.npz, got none")
     datasets = list(next(iter(files.values())))
@@ -77,11 +63,11 @@ def latent_figure(table: Table, path: str | Path) -> Path:
     for line, (row, found) in zip(panels, files.items(), strict=True):
         for k, file in enumerate(found.values()):
             pair = line[2 * k : 2 * k + 2]
-            if file is None:
-                for axes in pair:
-                    not_run(axes)
+            if file is not None:
+                _latent_pair(figure, pair, load_picture(file, *LATENT_ARRAYS), record_of(file))
                 continue
-            _latent_pair(figure, pair, load_picture(file, *LATENT_ARRAYS), record_of(file))
+            for axes in pair:
+                not_run(axes)
         line[0].set_ylabel("\n".join(textwrap.wrap(row, 28)), fontsize=9.5, color=INK)
     for k, dataset in enumerate(datasets):
         for axes, what in zip(panels[0, 2 * k :], ("aggregated posterior", "prior"), strict=False):
@@ -99,24 +85,15 @@ def _latent_frame(axes: Axes) -> None:
 
 
 def _latent_pair(
-    figure: Figure,
-    pair: Sequence[Axes],
-    picture: Mapping[str, np.ndarray],
-    record: Record | None,
+    figure: Figure, pair: Sequence[Axes], picture: Mapping[str, np.ndarray], record: Record | None
 ) -> None:
     """The aggregated posterior, the prior, and their captions."""
     densities = [picture["aggregated"], picture["prior"]]
     top = max(_highest(density) for density in densities) or 1.0
     for axes, density in zip(pair, densities, strict=True):
         _latent_frame(axes)
-        image = axes.imshow(
-            np.ma.masked_invalid(density.T),
-            origin="lower",
-            extent=extent_of(picture),
-            cmap=colormaps[COLORMAP].with_extremes(bad=UNDEFINED),
-            norm=PowerNorm(SHADE, vmin=0.0, vmax=top),
-            interpolation="nearest",
-        )
+        norm = PowerNorm(SHADE, vmin=0.0, vmax=top)
+        image = show_density(axes, density, extent_of(picture), norm=norm)
     for axes in pair:
         axes.set(**dict(zip(("xlim", "ylim"), _window(picture), strict=True)), facecolor="black")
     clipped = any(float(np.nanmax(density)) > 1.02 * top for density in densities)
@@ -126,11 +103,8 @@ def _latent_pair(
         said = f"{record.data}, seed {record.seed}, {record.profile}"
         pair[0].set_xlabel(said, fontsize=8, color=INK)
     kl = float(picture["kl"])
-    text = (
-        f"KL(posterior ‖ prior) {kl:.3f} nats"
-        if not math.isnan(kl)
-        else "posterior drawn: no divergence"
-    )
+    drawn = "posterior drawn: no divergence"
+    text = drawn if math.isnan(kl) else f"KL(posterior ‖ prior) {kl:.3f} nats"
     pair[1].set_xlabel(text, fontsize=8, color=INK)
 
 
@@ -170,9 +144,8 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
     figure = Figure(figsize=(3 * LATENT_PANEL + 1.4, LATENT_PANEL + 0.75), layout="constrained")
     panels = figure.subplots(1, 3)
     _latent_pair(figure, panels[:2], picture, record_of(file))
-    for axes, text in zip(
-        panels, ("aggregated posterior", "prior", "posterior means"), strict=True
-    ):
+    titles = ("aggregated posterior", "prior", "posterior means")
+    for axes, text in zip(panels, titles, strict=True):
         axes.set_title(text, fontsize=10, color=INK)
     axes = panels[2]
     _latent_frame(axes)
@@ -184,14 +157,8 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
         for k in np.unique(labels):
             color = colormaps["tab10"](k % 10)
             axes.scatter(*points[labels == k].T, color=color, label=str(k), **dots)
-        axes.legend(
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            frameon=False,
-            fontsize=7,
-            markerscale=3,
-            handletextpad=0.1,
-        )
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
+        axes.legend(fontsize=7, markerscale=3, handletextpad=0.1, **place)
     else:
         axes.scatter(*points.T, color=DOTS, **dots)
     axes.set(xlim=across, ylim=up, aspect="equal")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from surflow.files import write_bytes
 from surflow.record import RECORD_NAME, Record, load_record
 from surflow.reporting.spec import ColumnSpec
-from surflow.reporting.table import Cell, Table
+from surflow.reporting.table import Table
 
 Cells = Mapping[str, Mapping[str, "str | Path | None"]]
 """cells[row label][column label]: the file of a run, None where there is none."""
@@ -46,14 +47,10 @@ def run_files(table: Table, name: str) -> dict[str, dict[str, Path | None]]:
             continue
         files = cells.setdefault(row.label, {})
         for label, shown in columns.items():
-            found = (_run_file(table.cells[row.name, column.name], name) for column in shown)
-            files[label] = next(filter(None, found), None)
+            records = (table.cells[row.name, column.name].records[:1] for column in shown)
+            found = (first.run_dir / name for record in records for first in record)
+            files[label] = next(filter(Path.is_file, found), None)
     return cells
-
-
-def _run_file(cell: Cell, name: str) -> Path | None:
-    file = cell.records[0].run_dir / name if cell.records else None
-    return file if file is not None and file.is_file() else None
 
 
 def columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
@@ -74,6 +71,51 @@ def columns_of(table: Table) -> dict[str, list[ColumnSpec]]:
 def any_file(files: Cells) -> bool:
     """Whether any cell has a file."""
     return any(file for row in files.values() for file in row.values())
+
+
+def of_files(
+    name: str, caption: str, picture: str, draw: Callable[[Table, Path], Any]
+) -> Callable[[Table, Path], dict[str, str]]:
+    """The figure of a table whose runs have the file `name`; none for another table."""
+
+    def figure(table: Table, folder: Path) -> dict[str, str]:
+        if not any_file(run_files(table, name)):
+            return {}
+        draw(table, folder / picture)
+        return {caption: picture}
+
+    return figure
+
+
+def sheet_of(down: int, across: int, count: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """A figure of `size` inches and the axes of its panels, row by row; unused ones are removed."""
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
+
+
+def show_density(axes: Axes, values: np.ndarray, extent: tuple[float, ...], **options: Any) -> Any:
+    """Colours of values (X, Y), [i, j] at (x_i, y_j); those that are no number have their own."""
+    return axes.imshow(
+        np.ma.masked_invalid(values.T),
+        origin="lower",
+        extent=extent,
+        interpolation="nearest",
+        **{"cmap": colormaps[COLORMAP].with_extremes(bad=UNDEFINED), **options},
+    )
+
+
+def show_dots(axes: Axes, points: np.ndarray) -> None:
+    """The first 5000 points, (N, 2), as dots."""
+    axes.scatter(*points[:5000].T, s=1.6, alpha=0.45, color=DOTS, linewidths=0)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], columns: int, size: float) -> None:
+    """A legend without a frame, under the panels."""
+    place = {"loc": "outside lower center", "frameon": False}
+    figure.legend(handles=handles, ncols=columns, fontsize=size, **place)
 
 
 def record_of(file: str | Path | None) -> Record | None:
@@ -156,14 +198,12 @@ def not_run(axes: Axes) -> None:
     """A panel of a run that is not there."""
     frame(axes)
     axes.set_facecolor("#f4f4f4")
-    say_not_run(axes)
+    say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)
 
 
-def say_not_run(axes: Axes) -> None:
-    """Write "not run" into a panel."""
-    axes.text(
-        0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center", color=GREY, size=10
-    )
+def say(axes: Axes, text: str, x: float, y: float, **options: Any) -> None:
+    """Write into a panel, at a place in parts of its sides."""
+    axes.text(x, y, text, transform=axes.transAxes, **{"color": GREY, **options})
 
 
 def plot_axes(axes: Axes) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -19,9 +18,11 @@ from surflow.reporting.figures.layout import (
     INK,
     LINES,
     caution_of,
+    legend_below,
     plot_axes,
     save,
-    say_not_run,
+    say,
+    sheet_of,
     warn,
 )
 from surflow.reporting.spec import ColumnSpec
@@ -60,11 +61,9 @@ def published_figure(table: Table, path: str | Path) -> Path:
     across = min(len(spec.columns), 3)
     down = math.ceil(len(spec.columns) / across)
     height = down * (0.34 * len(spec.rows) + 1.0) + 0.8
-    figure = Figure(figsize=(1.6 + 3.1 * across, height), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes in grid.ravel()[len(spec.columns) :]:
-        axes.remove()
-    for index, (axes, column) in enumerate(zip(grid.ravel(), spec.columns, strict=False)):
+    size = (1.6 + 3.1 * across, height)
+    figure, panels = sheet_of(down, across, len(spec.columns), size)
+    for index, (axes, column) in enumerate(zip(panels, spec.columns, strict=True)):
         published_panel(axes, table, column)
         axes.set_yticks(range(len(spec.rows)))
         axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
@@ -76,13 +75,7 @@ def published_figure(table: Table, path: str | Path) -> Path:
     title = both if theirs else "Ours; nothing is published"
     title += f"; {caution}" if caution else ""
     figure.suptitle(title, fontsize=9.5, color=CAUTION if caution else INK)
-    figure.legend(
-        handles=published_legend(table),
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-    )
+    legend_below(figure, published_legend(table), 3, 8)
     return save(figure, path)
 
 
@@ -111,7 +104,7 @@ def published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
     plot_axes(axes)
     if not seen:
         axes.set_xticks([])
-        say_not_run(axes)
+        say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)
 
 
 def spread(cell: Cell) -> float | None:
@@ -163,9 +156,8 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     """Plot likelihoods and bounds against the number of flow layers: a panel a metric of the table,
     a line a family of flows.
 
-    Ours: filled circles with bars, the standard deviation over seeds, or the standard error where
-    there is one seed. Published: hollow diamonds in the family's colour; values of other sources:
-    hollow squares. The row without flow layers begins every line. Returns the path.
+    Marks are those of `published_figure`, in the family's colour. The row without flow layers is
+    the first of every line. Returns the path.
 
     Raises:
         ValueError: where no row has a depth.
@@ -178,12 +170,9 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     caution = caution_of(table.records)
     names = list(depth_points(table, columns[0]))
     height = 3.0 * down + 0.5 + 0.2 * math.ceil((len(names) + 3) / 3 / across)
-    figure = Figure(figsize=(4.9 * across, height), layout="constrained")
+    figure, panels = sheet_of(down, across, len(columns), (4.9 * across, height))
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in grid[len(columns) :]:
-        axes.remove()
-    for axes, column in zip(grid, columns, strict=False):
+    for axes, column in zip(panels, columns, strict=True):
         _depth_panel(axes, table, column)
     lines = [
         Line2D([], [], color=color, lw=1.4, label=name)
@@ -193,13 +182,7 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     marks = published_legend(table, [cell for cell in cells if cell.row.depth is not None])
     for mark in marks:  # the colours are those of the families here
         mark.set(color=INK, mfc="white" if mark.get_mfc() == "white" else INK)
-    figure.legend(
-        handles=[*lines, *marks],
-        loc="outside lower center",
-        ncols=3 if across == 2 else 2,
-        frameon=False,
-        fontsize=8,
-    )
+    legend_below(figure, [*lines, *marks], 3 if across == 2 else 2, 8)
     warn(figure, caution)
     return save(figure, path)
 
@@ -248,4 +231,4 @@ def _depth_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
     plot_axes(axes)
     if not seen:
         axes.set_yticks([])
-        say_not_run(axes)
+        say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from surflow.reporting.figures import curves, densities, gaps, grids, latents, published, sets
+from surflow.reporting.figures.layout import of_files
 from surflow.reporting.table import Table
+
+SAMPLES = "Samples: data and models"
+FINEST = "Test images, and draws of the finest given the coarsest"
+LEVELS = "Unconditional draws, level by level"
+RECONSTRUCTED = "Reconstructions of training images"
 
 FIGURES: tuple[Callable[[Table, Path], dict[str, str]], ...] = (
     gaps.gaps,
     densities.compared,
     densities.one_by_one,
     published.published,
-    grids.samples,
-    sets.samples,
-    grids.pyramids,
+    of_files("images.npz", SAMPLES, "samples.png", grids.image_figure),
+    of_files("points.npz", SAMPLES, "samples.png", sets.set_figure),
+    of_files("pyramid.npz", FINEST, "super_resolution.png", grids.pyramid_figure),
+    of_files("pyramid.npz", LEVELS, "levels.png", grids.pyramid_figure),
     published.depths,
-    grids.reconstructions,
-    latents.latents,
+    of_files(
+        "reconstructions.npz", RECONSTRUCTED, "reconstructions.png", grids.reconstruction_figure
+    ),
+    of_files("latent.npz", "Aggregated posterior and prior", "latent.png", latents.latent_figure),
     curves.learning_curves,
 )
 """In the order of the table's figures. Each writes into a folder what the table has the values and

@@ -12,16 +12,15 @@ from matplotlib.figure import Figure
 
 from surflow.record import Record
 from surflow.reporting.figures.layout import (
-    GREY,
     INK,
     LINES,
-    any_file,
     caution_of,
     load_arrays,
     not_run,
     record_of,
     run_files,
     save,
+    say,
     warn,
 )
 from surflow.reporting.table import Table
@@ -33,16 +32,9 @@ PANEL = 3.1  # inches
 
 
 def cloud_panel(axes: Axes, clouds: np.ndarray, width: float, color: str) -> int:
-    """Plot sets of points as a square of little frames, row by row.
+    """Plot sets of points, (M, N, 2), as a square of little frames of [0, width]², row by row.
 
-    Args:
-        axes: to plot on.
-        clouds: (M, N, 2), x to the right and y upwards; a frame shows [0, width]².
-        width: of a frame.
-        color: of the points.
-
-    Returns:
-        How many points lie outside their frame; they are left out.
+    Returns how many points lie outside their frame; they are left out.
     """
     across = math.ceil(math.sqrt(len(clouds)))
     down = math.ceil(len(clouds) / across)
@@ -79,14 +71,6 @@ def clouds_figure(
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
     return save(figure, path)
-
-
-def samples(table: Table, folder: Path) -> dict[str, str]:
-    """Samples of models of sets."""
-    if not any_file(run_files(table, "points.npz")):
-        return {}
-    set_figure(table, folder / "samples.png")
-    return {"Samples: data and models": "samples.png"}
 
 
 def set_figure(table: Table, path: str | Path) -> Path:
@@ -147,6 +131,4 @@ def _said(record: Record | None) -> list[str]:
 
 
 def _below(axes: Axes, text: str) -> None:
-    axes.text(
-        0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", color=GREY, size=7.5
-    )
+    say(axes, text, 0.5, -0.02, ha="center", va="top", size=7.5)
