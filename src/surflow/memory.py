@@ -7,10 +7,9 @@
     checkpoint   the input of every step of the flow         2 forward, backward
     reversible   the output of every bijective stretch       2 forward, backward
 
-A stretch is a run of bijective layers with a cheap, exact inverse. In the backward pass its layers
-are walked from the last to the first: a layer's input is computed from its output, the layer runs
-once more on it, with a graph, and gives its gradients. The memory kept does not grow with the
-number of layers. (A coupling needs its net once for both.)
+A stretch is a run of bijective layers with a cheap, exact inverse. In the backward pass, from the
+last layer to the first, a layer's input is computed from its output and the layer runs once more on
+it, with a graph. A coupling needs its net once for both.
 """
 
 from __future__ import annotations
@@ -280,7 +279,7 @@ def _parameters(steps: Sequence[_Step]) -> list[Tensor]:
 
 
 def _ids(parameters: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(id(p) for p in parameters)
+    return tuple(map(id, parameters))
 
 
 def _check_same(steps: Sequence[_Step], held: Iterable[int]) -> None:

@@ -30,12 +30,10 @@ class SyntheticDataset2d(ABC):
         name: key in ``DATASETS``.
         bound: samples lie strictly inside (-bound, bound)^2; None where the support is unbounded.
         window: half-width of the square to plot.
-        extent: half-width of the square that holds all but a negligible part of the mass.
-        step: grid step that resolves the density; used by the entropy quadrature.
+        extent, step: half-width and grid step of the square that the entropy quadrature takes.
         positive: all samples lie in the positive quadrant.
         symmetry: "symmetric" (p is unchanged when the sign of either coordinate flips),
-            "antisymmetric" (flipping one coordinate maps the support to its complement in the
-            bounding square) or None.
+            "antisymmetric" (the flip maps the support to its complement in the square) or None.
         closed_entropy: the entropy in nats where it has a closed form; None: by quadrature.
     """
 
@@ -211,8 +209,7 @@ class Circles(SyntheticDataset2d):
 class Curves(SyntheticDataset2d):
     """p(x) = 1/K Σ_k ∫ w(t) N(x; c_k(t), σ² I) dt, by composite Gauss-Legendre quadrature.
 
-    The nodes lie much closer together than σ along the curve, so the density is accurate to about
-    1e-10 (relative) wherever there is mass.
+    The density is accurate to about 1e-10 (relative) where there is mass.
     """
 
     noise: ClassVar[float]  # σ
@@ -283,10 +280,8 @@ class Conditional(SyntheticDataset2d):
 
 
 def open_uniform(rows: int, n: int, generator: torch.Generator) -> Tensor:
-    """Uniform on the 2^21 midpoints (k + ½) / 2^21: (rows, n), float64.
-
-    Never 0 or 1, and coarse enough that the datasets' bounded maps of it are exact in float32.
-    """
+    """Uniform on the 2^21 midpoints (k + ½) / 2^21, whose bounded maps here are exact in float32:
+    (rows, n), float64."""
     k = torch.randint(1 << 21, (rows, n), generator=generator, device=generator.device)
     return (k.to(torch.float64) + 0.5) / (1 << 21)
 

@@ -36,8 +36,8 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 def thresholds(count: int, most: int, key: Sequence[int]) -> np.ndarray:
     """Independent uniform integers 0 ... most - 1: uint8 (count,).
 
-    They follow from the key alone, on any machine and with any version of NumPy (PCG64's raw
-    stream), and a longer array begins with the shorter ones of its key.
+    They follow from the key alone on any machine (PCG64's raw stream), and a longer array begins
+    with the shorter ones of its key.
 
     Args:
         count: how many.
@@ -59,7 +59,7 @@ def thresholds(count: int, most: int, key: Sequence[int]) -> np.ndarray:
         u[again] = drawn(len(again), stage)
         again = again[u[again] >= limit]
         stage += 1
-    return u if limit == most else u % most if most < 256 else u
+    return u % most if most < limit else u
 
 
 def draw_bits(levels: Tensor, most: int, key: Sequence[int]) -> Tensor:

@@ -30,8 +30,8 @@ class CIFAR10(ImageData):
     """CIFAR-10: 50,000 and 10,000 colour images of 32x32, every file checked by its MD5.
 
     Read from the unpacked ``cifar-10-batches-py`` or from ``cifar-10-python.tar.gz`` in the root
-    (or its folder ``cifar10``); downloaded where there is neither. The release is pickles; they
-    are read without unpickling, see :func:`~surflow.data.sources.read_cifar_batch`.
+    (or its folder ``cifar10``); downloaded where there is neither. No pickle is loaded: see
+    :func:`~surflow.data.sources.read_cifar_batch`.
 
     Args:
         download: download what is missing.
@@ -248,20 +248,17 @@ class DownsampledImageNet(ImageData):
 
     def _expected(self) -> str:
         s = self.side
-        if self.release == "png":
-            names = f"train_{s}x{s}/ and valid_{s}x{s}/ with PNG files"
-        else:
-            names = "train_data_batch_1.npz to _10.npz and val_data.npz"
-        return f"expected imagenet{s}/ in it with {names}"
+        names = {
+            "png": f"train_{s}x{s}/ and valid_{s}x{s}/ with PNG files",
+            "npz": "train_data_batch_1.npz to _10.npz and val_data.npz",
+        }
+        return f"expected imagenet{s}/ in it with {names[self.release]}"
 
     def _files(self, folder: Path, release: str) -> dict[str, list[Path]]:
         s = self.side
         if release == "png":
             names = {"train": f"train_{s}x{s}", "test": f"valid_{s}x{s}"}
-            return {
-                k: image_files(folder / n) if (folder / n).is_dir() else []
-                for k, n in names.items()
-            }
+            return {split: image_files(folder / name) for split, name in names.items()}
 
         def number(path: Path) -> int:
             return int(path.stem.rsplit("_", 1)[1])
