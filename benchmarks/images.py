@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Step, in_turns, milliseconds, page_of, picked, ratios, seconds, table
+from benchmarks.live_bytes import LiveBytes
 from surflow.errors import UserError
 from surflow.evaluation.generation import GenerationProtocol, generation_seconds
 from surflow.flow import Flow
-from surflow.memory import MODES, LiveBytes, set_memory, use_channels_last
+from surflow.memory import MODES, set_memory, use_channels_last
 from surflow.models import pool_flow
 from surflow.objectives import bits_per_dim, iwbo
 from surflow.transforms import Conv1x1, Coupling, check_values

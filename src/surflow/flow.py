@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,7 @@ class Ledger(Sequence[LedgerRow]):
             )
             error = (squares / (count - 1) / count) ** 0.5 if count > 1 else float("nan")
             finite = all(r.finite for r in same)
-            first = same[0]
-            rows.append(
-                LedgerRow(first.layer, first.kind, first.bound, mean, error, finite, first.estimate)
-            )
+            rows.append(replace(same[0], mean=mean, standard_error=error, finite=finite))
         return cls(tuple(rows), count)
 
     def to_json(self) -> dict[str, Any]:
@@ -160,9 +157,9 @@ def bytes_of(value: Tensor) -> np.ndarray:
 def flow_sha256(module: nn.Module) -> str:
     """SHA-256 of all that a module's numbers follow from, 64 hex digits.
 
-    These are its parts, their settings (attributes that are plain numbers or words, those of
-    helpers such as a coupling's map too), and every parameter and buffer, kept or not. What a
-    training step keeps in memory, and whether nets are compiled, does not count.
+    These are its parts, their settings (plain numbers and words, those of helpers such as a
+    coupling's map too), and every parameter and buffer. What a training step keeps in memory, and
+    whether nets are compiled, does not count.
 
     >>> from surflow.distributions import StandardNormal
     >>> from surflow.transforms import Dequantization
@@ -184,11 +181,8 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "memory", "_compiled_call_impl", "_turne
 
 
 def _settings(owner: Any, depth: int = 3) -> list[tuple[str, Any]]:
-    found = []
-    for name, value in sorted(vars(owner).items()):
-        if name not in _OF_EVERY_MODULE:
-            found.append((name, _plain(value, depth)))
-    return found
+    own = sorted(vars(owner).items())
+    return [(name, _plain(value, depth)) for name, value in own if name not in _OF_EVERY_MODULE]
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -234,12 +228,10 @@ class Flow(nn.Module):
         if not isinstance(base, Distribution):
             raise TypeError(f"Flow: base must be a Distribution, got {type(base).__name__}")
         self.base = base
-        if isinstance(transforms, Sequential):
-            self.transforms = transforms
-        elif isinstance(transforms, Transform):
-            self.transforms = Sequential([transforms])
-        else:
-            self.transforms = Sequential(transforms)
+        if not isinstance(transforms, Sequential):
+            one = isinstance(transforms, Transform)
+            transforms = Sequential([transforms] if one else transforms)
+        self.transforms = transforms
 
     @property
     def lower_bound(self) -> bool:
@@ -280,18 +272,10 @@ class Flow(nn.Module):
     def log_prob_samples(
         self, x: Tensor, context: Tensor | None = None, num_samples: int = 1
     ) -> Tensor:
-        """Several draws of ``log_prob`` of each row, as of the rows repeated, draw for draw.
+        """K draws of :meth:`log_prob` of each row, (K, B), nats, as of the rows repeated.
 
         What does not depend on a draw is computed once a row: see
         :meth:`~surflow.transforms.base.Transform.forward_samples`.
-
-        Args:
-            x: data, (B, *event).
-            context: (B, ...) for a conditional flow.
-            num_samples: K.
-
-        Returns:
-            (K, B), nats.
 
         Raises:
             ValueError: as ``log_prob``, and for num_samples < 1.
@@ -362,10 +346,7 @@ class Flow(nn.Module):
         yield f"base.{type(self.base).__name__}", self.base
 
     def moments(self, x: Tensor, context: Tensor | None = None) -> Moments:
-        """The contributions of every layer, and their moments over the rows of ``x``.
-
-        Nothing is read back from the device.
-        """
+        """The contributions of every layer and their moments, on the device."""
         parts, finite = [], []
         for _, _, z, part in self.trace(x, context):
             parts.append(in_double(part))

@@ -7,10 +7,9 @@
     checkpoint   the input of every step of the flow         2 forward, backward
     reversible   the output of every bijective stretch       2 forward, backward
 
-A stretch is a run of bijective layers with a cheap, exact inverse. In the backward pass its layers
-are walked from the last to the first: a layer's input is computed from its output, the layer runs
-once more on it, with a graph, and gives its gradients. The memory kept does not grow with the
-number of layers. (A coupling needs its net once for both.)
+A stretch is a run of bijective layers with a cheap, exact inverse. In the backward pass, from the
+last layer to the first, a layer's input is computed from its output and the layer runs once more on
+it, with a graph. A coupling needs its net once for both.
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from surflow.checks import check_values, values_are_checked
+from surflow.errors import check_choice
 from surflow.transforms import Sequential, Transform
 from surflow.transforms.base import zero_ldj
 
@@ -82,8 +79,7 @@ def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
     >>> set_memory(flow, "reversible")  # the flow, and that of its dequantizer
     3
     """
-    if mode not in MODES:
-        raise ValueError(f"memory: expected one of {', '.join(MODES)}, got {mode!r}")
+    check_choice("memory", mode, MODES)
     count = 0
     for part in module.modules():
         if not isinstance(part, Transform):
@@ -127,61 +123,7 @@ def use_channels_last(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that live, on any device: new ones, while it is entered.
-
-    Attributes:
-        peak: the most bytes alive at once.
-
-    Cost: some microseconds an operation; for measurements.
-
-    >>> with LiveBytes() as live:
-    ...     a = torch.zeros(1000)
-    ...     b = a + 1
-    ...     del a
-    ...     c = b + 1
-    >>> live.peak, live.now()
-    (8000, 8000)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._total = 0
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def now(self) -> int:
-        """The bytes alive now."""
-        for key in [k for k, (ref, _) in self._known.items() if ref.expired()]:
-            self._total -= self._known.pop(key)[1]
-        return self._total
-
-    def forget(self) -> None:
-        """Leave out what there is by now."""
-        self._known.clear()
-        self._total = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, Tensor) and not t.is_sparse
-        }
-        out = func(*args, **(kwargs or {}))
-        self.now()
-        for t in tree_leaves(out):
-            if not isinstance(t, Tensor):
-                continue
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if key not in given and key not in self._known:
-                self._known[key] = (StorageWeakRef(storage), storage.nbytes())
-                self._total += storage.nbytes()
-        self.peak = max(self.peak, self._total)
-        return out
-
-
-# What can be recomputed ---------------------------------------------------------------------------
+# What can be recomputed
 
 
 def _repeats(layer: Transform) -> bool:
@@ -261,7 +203,7 @@ def _worth_it(steps: Sequence[_Step]) -> bool:
     return any(not isinstance(m, Transform) for step in steps for m in step.layer.children())
 
 
-# Running them -------------------------------------------------------------------------------------
+# Running them
 
 
 @dataclass(frozen=True)
@@ -337,7 +279,7 @@ def _parameters(steps: Sequence[_Step]) -> list[Tensor]:
 
 
 def _ids(parameters: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(id(p) for p in parameters)
+    return tuple(map(id, parameters))
 
 
 def _check_same(steps: Sequence[_Step], held: Iterable[int]) -> None:

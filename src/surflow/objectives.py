@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
 from surflow.flow import Flow
 from surflow.score_function import close_tape, open_tape
 
@@ -91,8 +92,7 @@ def _samples(
 ) -> tuple[Tensor, Tensor | None]:
     """Independent draws of the bound, (K, B), and the log-probability of the discrete draws in
     them, (K, B); None where there are none to be learned. One draw of an exact flow."""
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}")
+    require_at_least("elbo, iwbo", 1, num_samples=num_samples)
     if not flow.lower_bound:
         return flow.log_prob(x, context).unsqueeze(0), None
     tape = open_tape()
@@ -100,11 +100,8 @@ def _samples(
         values = flow.log_prob_samples(x, context, num_samples)
     finally:
         close_tape()
-    score = None
-    for log_q in tape:
-        if log_q.shape == (values.numel(),):
-            score = log_q if score is None else score + log_q
-    return values, None if score is None else score.unflatten(0, values.shape)
+    learned = [log_q for log_q in tape if log_q.shape == (values.numel(),)]
+    return values, sum(learned[1:], learned[0]).unflatten(0, values.shape) if learned else None
 
 
 def _zero_valued(score: Tensor) -> Tensor:
@@ -137,6 +134,5 @@ def bits_per_dim(nats: Tensor, num_dims: int) -> Tensor:
         nats: log-likelihood (or bound) in nats, any shape.
         num_dims: D, the number of dimensions of one x.
     """
-    if num_dims < 1:
-        raise ValueError(f"bits_per_dim: expected num_dims >= 1, got {num_dims}")
+    require_at_least("bits_per_dim", 1, num_dims=num_dims)
     return -nats / (num_dims * math.log(2.0))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.errors import check_choice
@@ -115,8 +116,7 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
     arXiv 1602.02282.
     """
     before, vae, after = split_at_vae(flow, "terms")
-    if num_samples < 1:
-        raise ValueError(f"terms: expected num_samples >= 1, got {num_samples}")
+    require_at_least("terms", 1, num_samples=num_samples)
     v, context = repeat_rows(x, num_samples), repeat_rows(context, num_samples)
     reconstruction: list[Tensor] = []
     log_q: list[Tensor] = []
@@ -285,9 +285,8 @@ def active_units(
     .. math:: A_l = \mathrm{Var}_x\big(\mathbb E_{q(z|x)}[z_l]\big) > 10^{-2}
 
     The mean is the normal's own where the posterior is diagonal. That of a flow is estimated from S
-    draws a row; the variance of the estimates is too large by the mean of :math:`\mathrm{Var}(z_l
-    |x) / S`, which is estimated from the same draws and taken off. So the variance is unbiased, and
-    may come out below zero. The latent is that of the first VAE layer.
+    draws a row; the mean of :math:`\mathrm{Var}(z_l|x) / S`, from the same draws, is taken off, so
+    that the variance is unbiased and may be below zero. The latent is that of the first VAE layer.
 
     Args:
         flow: a flow with a VAE layer.

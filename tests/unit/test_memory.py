@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.live_bytes import LiveBytes
 from surflow.distributions import StandardNormal
 from surflow.flow import Flow, FlowDistribution
-from surflow.memory import LiveBytes, set_memory
+from surflow.memory import set_memory
 from surflow.models import pool_flow, realnvp
 from surflow.nets import MLP, DenseNet
 from surflow.objectives import elbo, iwbo

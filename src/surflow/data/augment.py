@@ -81,10 +81,7 @@ class Augmentation:
             )
 
     def draws(self, n: int, height: int, width: int, seed: int, epoch: int) -> Draws:
-        """What happens to each of n images in an epoch: it follows from seed and epoch alone.
-
-        Image i is treated alike whatever the batch, the device and the number of processes.
-        """
+        """What happens to each of n images in an epoch: it follows from seed and epoch alone."""
         random = np.random.Generator(np.random.PCG64([_STREAM, seed, epoch]))
         u = torch.from_numpy(random.random((3, n)))  # float64
 

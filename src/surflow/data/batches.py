@@ -14,8 +14,8 @@ _STREAM = 0x4F524432  # keeps these random numbers apart from others of the same
 class TensorBatches:
     """Iterate over the rows of a tensor in batches.
 
-    The order of an epoch follows from the seed and the epoch's number alone. A state taken after
-    some batches of an epoch makes another such object go on with the next one.
+    The order of an epoch follows from the seed and the epoch's number alone. A state makes another
+    such object resume after the batches given out.
 
     Args:
         data: (N, *event), on whichever device it is to stay.
@@ -24,9 +24,8 @@ class TensorBatches:
         epoch: gives the number of the current epoch.
         drop_last: leave out an incomplete last batch (for training only).
         rank, world_size: this process's share: of every batch an equal part, in order.
-        whole: this process's share is whole batches instead, every ``world_size``-th one, so that
-            a batch holds the same rows whatever the number of processes; a process that has none
-            left gets a batch of no rows.
+        whole: this process's share is every ``world_size``-th batch instead, with the same rows
+            whatever the number of processes; the last one may have no rows.
 
     Raises:
         ValueError: for a batch that is not positive, does not divide over the ranks, or (with
@@ -70,14 +69,10 @@ class TensorBatches:
         self._resume = (-1, 0)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.data), self.batch_size)
-        if self.drop_last:
-            batches = full
-        elif self.whole:
-            batches = full + (rest > 0)
-        else:
+        batches, rest = divmod(len(self.data), self.batch_size)
+        if not self.drop_last:
             # a rest too small for every process to have a row of it joins the batch before it
-            batches = full + (rest >= self.world_size)
+            batches += rest >= (1 if self.whole else self.world_size)
         return -(-batches // self.world_size) if self.whole else batches
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -102,8 +97,7 @@ class TensorBatches:
         """First and last row, exclusive, of this process's i-th batch."""
         if self.whole:
             count = len(self.data)
-            if self.drop_last:
-                count -= count % self.batch_size
+            count -= count % self.batch_size if self.drop_last else 0
             start = (i * self.world_size + self.rank) * self.batch_size
             return min(start, count), min(start + self.batch_size, count)
         start = i * self.batch_size

@@ -30,12 +30,10 @@ class SyntheticDataset2d(ABC):
         name: key in ``DATASETS``.
         bound: samples lie strictly inside (-bound, bound)^2; None where the support is unbounded.
         window: half-width of the square to plot.
-        extent: half-width of the square that holds all but a negligible part of the mass.
-        step: grid step that resolves the density; used by the entropy quadrature.
+        extent, step: half-width and grid step of the square that the entropy quadrature takes.
         positive: all samples lie in the positive quadrant.
         symmetry: "symmetric" (p is unchanged when the sign of either coordinate flips),
-            "antisymmetric" (flipping one coordinate maps the support to its complement in the
-            bounding square) or None.
+            "antisymmetric" (the flip maps the support to its complement in the square) or None.
         closed_entropy: the entropy in nats where it has a closed form; None: by quadrature.
     """
 
@@ -57,10 +55,9 @@ class SyntheticDataset2d(ABC):
         """Log density in nats, (n,), of float64 points (n, 2)."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """x_1, ..., x_n ~ p, independent.
+        """x_1, ..., x_n ~ p, independent, drawn in float64.
 
-        All randomness comes from ``generator``. Points are drawn in float64 and returned in
-        float32; samples of a bounded dataset avoid every edge of the support exactly.
+        Samples of a bounded dataset avoid every edge of the support exactly.
 
         Args:
             n: number of points.
@@ -78,15 +75,12 @@ class SyntheticDataset2d(ABC):
         return self._sample(n, generator).to(torch.float32)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), in nats; -inf off the support.
+        """log p(x), (n,), in nats; -inf off the support.
 
         Computed in float64. The result is float64 for float64 input and float32 otherwise.
 
         Args:
             x: (n, 2), floating point.
-
-        Returns:
-            (n,)
 
         Raises:
             ValueError: if x is not a floating-point tensor of shape (n, 2).
@@ -109,26 +103,19 @@ class SyntheticDataset2d(ABC):
         return "quadrature" if self.closed_entropy is None else "closed form"
 
     def splits(self, train: int, valid: int, test: int, seed: int) -> dict[str, Tensor]:
-        """x_split ~ p for each of train, valid and test, independent of one another.
+        """Independent splits, (train, 2), (valid, 2) and (test, 2), float32.
 
-        Each split has its own generator, seeded from (name, split, seed): a split depends neither
-        on the process nor on the sizes of the others.
-
-        Args:
-            train, valid, test: number of points of each split.
-            seed: any integer.
-
-        Returns:
-            {"train": (train, 2), "valid": (valid, 2), "test": (test, 2)}, float32.
+        Each has its own generator, seeded from (name, split, seed), and does not depend on the
+        sizes of the others.
 
         Raises:
             ValueError: if a size is not a positive integer or seed is not an integer.
         """
         sizes = dict(zip(_SPLITS, (train, valid, test), strict=True))
-        for split, size in sizes.items():
-            check_whole(split, size)
         if not is_whole(seed, least=-math.inf):
             raise ValueError(f"seed: expected an integer, got {seed!r}")
+        for split, size in sizes.items():
+            check_whole(split, size)
         return {
             split: self.sample(size, torch.Generator().manual_seed(self._sub_seed(split, seed)))
             for split, size in sizes.items()
@@ -145,18 +132,14 @@ class SyntheticDataset2d(ABC):
 def grid_entropy(log_prob: Callable[[Tensor], Tensor], half_width: float, step: float) -> float:
     """H ≈ -h² Σ p(x) log p(x) over the cell midpoints x of a square grid of step h, in nats.
 
-    On a smooth density that vanishes at the border the midpoint rule converges faster than any
-    power of h: a step of 0.4 standard deviations of the narrowest Gaussian component, on a square
-    that leaves out less than 1e-7 of the mass, gives better than 1e-5 nats. With a jump in the
-    density the error is O(h), unless the jumps lie on cell edges.
+    On a smooth density that vanishes at the border a step of 0.4 standard deviations of the
+    narrowest Gaussian component gives better than 1e-5 nats, on a square that leaves out less than
+    1e-7 of the mass. With a jump inside a cell the error is O(h).
 
     Args:
         log_prob: maps points (n, 2), float64, to log densities (n,) in nats.
         half_width: the grid covers [-half_width, half_width]^2.
         step: largest cell width; rounded down so that whole cells cover the square.
-
-    Returns:
-        the entropy in nats.
 
     Raises:
         ValueError: if half_width or step is not positive.
@@ -226,8 +209,7 @@ class Circles(SyntheticDataset2d):
 class Curves(SyntheticDataset2d):
     """p(x) = 1/K Σ_k ∫ w(t) N(x; c_k(t), σ² I) dt, by composite Gauss-Legendre quadrature.
 
-    The nodes lie much closer together than σ along the curve, so the density is accurate to about
-    1e-10 (relative) wherever there is mass.
+    The density is accurate to about 1e-10 (relative) where there is mass.
     """
 
     noise: ClassVar[float]  # σ
@@ -298,10 +280,8 @@ class Conditional(SyntheticDataset2d):
 
 
 def open_uniform(rows: int, n: int, generator: torch.Generator) -> Tensor:
-    """Uniform on the 2^21 midpoints (k + ½) / 2^21: (rows, n), float64.
-
-    Never 0 or 1, and coarse enough that the datasets' bounded maps of it are exact in float32.
-    """
+    """Uniform on the 2^21 midpoints (k + ½) / 2^21, whose bounded maps here are exact in float32:
+    (rows, n), float64."""
     k = torch.randint(1 << 21, (rows, n), generator=generator, device=generator.device)
     return (k.to(torch.float64) + 0.5) / (1 << 21)
 

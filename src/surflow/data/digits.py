@@ -2,10 +2,10 @@ r"""Handwritten digits for VAEs: grey images, and the binary ones that follow fr
 
 .. math:: b_d \sim \mathrm{Bernoulli}(x_d / (K - 1)), \quad x_d \in \{0, \dots, K - 1\}
 
-Published log-likelihoods of "binarized MNIST" mean one of two sets: bits drawn anew whenever an
-image is trained on (dynamic binarization, :class:`~surflow.data.mnist.MNIST`), or one published
-draw (:class:`~surflow.data.mnist.BinarizedMNIST`). They do not compare with each other, nor with
-the cross-entropy of grey values.
+Published log-likelihoods of "binarized MNIST" are of bits drawn anew in every epoch
+(:class:`~surflow.data.mnist.MNIST`) or of one published draw
+(:class:`~surflow.data.mnist.BinarizedMNIST`). They do not compare with each other, nor with the
+cross-entropy of grey values.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 def thresholds(count: int, most: int, key: Sequence[int]) -> np.ndarray:
     """Independent uniform integers 0 ... most - 1: uint8 (count,).
 
-    They follow from the key alone, on any machine and with any version of NumPy (PCG64's raw
-    stream), and a longer array begins with the shorter ones of its key.
+    They follow from the key alone on any machine (PCG64's raw stream), and a longer array begins
+    with the shorter ones of its key.
 
     Args:
         count: how many.
@@ -59,7 +59,7 @@ def thresholds(count: int, most: int, key: Sequence[int]) -> np.ndarray:
         u[again] = drawn(len(again), stage)
         again = again[u[again] >= limit]
         stage += 1
-    return u if limit == most else u % most if most < 256 else u
+    return u % most if most < limit else u
 
 
 def draw_bits(levels: Tensor, most: int, key: Sequence[int]) -> Tensor:
@@ -179,10 +179,9 @@ class DigitData(ImageData):
             - ``dynamic``: Bernoulli(level / largest level), for training anew in every epoch;
             - ``fixed``: the same, drawn once for all splits;
             - ``threshold``: 1 from half of the largest level on;
-            - ``grey``: the grey values in [0, 1]. A Bernoulli's log-probability of them is a
-              cross-entropy. As it is linear in the pixels, ELBO and IWBO with it are lower bounds
-              on the *mean* log-likelihood of the dynamic binarization, given by an encoder that
-              does not see the bits; they are no likelihood of the grey image;
+            - ``grey``: the grey values in [0, 1]. With a Bernoulli, ELBO and IWBO of them are lower
+              bounds on the *mean* log-likelihood of the dynamic binarization, by an encoder that
+              does not see the bits, and no likelihood of the grey image;
             - ``none``: the levels themselves.
         binarization_seed: of the bits that are drawn once, so that all runs are scored on the same.
         dtype: float32, as a Bernoulli takes them, or uint8, for layers over integers.
@@ -253,17 +252,15 @@ class DigitData(ImageData):
                 f"{num_levels}"
             )
 
-    # What a subclass writes --------------------------------------------------------------------
-
     def read(self) -> dict[str, Tensor]:
-        """Whole splits as published, uint8 (N, C, H, W): train, test, and maybe valid."""
+        """Whole splits as published, uint8 (N, C, H, W)."""
         raise NotImplementedError
 
     def read_labels(self) -> dict[str, Tensor]:
         """The classes of the same rows, int64 (N,); none for data without labels."""
         return {}
 
-    # Splits ------------------------------------------------------------------------------------
+    # Splits
 
     @property
     def meaning(self) -> str:
@@ -271,7 +268,6 @@ class DigitData(ImageData):
         return self.rule.meaning
 
     def provenance(self) -> dict[str, Any]:
-        """As of other images, and how they were binarized."""
         made: dict[str, Any] = {"kind": self.binarization, "meaning": self.meaning}
         if self.rule.drawn:
             made["seed"] = self.binarization_seed
@@ -312,7 +308,7 @@ class DigitData(ImageData):
         rest, held = super().hold_out(rows, split)
         return rows if self.valid_within_train else rest, held
 
-    # Batches -----------------------------------------------------------------------------------
+    # Batches
 
     def batches(self, split: str, batch_size: int, **keys: Any) -> DigitBatches:
         train = split == "train"

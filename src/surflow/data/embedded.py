@@ -18,10 +18,8 @@ from surflow.errors import UserError, check_whole
 class PhotoPatches(ImageData):
     """32x32 patches of scikit-learn's two sample photographs: small, embedded, for smoke runs.
 
-    Each photograph (427x640) is cut into three regions, side by side: columns 0-383 are train,
-    384-511 validation, 512-639 test. Training patches overlap; those of the other two do not, so
-    that a standard error over them means something. The photographs were JPEG files, and two of
-    them say nothing about images at large: a check that things run and learn.
+    Each photograph (427x640) is cut into three regions: columns 0-383 are train, 384-511
+    validation, 512-639 test. Training patches overlap, others do not. For checks that things run.
 
     Args:
         stride: pixels between training patches.

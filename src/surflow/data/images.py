@@ -19,8 +19,7 @@ _SHARE_OF_DEVICE = 1 / 3  # of its free memory, that images may take
 class ImageBatches:
     """Batches of uint8 images, gathered and augmented on the device they are wanted on.
 
-    Order and augmentation follow from seed, epoch and the image's row. A state taken after some
-    batches of an epoch makes another such object go on with the next one.
+    Order and augmentation follow from seed, epoch and the image's row.
 
     Args:
         images: (N, C, H, W), uint8, on the device or on the host, memory-mapped or not.

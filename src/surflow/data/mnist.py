@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import math
@@ -56,12 +57,12 @@ class MNIST(DigitData):
         self.download = download
 
     def read(self) -> dict[str, Tensor]:
-        names = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
-        return {split: self._file(name).unsqueeze(1) for split, name in names.items()}
+        names = {"train": "train", "test": "t10k"}
+        return {s: self._file(f"{n}-images-idx3-ubyte").unsqueeze(1) for s, n in names.items()}
 
     def read_labels(self) -> dict[str, Tensor]:
-        names = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
-        return {split: self._file(name).long() for split, name in names.items()}
+        names = {"train": "train", "test": "t10k"}
+        return {s: self._file(f"{n}-labels-idx1-ubyte").long() for s, n in names.items()}
 
     def published(self, name: str) -> list[Published]:
         """A file as it is published, packed, at each of its mirrors."""
@@ -88,10 +89,8 @@ class MNIST(DigitData):
 def _fetch_any(mirrors: Sequence[Published], folder: Path) -> Path:
     """Download from the first mirror that has the file."""
     for file in mirrors[:-1]:
-        try:
+        with contextlib.suppress(UserError):
             return fetch(file, folder)
-        except UserError:
-            continue
     return fetch(mirrors[-1], folder)
 
 
@@ -126,9 +125,8 @@ class BinarizedMNIST(DigitData):
 
     Read from ``binarized_mnist`` in the root: train.npz, valid.npz and test.npz (``bits``, uint8
     (N, 98), eight pixels a byte, the first one highest), or the published text files
-    ``binarized_mnist_train.amat``, ``..._valid.amat``, ``..._test.amat``, which may be in the root
-    itself; these are downloaded where nothing is there (110 MB), read once and kept packed.
-    Both are checked to be what was published.
+    ``binarized_mnist_{train,valid,test}.amat``, also from the root itself; these are downloaded
+    where nothing is there (110 MB), read once and kept packed. Both are checked.
 
     Args:
         download: download what is missing.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +23,10 @@ SPLITS = ("train", "valid", "test")
 BLOCK_NUMBERS = 2**18
 """Numbers in a block of validation rows: 85 images of 32x32, 21 of 64x64."""
 
-MOST_BLOCK_ROWS = 4096
-
 
 def block_rows(event_shape: tuple[int, ...]) -> int:
-    """Rows of a block in validation: they follow from the shape of the data alone."""
-    return min(MOST_BLOCK_ROWS, max(1, BLOCK_NUMBERS // math.prod(event_shape)))
+    """Rows of a block in validation, at most 4096: they follow from the shape of the data alone."""
+    return min(4096, max(1, BLOCK_NUMBERS // math.prod(event_shape)))
 
 
 def fingerprint(rows: Tensor) -> str:
@@ -45,8 +42,7 @@ class TensorDataModule(pl.LightningDataModule):
 
     A subclass reads whole splits in :meth:`load` and declares what they are. Where there is no
     validation split, the last ``valid_size`` training rows are held out. A split that is cut short
-    keeps rows evenly spaced over it. A constructor with ``**others`` passes them on to its base;
-    ``inspect.signature`` of the class lists all options.
+    keeps rows evenly spaced over it. A constructor with ``**others`` passes them on to its base.
 
     Args:
         name: of the data, in records and run folders.
@@ -120,11 +116,7 @@ class TensorDataModule(pl.LightningDataModule):
         self._train: Any = None
         self._state: dict[str, int] = {}
 
-    def __init_subclass__(cls, **keys: Any) -> None:
-        super().__init_subclass__(**keys)
-        cls.__signature__ = _signature(cls)
-
-    # What a model and a table must know --------------------------------------------------------
+    # What a model and a table must know
 
     @property
     def num_dims(self) -> int:
@@ -172,12 +164,11 @@ class TensorDataModule(pl.LightningDataModule):
 
     def provenance(self) -> dict[str, Any]:
         """What to write into a record: name, version, and rows and SHA-256 of every split."""
-        splits = {
-            s: {"rows": len(x), "sha256": self.fingerprint(s)} for s, x in self.splits.items()
-        }
+        rows = self.splits.items()
+        splits = {s: {"rows": len(x), "sha256": self.fingerprint(s)} for s, x in rows}
         return {"name": self.name, "version": self.version, "splits": splits}
 
-    # Splits ------------------------------------------------------------------------------------
+    # Splits
 
     def load(self) -> dict[str, Tensor]:
         """Whole splits, (N, *event): train, test, and maybe valid."""
@@ -252,7 +243,7 @@ class TensorDataModule(pl.LightningDataModule):
             )
         return rows[torch.arange(size) * len(rows) // size]
 
-    # Batches -----------------------------------------------------------------------------------
+    # Batches
 
     def device(self) -> torch.device:
         """The trainer's device; the CPU without a trainer."""
@@ -293,7 +284,7 @@ class TensorDataModule(pl.LightningDataModule):
         return self._train
 
     def val_dataloader(self) -> Any:
-        """Blocks of rows, the same for any batch size and number of processes; so are the draws."""
+        """Blocks of rows, with the same draws, for any batch size and number of processes."""
         return self.batches(
             "valid",
             block_rows(self.event_shape),
@@ -312,18 +303,3 @@ class TensorDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Tensor, device: torch.device, index: int) -> Tensor:
         return batch  # it is there already
-
-
-def _signature(cls: type) -> inspect.Signature:
-    """A constructor's options, with those of its bases that it passes on as ``**others``."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        _, *own = inspect.signature(base.__init__).parameters.values()
-        for option in own:
-            if option.kind is not option.VAR_KEYWORD:
-                found.setdefault(option.name, option.replace(kind=option.KEYWORD_ONLY))
-        if not any(option.kind is option.VAR_KEYWORD for option in own):
-            break
-    return inspect.Signature(list(found.values()))

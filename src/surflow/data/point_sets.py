@@ -61,10 +61,10 @@ def other_units(per_point: float, scale: float, num_features: int = 2) -> float:
 def draw_points(images: np.ndarray, num_points: int, key: Sequence[int]) -> np.ndarray:
     """Points of pictures, in the order they are drawn in.
 
-    Pixels are drawn one after another in proportion to their level: without replacement from a
-    picture with at least ``num_points`` pixels of ink, else with replacement. A point is uniform in
-    its pixel. No two points of a set share a coordinate exactly. The draws follow from the key and
-    the picture's row alone, on any machine and with any version of NumPy (PCG64's raw stream).
+    Pixels are drawn in proportion to their level: without replacement from a picture with at least
+    ``num_points`` pixels of ink, else with replacement. A point is uniform in its pixel. No two
+    points of a set share a coordinate. The draws follow from the key and the picture's row alone,
+    on any machine and with any version of NumPy (PCG64's raw stream).
 
     Args:
         images: (M, H, W), uint8, H and W at most 32.
@@ -202,11 +202,9 @@ class PointSets(TensorDataModule):
 
     @property
     def box(self) -> tuple[list[float], list[float]]:
-        """Edges that hold every set, flattened."""
         return [0.0] * self.num_dims, [self.width] * self.num_dims
 
     def provenance(self) -> dict[str, Any]:
-        """As of other data, and how points were drawn."""
         points = {"number": self.num_points, "seed": self.points_seed, "unit": "pixels"}
         return {**super().provenance(), "points": points}
 
@@ -219,10 +217,9 @@ class PointSets(TensorDataModule):
 class SpatialMNIST(PointSets):
     """MNIST as clouds of points: 50,000 + 10,000 + 10,000.
 
-    The last 10,000 of MNIST's training images are validation. Drawn once and kept in a cache, an
-    .npz file of float32 arrays with its recipe (``.json``): number of points, seed, what was drawn
-    from, and a checksum of every split. A cache that does not have the checksums of its recipe is
-    drawn again.
+    The last 10,000 of MNIST's training images are validation. Drawn once and kept in an .npz file
+    with its recipe (``.json``), which has a checksum of every split. A cache that does not fit its
+    recipe is drawn again.
 
     Args:
         cache: the folder of the cache; None: ``spatial_mnist`` in the root.
@@ -263,11 +260,8 @@ class SpatialMNIST(PointSets):
             return kept
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with locked(self.file.with_suffix(".lock")):
-                kept = _read(self.file, self.recipe())
-                if kept is not None:  # another process was first
-                    return kept
-                return self._make()
+            with locked(self.file.with_suffix(".lock")):  # where another process may be first
+                return _read(self.file, self.recipe()) or self._make()
         except PermissionError as error:
             raise UserError(
                 f"data.cache: cannot write to {self.cache} ({error.strerror}); set "

@@ -69,8 +69,7 @@ class SyntheticData(TensorDataModule):
     def box(self) -> tuple[list[float], list[float]]:
         """Edges that hold the whole support, infinite where there are none."""
         bound = self.edge if self.edge is not None else math.inf
-        low = 0.0 if self.dataset.positive else -bound
-        return [low] * 2, [bound] * 2
+        return [0.0 if self.dataset.positive else -bound] * 2, [bound] * 2
 
     def load(self) -> dict[str, Tensor]:
         train, valid, test = self.sizes.values()

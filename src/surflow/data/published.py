@@ -23,13 +23,15 @@ from surflow.data.sources import (
 )
 from surflow.errors import UserError, check_choice
 
+_PICKLES = ("train_data_batch_1", "*/train_data_batch_1")
+
 
 class CIFAR10(ImageData):
     """CIFAR-10: 50,000 and 10,000 colour images of 32x32, every file checked by its MD5.
 
     Read from the unpacked ``cifar-10-batches-py`` or from ``cifar-10-python.tar.gz`` in the root
-    (or its folder ``cifar10``); downloaded where there is neither. The release is pickles; they
-    are read without unpickling, see :func:`~surflow.data.sources.read_cifar_batch`.
+    (or its folder ``cifar10``); downloaded where there is neither. No pickle is loaded: see
+    :func:`~surflow.data.sources.read_cifar_batch`.
 
     Args:
         download: download what is missing.
@@ -98,12 +100,12 @@ class CIFAR10(ImageData):
                 f"data.root: no CIFAR-10 in {self.root}: expected {self.folder}/ or "
                 f"{archive.filename} (md5 {archive.md5}) from {archive.url}; or data.download=true"
             )
-        wanted = {f"{self.folder}/{b.filename}": b for b in batches}
+        wanted = {f"{self.folder}/{b.filename}": b.filename for b in batches}
         found = {}
         with tarfile.open(path, "r:*") as tar:
             for member in tar:
                 if member.name in wanted and member.isfile():
-                    found[wanted[member.name].filename] = tar.extractfile(member).read()
+                    found[wanted[member.name]] = tar.extractfile(member).read()
         for b in batches:
             if b.filename not in found:
                 raise UserError(f"data.root: {path} holds no {self.folder}/{b.filename}")
@@ -228,18 +230,17 @@ class DownsampledImageNet(ImageData):
             if all(files.values()):
                 return self._read(folder, files)
         found = ""
-        for folder in folders:
-            for other in self.counts:
-                if other != self.release and all(self._files(folder, other).values()):
-                    found = (
-                        f"; there is the {self.origin[other]} version: data.release={other} takes "
-                        "it, and its bits/dim compare only with others on that version"
-                    )
-            if not found and self._pickles(folder):
-                found = (
-                    "; there are pickles, which are not read because they can run anything: "
-                    "take the npz files of the same release, and data.release=npz"
-                )
+        other = next(r for r in self.counts if r != self.release)
+        if any(all(self._files(folder, other).values()) for folder in folders):
+            found = (
+                f"; there is the {self.origin[other]} version: data.release={other} takes it, and "
+                "its bits/dim compare only with others on that version"
+            )
+        elif any(next(f.glob(n), None) for f in folders for n in _PICKLES):
+            found = (
+                "; there are pickles, which are not read because they can run anything: take the "
+                "npz files of the same release, and data.release=npz"
+            )
         raise UserError(
             f"data.root: no {self.release} release of ImageNet {self.side} in {self.root}; "
             f"{self._expected()}{found}"
@@ -247,20 +248,17 @@ class DownsampledImageNet(ImageData):
 
     def _expected(self) -> str:
         s = self.side
-        if self.release == "png":
-            names = f"train_{s}x{s}/ and valid_{s}x{s}/ with PNG files"
-        else:
-            names = "train_data_batch_1.npz to _10.npz and val_data.npz"
-        return f"expected imagenet{s}/ in it with {names}"
+        names = {
+            "png": f"train_{s}x{s}/ and valid_{s}x{s}/ with PNG files",
+            "npz": "train_data_batch_1.npz to _10.npz and val_data.npz",
+        }
+        return f"expected imagenet{s}/ in it with {names[self.release]}"
 
     def _files(self, folder: Path, release: str) -> dict[str, list[Path]]:
         s = self.side
         if release == "png":
             names = {"train": f"train_{s}x{s}", "test": f"valid_{s}x{s}"}
-            return {
-                k: image_files(folder / n) if (folder / n).is_dir() else []
-                for k, n in names.items()
-            }
+            return {split: image_files(folder / name) for split, name in names.items()}
 
         def number(path: Path) -> int:
             return int(path.stem.rsplit("_", 1)[1])
@@ -270,9 +268,6 @@ class DownsampledImageNet(ImageData):
         train = [p for p in train if p.stem.rsplit("_", 1)[1].isdigit()]
         test = [*folder.glob("val_data.npz"), *folder.glob("*/val_data.npz")]
         return {"train": sorted(train, key=number), "test": test[:1]}
-
-    def _pickles(self, folder: Path) -> bool:
-        return any((*folder.glob("train_data_batch_1"), *folder.glob("*/train_data_batch_1")))
 
     def _read(self, folder: Path, files: dict[str, list[Path]]) -> dict[str, Tensor]:
         counts = {split: [self._count(p) for p in paths] for split, paths in files.items()}

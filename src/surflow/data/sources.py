@@ -69,9 +69,7 @@ def read_cifar_batch(content: bytes, where: str) -> np.ndarray:
     try:
         entry = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
         data = entry.get(b"data", entry.get("data"))
-        raw = data.state[-1]
-        pixels = np.frombuffer(raw, np.uint8)
-        return pixels.reshape(-1, 3, 32, 32)
+        return np.frombuffer(data.state[-1], np.uint8).reshape(-1, 3, 32, 32)
     except Exception as error:
         raise UserError(f"data.root: {where} is no batch of CIFAR-10 ({error})") from None
 
@@ -97,9 +95,7 @@ def read_array(path: Path, key: str = "images") -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:
             _check_key(path, key, file.files)
             return file[key]
-    except UserError:
-        raise
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -118,12 +114,9 @@ def npz_shape(path: Path, key: str) -> tuple[int, ...]:
             names = [n.removesuffix(".npy") for n in file.namelist()]
             _check_key(path, key, names)
             with file.open(f"{key}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
+                first = np.lib.format.read_magic(member) == (1, 0)
+                kinds = np.lib.format
+                read = kinds.read_array_header_1_0 if first else kinds.read_array_header_2_0
                 return read(member)[0]
     except (zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"data.root: {path} is damaged ({error})") from None
@@ -140,8 +133,7 @@ def _check_key(path: Path, key: str, known: Sequence[str]) -> None:
 def image_files(folder: Path) -> list[Path]:
     """The image files under a folder, in an order that is the same everywhere.
 
-    They are ordered by the SHA-256 of their path in the folder, so any stretch of them is as good
-    as a random sample, whatever classes the names sort into.
+    The order is that of the SHA-256 of their path in the folder: any stretch is a random sample.
     """
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
@@ -232,10 +224,10 @@ def pack(
                 start += len(images)
             array.flush()
             del array
-        packed = _mapped(path, (total, *shape))
-        if packed is None:
+        kept = _mapped(path, (total, *shape))
+        if kept is None:
             raise UserError(f"data.root: the cache {path} cannot be read back; delete it")
-        return packed
+        return kept
 
 
 def _read_in_order(
@@ -251,10 +243,8 @@ def _read_in_order(
 
 
 def _cache_folder(root: Path) -> Path:
-    for folder in (
-        root / ".surflow",
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surflow",
-    ):
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (root / ".surflow", home / "surflow"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:

@@ -1,7 +1,6 @@
 """Two-dimensional densities that can be both sampled and evaluated exactly.
 
-Every dataset knows its own log density and entropy, so a fitted flow can be compared with the best
-value any model can reach: its expected negative log-likelihood is at least ``entropy``.
+The expected negative log-likelihood of any model of one is at least its ``entropy``.
 """
 
 from __future__ import annotations
@@ -30,14 +29,11 @@ from surflow.data.density import (
 )
 from surflow.errors import check_choice
 
-# Bounded densities, piecewise constant
-
 
 class Checkerboard(SyntheticDataset2d):
     """p(x) = 1/32 where |x1|, |x2| < 4 and ⌊x1/2⌋ + ⌊x2/2⌋ is even, else 0.
 
-    x1 is uniform on [-4, 4]; x2 is uniform on [-4, -2] ∪ [0, 2] for even i = ⌊x1/2⌋ and on
-    [-2, 0] ∪ [2, 4] for odd i. Entropy: ln 32.
+    Entropy: ln 32.
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, synthetic experiments.
     """
@@ -58,8 +54,7 @@ class Checkerboard(SyntheticDataset2d):
 
     def _log_prob(self, x: Tensor) -> Tensor:
         even = torch.floor(x / 2).sum(-1).remainder(2) == 0
-        inside = (x.abs() < 4).all(-1) & even
-        return torch.log(inside.to(x.dtype) / 32)
+        return torch.log(((x.abs() < 4).all(-1) & even).to(x.dtype) / 32)
 
 
 class Corners(SyntheticDataset2d):
@@ -92,9 +87,6 @@ class Corners(SyntheticDataset2d):
         return torch.log(bars.to(x.dtype) / 24)
 
 
-# Mixtures of isotropic Gaussians
-
-
 class EightGaussians(GaussianMixture):
     """p(x) = 1/8 Σ_k N(x; c_k, σ² I), |c_k| = 4/1.414, at angles π/8 + kπ/4, σ = 0.5/1.414.
 
@@ -116,8 +108,7 @@ class EightGaussians(GaussianMixture):
 class GaussianGrid(GaussianMixture):
     """p(x) = 1/25 Σ_k N(x; c_k, 0.15² I), c_k ∈ {-3, -1.5, 0, 1.5, 3}².
 
-    Source: the 5 × 5 grid usual for generative models, e.g. Dumoulin et al. 2017, arXiv
-    1606.00704; spacing and width are ours, to fill the window of the other datasets.
+    Source: the 5 × 5 grid as in Dumoulin et al. 2017, arXiv 1606.00704; spacing and width are ours.
     """
 
     name = "gaussian_grid"
@@ -169,19 +160,13 @@ class LinearGaussian(SyntheticDataset2d):
         along = d @ constant(self.loading, x.device)
         var = self.noise**2
         # the inverse of σ² I + w wᵀ, by Sherman and Morrison
-        square = (
-            d.square().sum(-1) - along.square() / (var + sum(w * w for w in self.loading))
-        ) / var
+        length = sum(w * w for w in self.loading)
+        square = (d.square().sum(-1) - along.square() / (var + length)) / var
         return -LOG_2PI - 0.5 * math.log(self.determinant) - 0.5 * square
 
 
-# Noisy circles
-
-
 class FourCircles(Circles):
-    """p(x) = 1/4 Σ_k p_k(x): circles of radius 2 around (±1, ±1), Gaussian noise of σ = 0.1.
-
-    p_k(x) = exp(-(ρ² + R²) / 2σ²) I₀(ρR/σ²) / 2πσ², with ρ = |x - c_k| and R = 2.
+    """:class:`Circles` of radius 2 around (±1, ±1), σ = 0.1.
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, synthetic experiments.
     """
@@ -196,9 +181,7 @@ class FourCircles(Circles):
 
 
 class Rings(Circles):
-    """p(x) = 1/4 Σ_k p_k(x): concentric circles of radius 0.75 k, k = 1, ..., 4, σ = 0.08.
-
-    p_k(x) = exp(-(ρ² + R_k²) / 2σ²) I₀(ρR_k/σ²) / 2πσ², with ρ = |x|.
+    """:class:`Circles` around the origin of radius 0.75 k, k = 1, ..., 4, σ = 0.08.
 
     Source: after Grathwohl et al. 2019, arXiv 1810.01367, toy experiments.
     """
@@ -210,9 +193,6 @@ class Rings(Circles):
     centres = ((0.0, 0.0),) * 4
     radii = (0.75, 1.5, 2.25, 3.0)
     noise = 0.08
-
-
-# Noisy curves
 
 
 class TwoMoons(Curves):
@@ -241,8 +221,7 @@ class Spirals(Curves):
 
     x = c(t) + N(0, 0.1² I): two arms.
 
-    Source: after Grathwohl et al. 2019, arXiv 1810.01367, toy experiments, without their
-    additional uniform noise.
+    Source: Grathwohl et al. 2019, arXiv 1810.01367, toy experiments; their uniform noise left out.
     """
 
     name = "spirals"
@@ -282,9 +261,6 @@ class SwissRoll(Curves):
         return torch.stack([t * t.cos(), t * t.sin()], dim=-1)[None] / 5
 
 
-# Folded
-
-
 class FoldedMoons(SyntheticDataset2d):
     """x = |y|, y ~ two moons: p(x) = Σ_s p_moons(s ⊙ x) over the four sign vectors s, x >= 0.
 
@@ -307,18 +283,13 @@ class FoldedMoons(SyntheticDataset2d):
         return torch.where(inside, torch.stack(parts).logsumexp(0), -torch.inf)
 
 
-# Warped Gaussians
-
-
 class Pinwheel(SyntheticDataset2d):
     """x = 2 Rot(2πk/5 + exp(|f|)/4) f, f ~ N((1, 0), diag(0.3², 0.1²)), k uniform on 0, ..., 4.
 
-    The angle of the warp depends on the radius only, so the warp preserves volume and
-    p(x) = 1/4 · 1/5 Σ_k N(f_k(x); (1, 0), diag(0.3², 0.1²)). The same warp serves all five arms,
-    so the entropy is that of the unwarped mixture, by quadrature, plus ln 4.
+    The warp preserves volume: p(x) = 1/4 · 1/5 Σ_k N(f_k(x); (1, 0), diag(0.3², 0.1²)), and the
+    entropy is that of the unwarped mixture, by quadrature, plus ln 4.
 
-    Source: after Johnson et al. 2016, arXiv 1603.06277, where the angle depends on f₁ instead of
-    |f|.
+    Source: Johnson et al. 2016, arXiv 1603.06277, where the angle depends on f₁ instead of |f|.
     """
 
     name = "pinwheel"
@@ -396,23 +367,8 @@ class Banana(Conditional):
 
 DATASETS: dict[str, type[SyntheticDataset2d]] = {
     cls.name: cls
-    for cls in (
-        Checkerboard,
-        Corners,
-        EightGaussians,
-        FourCircles,
-        TwoMoons,
-        FoldedMoons,
-        Spirals,
-        Rings,
-        Pinwheel,
-        GaussianGrid,
-        SwissRoll,
-        Sinusoid,
-        Banana,
-        Gaussian,
-        LinearGaussian,
-    )
+    for cls in list(globals().values())
+    if isinstance(cls, type) and issubclass(cls, SyntheticDataset2d) and "name" in vars(cls)
 }
 
 

@@ -39,10 +39,9 @@ def all_latents(flow: Flow, x: Tensor, seed: int = 0) -> list[Latent]:
 
     .. math:: x \leftrightarrow (\epsilon_1, \ldots, \epsilon_n)
 
-    Bijections, and surjections that generate without a draw (dequantization: its noise is part of
-    z), keep all in z. A :class:`Slice` gives up what its decoder would draw, standardised given
-    the rest; a :class:`VAE` the noise of its decoder; max pooling the remainders, and for the
-    place of the max Gumbel noise that elects it, drawn given that it did.
+    Bijections, and surjections that generate without a draw, keep all in z. A :class:`Slice` gives
+    what its decoder would draw, standardised given the rest; a :class:`VAE` the noise of its
+    decoder; max pooling the remainders, and Gumbel noise that elects the place of the max.
     :func:`from_latents` undoes it.
 
     Args:
@@ -54,8 +53,7 @@ def all_latents(flow: Flow, x: Tensor, seed: int = 0) -> list[Latent]:
         The latents in the order in which inference finds them, the base's last.
 
     Raises:
-        ValueError: for a conditional flow, and for a layer that draws when it generates and of
-            which what it drew is not known how to keep; the layer is named.
+        ValueError: for a conditional flow, and for a layer whose draws cannot be kept, by name.
 
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6 (the factored-out parts are latents too).
 

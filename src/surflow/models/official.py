@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,9 @@ def official_configuration(
         match = re.match(r"transforms\.(\d+)\.(.+)", name)
         if match:
             layers.setdefault(int(match[1]), set()).add(match[2])
-    couplings = [i for i, names in layers.items() if i and _is_coupling(names)]
+    couplings = [
+        i for i, names in layers.items() if i and any(n.startswith("coupling_net.") for n in names)
+    ]
     cuts = [i for i, names in layers.items() if i and "decoder.buffer" in names]
     if not couplings or "base_dist.loc" not in state or "transforms.0.ldj_per_dim" not in state:
         raise ValueError(
@@ -176,14 +179,10 @@ def official_configuration(
             f"official weights: {len(couplings)} couplings do not part into {scales} scales"
         )
     net = f"transforms.{min(couplings)}.coupling_net.0"
-    depth = 0
-    while f"{net}.1.dense.{depth}.nn.0.weight" in state:
-        depth += 1
+    depth = next(i for i in count() if f"{net}.1.dense.{i}.nn.0.weight" not in state)
+    blocks = next(i for i in count(1) if f"{net}.{i + 1}.dense.0.nn.0.weight" not in state)
     if not depth:
         raise ValueError(f"official weights: expected dense layers {net}.1.dense.0.nn...")
-    blocks = 1
-    while f"{net}.{blocks + 1}.dense.0.nn.0.weight" in state:
-        blocks += 1
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     arguments: dict[str, Any] = {
         "shape": (state[f"{net}.0.weight"].shape[1] // 2, height, width),
@@ -200,21 +199,14 @@ def official_configuration(
         "actnorm": any("log_scale" in names for names in layers.values()),
         "dequantization": "uniform",
     }
-    inner = {re.sub(r"^encoder\.", "", name) for name in layers[0] if name.startswith("encoder.")}
+    inner = [name.split(".") for name in layers[0] if name.startswith("encoder.")]
     if inner:
-        first = "transforms.0.encoder.transforms.1.coupling_net.0.0.weight"
+        first = state.get("transforms.0.encoder.transforms.1.coupling_net.0.0.weight")
         arguments["dequantization"] = "variational"
-        arguments["dequant_steps"] = len(
-            {name.split(".")[1] for name in inner if ".coupling_net." in name}
-        )
-        if first in state:
-            half = 2 * arguments["shape"][0]
-            arguments["context_channels"] = state[first].shape[1] - half
+        arguments["dequant_steps"] = len({n[2] for n in inner if "coupling_net" in n})
+        if first is not None:
+            arguments["context_channels"] = first.shape[1] - 2 * arguments["shape"][0]
     return arguments
-
-
-def _is_coupling(names: set[str]) -> bool:
-    return any(name.startswith("coupling_net.") for name in names)
 
 
 # Names
@@ -229,19 +221,16 @@ def official_names(flow: Flow) -> dict[str, str]:
     ours = {id(module): name for name, module in flow.named_modules()}
     names: dict[str, str] = {}
 
-    def plain(module: nn.Module, prefix: str, parts: Sequence[str]) -> None:
+    def plain(module: nn.Module, prefix: str, parts: Sequence[str] = ("weight", "bias")) -> None:
         for part in parts:
             names[f"{prefix}.{part}"] = f"{ours[id(module)]}.{part}"
 
     def dense(block: DenseBlock, prefix: str) -> None:
         for i, layer in enumerate(block.layers):
-            plain(layer.mix, f"{prefix}.{i}.nn.0", ("weight", "bias"))
-            plain(layer.grow, f"{prefix}.{i}.nn.2", ("weight", "bias"))
-        last = f"{prefix}.{len(block.layers)}"
-        if isinstance(block.outlet, GatedConv2d):
-            plain(block.outlet.conv, f"{last}.conv", ("weight", "bias"))
-        else:
-            plain(block.outlet, last, ("weight", "bias"))
+            plain(layer.mix, f"{prefix}.{i}.nn.0")
+            plain(layer.grow, f"{prefix}.{i}.nn.2")
+        last, gated = f"{prefix}.{len(block.layers)}", isinstance(block.outlet, GatedConv2d)
+        plain(block.outlet.conv if gated else block.outlet, f"{last}.conv" if gated else last)
 
     def layer_names(layer: Transform, prefix: str) -> None:
         if isinstance(layer, Conv1x1) and layer.linear is None:
@@ -250,11 +239,11 @@ def official_names(flow: Flow) -> dict[str, str]:
             plain(layer, prefix, ("shift", "log_scale"))
         elif isinstance(layer, AffineCoupling) and isinstance(layer.net, DenseNet):
             net = f"{prefix}.coupling_net.0"
-            plain(layer.net.inlet, f"{net}.0", ("weight", "bias"))
+            plain(layer.net.inlet, f"{net}.0")
             for i, block in enumerate(layer.net.blocks):
                 dense(block, f"{net}.{i + 1}.dense")
             outlet = f"{net}.{len(layer.net.blocks) + 1}"
-            plain(layer.net.outlet, outlet, ("weight", "bias"))
+            plain(layer.net.outlet, outlet)
         elif next(layer.parameters(), None) is not None:
             raise ValueError(
                 f"official weights: the official model has no layer like {ours[id(layer)]}, "
@@ -272,7 +261,7 @@ def official_names(flow: Flow) -> dict[str, str]:
             layer_names(inner, f"{encoder}.transforms.{j}")
         embed: ImageEmbedding = noise.net
         dense(embed.fine, f"{encoder}.context_init.1")
-        plain(embed.halve, f"{encoder}.context_init.2", ("weight", "bias"))
+        plain(embed.halve, f"{encoder}.context_init.2")
         dense(embed.coarse, f"{encoder}.context_init.3")
     plain(flow.base, "base_dist", ("loc", "log_scale"))
     return names
@@ -304,8 +293,7 @@ def official_constants(flow: Flow) -> dict[str, float | None]:
                 last = len(_draws(noise)) - 1
                 constants[f"{prefix}.encoder.transforms.{last}.temperature"] = 1.0
         elif isinstance(layer, Affine):
-            constants[f"{prefix}._scale"] = 1.0
-            constants[f"{prefix}._shift"] = -0.5
+            constants |= {f"{prefix}._scale": 1.0, f"{prefix}._shift": -0.5}
         elif isinstance(layer, MaxPool2d | Slice):
             constants[f"{prefix}.decoder.buffer"] = None
         elif isinstance(layer, ActNorm):
@@ -368,14 +356,10 @@ def convert_official(state: Mapping[str, Tensor], flow: Flow) -> dict[str, Tenso
     return converted
 
 
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without the ones in front of and behind it."""
-    sizes = list(shape)
-    while sizes and sizes[0] == 1:
-        del sizes[0]
-    while sizes and sizes[-1] == 1:
-        del sizes[-1]
-    return tuple(sizes)
+def _without_ones(shape: Sequence[int]) -> Sequence[int]:
+    """A shape without the ones at its start and end."""
+    kept = [i for i, size in enumerate(shape) if size != 1]
+    return tuple(shape[kept[0] : kept[-1] + 1]) if kept else ()
 
 
 def load_official(flow: Flow, state: Mapping[str, Tensor]) -> Flow:

@@ -86,8 +86,7 @@ def flow_noise(
     """A flow on the unit box given an image: the noise of variational dequantization.
 
     base -> steps of (1×1 convolution, coupling given the context) -> 1×1 convolution -> unsqueeze
-    -> sigmoid, in the direction that draws. The context is an :class:`ImageEmbedding` of the
-    image, found once a call.
+    -> sigmoid, in the direction that draws. The context is an :class:`ImageEmbedding` of the image.
 
     Args:
         shape: (C, H, W), H and W even.
@@ -161,9 +160,8 @@ def pool_flow(
 
     Args:
         shape: (C, H, W), H and W divisible by 2 and by what each downsampling divides them.
-        downsampling: the layers between two scales: an ``f(shape)`` that gives a transform, or
-            several in order, for latents of the shape (C, H, W), such as those of
-            :mod:`surflow.models.downsampling`.
+        downsampling: ``f(shape)`` gives the layers between two scales for latents (C, H, W), one
+            transform or several; see :mod:`surflow.models.downsampling`.
         num_levels: K: data are integers 0 ... K - 1.
         num_scales, num_steps: scales, and steps a scale.
         mid_channels, depth, growth, gated, num_blocks: of the couplings' :class:`DenseNet`.

@@ -45,7 +45,7 @@ class Layers:
         """A linear map of the context to ``count`` parameters; None where they are free."""
         return nn.Linear(self.context_features, count) if self.context_features else None
 
-    def head_of_each(self, count: int, start: Callable[[Tensor], None]) -> nn.Module | None:
+    def head_of_each(self, count: int, start: Callable[[Tensor], object]) -> nn.Module | None:
         """One head for ``count`` parameters of every layer.
 
         Args:
@@ -65,22 +65,14 @@ def planar(of: Layers) -> list[Transform]:
     """Planar layers, turned so that a draw and its density are closed forms. Amortised ones start
     as the identity, at u = 0."""
     d = of.features
-
-    def at_identity(rows: Tensor) -> None:
-        rows[:, :d] = 0
-
-    net = of.head_of_each(2 * d + 1, at_identity)
+    net = of.head_of_each(2 * d + 1, lambda rows: rows[:, :d].zero_())
     return [Inverse(Planar(d, net, of.num_layers))]
 
 
 def radial(of: Layers) -> list[Transform]:
     """Radial layers, turned likewise. Amortised ones start as the identity, at alpha = gamma."""
     d = of.features
-
-    def at_identity(rows: Tensor) -> None:
-        rows[:, d + 1] = rows[:, d]
-
-    net = of.head_of_each(d + 2, at_identity)
+    net = of.head_of_each(d + 2, lambda rows: rows[:, d + 1].copy_(rows[:, d]))
     return [Inverse(Radial(d, net, of.num_layers))]
 
 
@@ -103,14 +95,8 @@ def affine_couplings(of: Layers) -> list[Transform]:
     for i in range(of.num_layers):
         swap = bool(i % 2)
         seen, changed = (of.features - first, first) if swap else (first, of.features - first)
-        net = MLP(
-            seen,
-            2 * changed,
-            of.hidden_features,
-            of.activation,
-            context_features=of.context_features,
-            zero_init=True,
-        )
+        inner = (of.hidden_features, of.activation, of.context_features)
+        net = MLP(seen, 2 * changed, *inner, zero_init=True)
         layers.append(AffineCoupling(net, scale="tanh_exp", swap=swap))
     return layers
 
@@ -169,9 +155,9 @@ def flow_posterior(
     .. math:: z_0 \sim \mathcal N(\mu(h), \sigma^2(h)), \quad z = f_k \circ \dots \circ f_1(z_0;
               h), \qquad h = \mathrm{embed}(x)
 
-    A draw and its density take one pass of ``embed`` and, whatever the posterior, one evaluation of
-    each layer in its cheap direction. The density of a given z costs what the layers' other
-    direction does: a scalar root (planar), a closed form (radial, coupling), L steps (IAF).
+    A draw and its density take one pass of ``embed`` and one of each layer. The density of a given
+    z takes the layers' other direction: a scalar root (planar), a closed form (radial, coupling), L
+    steps (IAF).
 
     Args:
         latent_features: L.

@@ -2,11 +2,10 @@ r"""Progressive flows of images: coarse first, then what each finer image adds.
 
 An image of side 2^n is generated over images of sides 4, 8, 16 ... Two chains of the same parts:
 
-    "published"   the coarse image is a latent of its own: a VAE layer a level, whose posterior is
-                  narrow about the mean of 2×2 pixels, and whose decoder is a flow of the fine image
-                  given the coarse one. A bound.
-    "exact"       the coarse image is what the fine one's Haar transform begins with, and a density
-                  gives the rest: a bijection and a slice a level. Nothing is lost.
+    "published"   the coarse image is a latent: a VAE layer a level, with a narrow posterior about
+                  the mean of 2×2 pixels; its decoder is a flow given the coarse image. A bound.
+    "exact"       the coarse image is the first part of the fine one's Haar transform, and a density
+                  gives the rest: a bijection and a slice a level.
 
 docs/pronf.md has the mathematics.
 """
@@ -170,11 +169,10 @@ class PyramidFlow(Flow):
             steps: levels to go; None: all.
         """
         steps = len(self.ends) if steps is None else steps
-        layers = list(self.transforms)
+        starts = (1, *self.ends)  # the first layer is the dequantization
         found = [z]
-        for i in range(steps - 1, -1, -1):
-            start = self.ends[i - 1] if i else 1  # the first layer is the dequantization
-            for layer in reversed(layers[start : self.ends[i]]):
+        for i in reversed(range(steps)):
+            for layer in reversed([*self.transforms][starts[i] : self.ends[i]]):
                 z = layer.inverse(z)
             found.append(z)
         return found
@@ -322,9 +320,9 @@ def pronf(
     two scales of steps whose nets see an embedding of the coarse image; what their split drops and
     their last latent follow the prior, which sees it too.
 
-    In the chain "published" the coarse images are latents z with the posterior
-    :math:`\mathcal N(\text{block means}, \sigma^2)`, σ such that its entropy is that of a uniform
-    cell of 1/K. The chain "exact" has no latents beside the dequantization's noise.
+    In the chain "published" the posterior is :math:`\mathcal N(\text{block means}, \sigma^2)`, with
+    the entropy of a uniform cell of 1/K. The only latents of the chain "exact" are the
+    dequantization's noise.
 
     Args:
         shape: (C, H, H), H = coarsest · 2^n.

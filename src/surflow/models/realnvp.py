@@ -37,12 +37,9 @@ DIAGONAL_FIRST = (0, 3, 1, 2)  # the pixels of a 2×2 block, in raster order
 def diagonal_first(channels: int) -> Permute:
     """Squeezed channels in the order in which RealNVP cuts them off: (B, 4 C, H, W) -> the same.
 
-    Behind a :class:`Squeeze` of C channels: all channels of the upper left pixel of each block,
-    then those of the lower right one, of the upper right and of the lower left. The first half is
-    then one colour of a checkerboard, and the pixels factored out lie evenly over the image.
-
-    Args:
-        channels: C.
+    After a :class:`Squeeze` of C channels: all channels of the upper left pixel of each block, then
+    of the lower right, the upper right and the lower left one. The first half is one colour of a
+    checkerboard.
 
     Source: Dinh et al. 2017, arXiv 1605.08803, Sec. 3.6; the order of the authors' code.
 

@@ -155,16 +155,14 @@ def set_flow(
     the points. What makes it exchangeable:
 
     - ``sort`` (SortFlow): the points are sorted by their first feature, and one of N! orders is
-      drawn to generate: exact. Behind it places count, so the length-wise nets know them, and
-      permutations are fixed. :class:`~surflow.transforms.RunningMaxToReal` makes room for latents
-      that are not sorted, so that the likelihood is of a density that is normalised; the authors'
-      code has no such layer, and loses the mass that its base puts on unsorted latents.
-    - ``permute`` (PermuteFlow): an order is drawn uniformly in front and behind every length-wise
+      drawn to generate: exact. Length-wise nets know places, and permutations are fixed.
+      :class:`~surflow.transforms.RunningMaxToReal` gives unsorted latents sorted points, so that
+      the density is normalised; the authors' code has no such layer, and loses that mass.
+    - ``permute`` (PermuteFlow): an order is drawn uniformly before and after every length-wise
       coupling, in both directions: a bound, V = 0 in each.
-    - ``plackett_luce``: an order is drawn in front, q(order | x) being Plackett-Luce with logits
-      from a transformer that does not know places; p(order) is uniform, V = -log N! - log q. The
-      flows behind it are those of ``sort``: an order is worth learning only where it is kept. A
-      bound. Logits that fall steeply along the first feature make it a sort.
+    - ``plackett_luce``: an order is drawn first, q(order | x) being Plackett-Luce with logits from
+      a transformer that does not know places; p(order) is uniform, V = -log N! - log q. The flows
+      after it are those of ``sort``. A bound.
     - ``none``: no order and no permutation. Two dimension-wise couplings a flow, each equivariant,
       and a base of independent points: exact.
 
@@ -176,8 +174,8 @@ def set_flow(
         num_features: C, at least 2; coordinates of a point.
         order: sort, permute, plackett_luce or none.
         width: data lie in [0, width] along each coordinate.
-        softness: of the running maximum of ``sort``, as a share of the width. A latent
-            stays within a few of it of its point: see docs/pointcloud.md.
+        softness: of the running maximum of ``sort``, as a share of the width; see
+            docs/pointcloud.md.
         num_flows: number of flows.
         features, num_heads, num_layers, feedforward_features, activation, dropout: of the nets, see
             :class:`~surflow.nets.SetTransformer`.

@@ -21,11 +21,6 @@ def channel_normal(shape: Shape) -> DiagonalNormal:
     return DiagonalNormal(shape, learn=True, parameter_shape=(shape[0], 1, 1))
 
 
-def independent(shape: Shape, context_channels: int, scale: int) -> Distribution:
-    """A learned location and scale a channel, whatever was kept."""
-    return channel_normal(shape)
-
-
 def conditional(shape: Shape, context_channels: int, scale: int) -> Distribution:
     """Normals whose parameters one 3×3 convolution, zero at the start, gets from what was kept.
 
@@ -73,7 +68,7 @@ def autoregressive(
 
 
 PRIORS: dict[str, Prior] = {
-    "independent": independent,
+    "independent": lambda shape, context_channels, scale: channel_normal(shape),
     "conditional": conditional,
     "autoregressive": autoregressive,
 }

@@ -234,17 +234,12 @@ def spline_couplings(
     features: int, num_couplings: int, num_bins: int, bound: float, net: Net
 ) -> list[Transform]:
     """Spline couplings that take turns in the half they transform."""
-    first = features // 2
-    sizes = [(first, features - first), (features - first, first)]
-    return [
-        RationalQuadraticSplineCoupling(
-            net(sizes[i % 2][0], sizes[i % 2][1] * (3 * num_bins - 1)),
-            num_bins,
-            bound,
-            swap=bool(i % 2),
-        )
-        for i in range(num_couplings)
-    ]
+    first, layers = features // 2, []
+    for i in range(num_couplings):
+        seen = features - first if i % 2 else first
+        inner = net(seen, (features - seen) * (3 * num_bins - 1))
+        layers.append(RationalQuadraticSplineCoupling(inner, num_bins, bound, swap=i % 2 == 1))
+    return layers
 
 
 @takes("points", "image", facts=("features", "num_levels"))
@@ -269,19 +264,12 @@ def dequantization(
     check_choice("model.noise", noise, ("uniform", "variational"))
     posterior = None
     if noise == "variational":
-        half = AffineCoupling(MLP(1, 2, (32, 32), "silu", context_features=features))
-        other = AffineCoupling(MLP(1, 2, (32, 32), "silu", context_features=features), swap=True)
-        layers = [Logit(), half, other]
+        nets = [MLP(1, 2, (32, 32), "silu", context_features=features) for _ in range(2)]
+        layers = [Logit(), AffineCoupling(nets[0]), AffineCoupling(nets[1], swap=True)]
         posterior = FlowDistribution(Flow(StandardNormal(features), layers), features)
-    return Flow(
-        StandardNormal(features),
-        [
-            Dequantization(num_levels, posterior),
-            Logit(),
-            Affine(features, scale=0.6),
-            *spline_couplings(features, num_couplings, num_bins, 4.0, net),
-        ],
-    )
+    first = [Dequantization(num_levels, posterior), Logit(), Affine(features, scale=0.6)]
+    couplings = spline_couplings(features, num_couplings, num_bins, 4.0, net)
+    return Flow(StandardNormal(features), [*first, *couplings])
 
 
 def anf(features: int = 2, num_augmented: int = 1, num_steps: int = 3, net: Net = zero_mlp) -> Flow:
@@ -328,15 +316,9 @@ def multi_scale(
     """
     keep = features // 2
     decoder = DiagonalNormal(features - keep, net=net(keep, 2 * (features - keep)))
-    return Flow(
-        StandardNormal(keep),
-        [
-            Affine(features, scale=0.7),
-            *spline_couplings(features, num_couplings, num_bins, 4.0, net),
-            Slice(decoder, keep=keep),
-            Affine(keep, learn=True),
-        ],
-    )
+    couplings = spline_couplings(features, num_couplings, num_bins, 4.0, net)
+    last = [Slice(decoder, keep=keep), Affine(keep, learn=True)]
+    return Flow(StandardNormal(keep), [Affine(features, scale=0.7), *couplings, *last])
 
 
 def cif(

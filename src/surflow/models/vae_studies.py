@@ -122,9 +122,9 @@ class VAEFlow(Flow):
             encoder is a :class:`~surflow.flow.FlowDistribution`.
         posterior_rate: factor of the learning rate of the layers behind the encoder's draw, with
             the maps of h to their parameters.
-        posterior_start: the optimizer step from which they learn. Layers that start as the
-            identity stay there until then, so that the nets are first those of a diagonal normal;
-            :func:`vae_of_vectors` then starts the nets from a seed alike whatever the layers are.
+        posterior_start: the optimizer step from which they learn, until which layers that start as
+            the identity are one; :func:`vae_of_vectors` then starts the nets from a seed alike
+            whatever the layers are.
 
     Raises:
         ValueError: for a rate that is not positive, or a negative start.
@@ -194,8 +194,7 @@ def vae_of_vectors(
         likelihood: bernoulli (0.0 and 1.0, or grey values between), categorical (integers 0 ...
             ``num_levels`` - 1) or normal.
         num_levels: of integers.
-        hidden_features, activation: of encoder and decoder; relu, elu, gelu, silu, tanh, or maxout
-            over four units each.
+        hidden_features, activation: of encoder and decoder; see :func:`hidden_layers`.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
         posterior_rate, posterior_start: see :class:`VAEFlow`.
 
@@ -229,9 +228,8 @@ def vae_of_vectors(
         )
 
     def net(outputs: int) -> nn.Module:
-        hidden = list(reversed(hidden_features))
-        body = hidden_layers(latent_features, hidden, activation)
-        return nn.Sequential(*body, Linear(hidden[-1], features * outputs))
+        body = hidden_layers(latent_features, hidden_features[::-1], activation)
+        return nn.Sequential(*body, Linear(hidden_features[0], features * outputs))
 
     decoder = likelihood_of(likelihood, (features,), num_levels, net)
     mixed, nets = (num_components, spread), (flow_hidden_features, flow_activation)
@@ -285,10 +283,8 @@ def vae_of_images(
 ) -> Flow:
     r"""VAE layer with a flow as its posterior -> a flow as its prior -> base, with image nets.
 
-    What :func:`vae_of_vectors` is, with residual convolutional nets. An IAF posterior and an
-    autoregressive prior are the same layers in either direction. With ``decoder="local"`` a pixel
-    also sees a small window before it, so that the latent is left with what is not local: a
-    variational lossy autoencoder.
+    :func:`vae_of_vectors` with residual convolutional nets. With ``decoder="local"`` a pixel also
+    sees a small window before it: a variational lossy autoencoder.
 
     Args:
         shape: (C, H, W) of x.
@@ -298,11 +294,9 @@ def vae_of_images(
         decoder: independent, or local (one channel of binary pixels).
         num_levels: 2 for pixels 0.0 and 1.0 (or grey values between), more for integers.
         channels, num_blocks: see :class:`~surflow.nets.conv_resnet.ImageEncoder`.
-        embed_features: H, the size of what the encoder's net gives, and of a layer of the
-            decoder's.
+        embed_features: H, outputs of the encoder's net, and the size of a layer of the decoder's.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
-        local: ``local(channels)`` makes the net of the local decoder; None:
-            :class:`~surflow.nets.masked_conv.LocalPixelCNN` with 32 features of the place.
+        local: makes the net of the local decoder; None: one with 32 features of the place.
 
     Raises:
         ValueError: for an unknown name, or numbers that do not fit.
