@@ -18,6 +18,8 @@ from torch import Tensor
 
 from surflow.cli.train import train
 from surflow.config import build as config_object
+from surflow.config import options_of, target_of
+from surflow.data.module import TensorDataModule
 from surflow.errors import UserError
 from surflow.files import relative, write_bytes, write_json, write_text
 from surflow.flow import Flow
@@ -37,12 +39,14 @@ class Training(NamedTuple):
     """A training run that has not started.
 
     Attributes:
+        data: the DataModule.
         flow: the model.
         optimizer: parameters -> optimizer.
         loss: (flow, whether to compile) -> the loss of a batch.
         train: trains the config's own copy of the flow, in the training loop.
     """
 
+    data: TensorDataModule
     flow: Flow
     optimizer: Callable[..., torch.optim.Optimizer]
     loss: Callable[[Flow, bool], Callable[[Tensor], Tensor]]
@@ -54,6 +58,7 @@ def build(config: DictConfig) -> Training:
     run = Run(config)
     optimizer = config_object(config.optimizer)
     return Training(
+        run.data,
         run.build_flow(),
         optimizer,
         lambda flow, compile: FlowModule(flow, optimizer, None, compile=compile)._loss,
@@ -152,6 +157,12 @@ def ratios(one: Sequence[float], other: Sequence[float], digits: int = 2) -> dic
 
 
 # What is written ----------------------------------------------------------------------------------
+
+
+def options(node: DictConfig) -> dict[str, Any]:
+    """The options of a `_target_` node, with the defaults of those that it leaves out."""
+    plain = OmegaConf.to_container(node, resolve=True)
+    return options_of(target_of(plain))[0] | plain
 
 
 def picked(cfg: DictConfig, *keys: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -281,12 +281,12 @@ def run_of(
             *overrides,
             *cfg.overrides,
             *cfg.run,
-            f"data.module._target_={__name__}.Noise",
+            f"data._target_={__name__}.Noise",
             f"compute.compile={str(compiled).lower()}",
             f"run.root={folder}",
         ]
     )
-    train.data.train_size = steps * train.data.batch_size
+    train.data.train_size = steps * harness.options(train.data)["batch_size"]
     train.data.valid_size = train.data.test_size = HELD_OUT
     return train
 
@@ -328,14 +328,14 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def check_model(name: str, model: DictConfig) -> None:
-    """UserError for a VAE whose nets are not written down here."""
-    plain = model.prior == "standard" and model.activation == "relu"
-    if model.posterior not in LAYERS or not plain:
+def check_model(name: str, model: Mapping[str, Any]) -> None:
+    """UserError for a VAE whose nets are not written down here; ``model``: its options."""
+    plain = model["prior"] == "standard" and model["activation"] == "relu"
+    if model["posterior"] not in LAYERS or not plain:
         raise UserError(
             f"vae.models.{name}: expected model.posterior as one of {', '.join(LAYERS)}, "
             "model.prior=standard and model.activation=relu, got "
-            f"{model.posterior}, {model.prior} and {model.activation}"
+            f"{model['posterior']}, {model['prior']} and {model['activation']}"
         )
 
 
@@ -362,12 +362,13 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
     turns = Turns(cfg.blocks, cfg.steps, cfg.warm_up)
     with tempfile.TemporaryDirectory() as folder:
         config = run_of(cfg, overrides, turns.total, folder, compiled)
-        check_model(name, config.model)
+        model = harness.options(config.model)
+        check_model(name, model)
         training = harness.build(config)
-        batch, (features,) = config.data.batch_size, config.data.event_shape
+        batch, (features,) = training.data.batch_size, training.data.event_shape
         generator = torch.Generator().manual_seed(0)
         pool = inked(torch.rand(POOL * batch, features, generator=generator), generator)
-        nets = Nets(training.flow, config.model.posterior)
+        nets = Nets(training.flow, model["posterior"])
         difference = check_same(training.flow, nets, pool[:batch])
         steps = direct_steps(training, nets, pool, batch, compiled)
         with check_values(False):
@@ -395,7 +396,7 @@ def measure(cfg: DictConfig, name: str, overrides: list[str], compiled: bool) ->
             "batch_size": batch,
             "images": turns.total * batch,
             "validation_images": HELD_OUT,
-            **harness.picked(config.model, *SIZES),
+            **{key: model[key] for key in SIZES},
             "features": features,
             "precision": str(config.trainer.precision),
             "threads": torch.get_num_threads(),

@@ -275,21 +275,21 @@ def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
     if plain["weights"]["source"] is not None:
         found["weights"] = plain["weights"]["source"]
     for group in HASHED_GROUPS:
-        content = _computed(plain.get(group))
+        content = computed(plain.get(group))
         if content:
             found[group] = content
     text = json.dumps(found, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _computed(node: Any) -> Any:
+def computed(node: Any) -> Any:
     """A node without what changes no result; None for one that changes none at all."""
     if isinstance(node, list):
-        return [_computed(value) for value in node]
+        return [computed(value) for value in node]
     if not isinstance(node, dict):
         return node
     if not node.get("_target_"):
-        parts = {key: _computed(value) for key, value in node.items()}
+        parts = {key: computed(value) for key, value in node.items()}
         return {key: value for key, value in parts.items() if value is not None}
     target = target_of(node)
     defaults, _ = options_of(target)
@@ -300,7 +300,7 @@ def _computed(node: Any) -> Any:
         runtime = TRAINER_RUNTIME
     empty = inspect.Parameter.empty
     return {
-        key: _computed(value)
+        key: computed(value)
         for key, value in node.items()
         if key not in ("_partial_", "_convert_")
         and key not in runtime

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from benchmarks import harness, images, spline, vae
 from benchmarks.__main__ import bench
+from surflow.config import build
 from surflow.errors import UserError
 from surflow.models import pool_flow
 
@@ -370,7 +370,7 @@ def test_pauses_of_the_loop_do_not_count(monkeypatch):
 def test_noise_is_as_dark_as_digits():
     cfg = settings().vae
     training = vae.run_of(cfg, list(cfg.models.vae), 2, "unused", False)
-    data = instantiate(training.data.module)
+    data = build(training.data)
     data.setup()
     assert [len(data.splits[s]) for s in ("train", "valid", "test")] == [16, 1000, 1000]
     valid = data.splits["valid"]

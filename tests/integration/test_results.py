@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_records_are_of_the_experiments(profile, artefact):
             continue
         assert record["profile"] == profile
         assert record["dirty"] is False, path.name
+        if "measures" not in record:  # of the earlier layout of the config
+            assert re.fullmatch("[0-9a-f]{16}", record["former_hash"]), path.name
+            assert record["former_hash"] != record["config_hash"], path.name
         if record["seed"] != 0:  # composing takes long, and the seeds share their config
             continue
         now = compose(

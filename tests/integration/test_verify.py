@@ -387,7 +387,7 @@ def test_request_that_cannot_be_meant(name, call, folder):
 
 
 def test_inductor_needs_a_compiler(call, monkeypatch):
-    monkeypatch.setattr("surflow.training.module.can_compile", lambda: False)
+    monkeypatch.setattr("surflow.training.hardware.can_compile", lambda: False)
     done = call("verify", "layers=Tanh", "backend=inductor")
     assert done.code == 2
     assert "backend=inductor: no C++ compiler found; use backend=aot_eager" in done.err
@@ -395,7 +395,7 @@ def test_inductor_needs_a_compiler(call, monkeypatch):
 
 @pytest.mark.slow
 def test_inductor(call):
-    from surflow.training.module import can_compile
+    from surflow.training.hardware import can_compile
 
     if not can_compile():
         pytest.skip("no C++ compiler")

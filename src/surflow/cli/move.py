@@ -120,22 +120,22 @@ def move_record(path: Path) -> bool:
         found[key] = value
         if key == "config_hash":
             found |= {"config_hash": now, "former_hash": earlier}
-    write_json(path, found)
     if path.name == "record.json":
-        _move_run(path.parent, earlier, now)
+        path = _move_run(path.parent, earlier, now) / path.name
+    write_json(path, found)  # last: an interrupted move is taken up again
     return True
 
 
-def _move_run(folder: Path, earlier: str, now: str) -> None:
+def _move_run(folder: Path, earlier: str, now: str) -> Path:
+    target = folder.with_name(folder.name.replace(earlier[:8], now[:8]))
+    if target.exists() and target != folder:
+        raise UserError(f"{relative(target)}: is there already; move or delete it first")
     for file in folder.glob("*.ckpt"):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["surflow"]["config_hash"] = now
         with replacing(file) as temporary:
             torch.save(checkpoint, temporary)
-    target = folder.with_name(folder.name.replace(earlier[:8], now[:8]))
-    if target.exists() and target != folder:
-        raise UserError(f"{relative(target)}: is there already; move or delete it first")
-    folder.rename(target)
+    return folder.rename(target)
 
 
 def _main() -> None:

@@ -18,6 +18,7 @@ from surflow.config import (
     PROFILES,
     build,
     check_options,
+    computed,
     config_hash,
     options_of,
     resolved,
@@ -265,14 +266,18 @@ class Run:
             )
 
     def missing_measures(self, record: Record) -> dict[str, Any]:
-        """The measures with a metric that a record lacks, or has under another protocol.
+        """The measures with a metric that a record lacks, or has by other options or under another
+        protocol.
 
-        A measure tells by ``wanted``: the protocol of each metric that it gives, by name.
+        A measure tells by ``wanted``: the protocol of each metric that it gives, by name. Records
+        of the earlier layout have no options to compare.
         """
+        known, now = record.measures, self.config["measures"]
         return {
             key: measure
             for key, measure in self.measures.items()
             if lacking(record, getattr(measure, "wanted", {}))
+            or (known and not _same_node(known.get(key), now[key]))
         }
 
     # Doing it ---------------------------------------------------------------------------------
@@ -365,9 +370,14 @@ class Run:
     def add_measures(self, record: Record) -> Record:
         """Add the metrics that a complete record lacks; nothing is trained or scored twice."""
         trained = self.trained(self.load_flow()[0])
-        metrics = run_measures(trained, self.missing_measures(record))
+        lacked = self.missing_measures(record)
+        metrics = {**record.metrics, **run_measures(trained, lacked)}
+        missing = {name: why for name, why in record.missing.items() if name not in metrics}
         record = replace(
-            record, metrics={**record.metrics, **metrics}, missing=dict(trained.missing)
+            record,
+            metrics=metrics,
+            missing={**missing, **trained.missing},
+            measures={**record.measures, **{key: self.config["measures"][key] for key in lacked}},
         )
         write_json(record.path, record.to_json())
         self.log(record)
@@ -430,3 +440,9 @@ def first_process() -> bool:
 
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     return rank_zero_only.rank == 0 and node == "0"
+
+
+def _same_node(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    """Whether two `_target_` nodes compute the same."""
+    same_target = one is not None and one["_target_"] == other["_target_"]
+    return same_target and computed(one) == computed(other)
