@@ -181,7 +181,10 @@ def test_every_table_cell_names_an_experiment_that_exists():
 
 
 def takes(model: str):
-    return target_of(content("model", model)).takes
+    found = content("model", model)
+    while "_target_" not in found:  # in the file that it begins with
+        found = content("model", found["defaults"][0])
+    return target_of(found).takes
 
 
 def of_kind(kind: str) -> list[str]:
