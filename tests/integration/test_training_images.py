@@ -397,7 +397,7 @@ def test_a_clock_decides(tmp_path):
     # every 30 seconds are 6 batches, and the epoch's end has a checkpoint of its own
     assert [n for n, _ in saved] == list(range(6, 100, 6))
     assert {path for _, path in saved} == {tmp_path / "last.ckpt"}
-    with pytest.raises(ValueError, match=r"callbacks\.timed_checkpoint\.minutes: expected minutes >= 0"):
+    with pytest.raises(ValueError, match=r"timed_checkpoint\.minutes: expected minutes >= 0"):
         TimedCheckpoint(-1)
 
 
