@@ -110,9 +110,7 @@ def test_evaluate_prints_the_likelihood(tmp_path, call):
 def test_committed_results_agree_with_the_theory():
     with open(RESULTS / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["row"] for line in lines] == [
-        row.name for row in table_spec("unification").rows
-    ]
+    assert [line["row"] for line in lines] == [row.name for row in table_spec("unification").rows]
     for line in lines:
         if line["number"] == "exact":
             assert float(line["max_difference"]) <= 1e-4
