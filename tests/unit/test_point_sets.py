@@ -370,8 +370,8 @@ def test_the_place_of_the_cache_makes_no_other_run():
         (["model=set_flow"], "model=set_flow is for sets of points, and data=checkerboard"),
         (
             ["data=spatial_digits"],
-            r"model=coupling_flow is for vectors, and data=spatial_digits is set data of shape \[16, 2\]; "
-            "model=set_flow is for sets of points",
+            r"model=coupling_flow is for vectors, and data=spatial_digits is set data of shape "
+            r"\[16, 2\]; model=set_flow is for sets of points",
         ),
         (["data=spatial_digits", "model=pool_flow"], "model=pool_flow is for images, and data="),
         (
