@@ -21,7 +21,7 @@ from torch import Tensor
 from surflow.data.module import SPLITS, TensorDataModule
 from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.draws import device_of, full_float32
-from surflow.errors import UserError, check_choice, check_whole
+from surflow.errors import UserError, check_choice, check_whole, is_whole
 from surflow.evaluation.inception import InceptionFeatures, Unavailable, load_inception_weights
 from surflow.evaluation.moments import FeaturePass
 from surflow.evaluation.random_features import RandomFeatures
@@ -150,6 +150,10 @@ class Samples:
         batch_size: int = 256,
         weights: str | None = None,
     ) -> None:
+        if not is_whole(n, 0) or n == 1:
+            raise ValueError(
+                f"measures.samples.n: expected 0 (none) or at least 2 images, got {n!r}"
+            )
         reference = (reference,) if isinstance(reference, str) else tuple(reference)
         protocol = GenerationProtocol(
             n or 2, extractor, reference, temperature, batch_size=batch_size
