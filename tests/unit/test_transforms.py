@@ -476,21 +476,21 @@ def test_box_to_real_follows_a_state_dict_with_other_edges():
         ),
         (
             lambda: Affine((2,), net=MLP(1, 3, [2]))(torch.ones(4, 2), torch.ones(4, 1)),
-            "Affine: expected the net to give shape (batch, 4), got (4, 3)",
+            "Affine.forward: expected the net to give shape (batch, 4), got (4, 3)",
         ),
         (
             lambda: Affine((2,), net=MLP(1, 4, [2]))(torch.ones(4, 2)),
-            "Affine: expected a context, got none",
+            "Affine.forward: expected a context, got none",
         ),
         (
             lambda: Elementwise((2,), AffineMap(), MLP(1, 3, [2]))(
                 torch.ones(4, 2), torch.ones(4, 1)
             ),
-            "Elementwise: expected the net to give shape (4, 4), got (4, 3)",
+            "Elementwise.forward: expected the net to give shape (4, 4), got (4, 3)",
         ),
         (
             lambda: Elementwise((2,), AffineMap(), MLP(1, 4, [2]))(torch.ones(4, 2)),
-            "Elementwise: expected a context, got none",
+            "Elementwise.forward: expected a context, got none",
         ),
         (
             lambda: AffineCoupling(MLP(1, 2, [2], context_features=3))(
