@@ -218,7 +218,7 @@ def _race(index: Tensor, log_p: Tensor, dim: int) -> Tensor:
 
 def _log_index(layer: _Max, z: Tensor, context: Tensor | None) -> Tensor:
     """Log-probability of each place of the max, (B, ...) like blocks."""
-    table = layer._log_index(z, context, "inverse")
+    table = layer._log_index(z, context)
     top = layer._unsqueeze(z)
     shape = [*top.shape]
     shape[layer.dim] = layer.num_elements
