@@ -563,7 +563,7 @@ def test_a_stack_has_a_layer(kind):
 @pytest.mark.parametrize(("kind", "size"), [(Planar, 7), (Radial, 5)])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_names_of_checkpoints(kind, size, depth):
-    """One layer's parameters are a vector ``params``, several layers' the same one after another."""
+    """A layer's parameters are a vector ``params``, those of several layers its concatenation."""
     state = kind(3, num_layers=depth).state_dict()
     assert {k: v.shape for k, v in state.items()} == {"params": (depth * size,)}
     amortised = kind(3, torch.nn.Linear(2, depth * size), depth)
