@@ -410,8 +410,8 @@ class ArgmaxOfTheLeast(ArgmaxInference):
 
 
 class GumbelAtTheWrongTop(GumbelArgmaxInference):
-    def _score(self, x, z, context, method):
-        return super()._score(x, z, context, method) + 0.1
+    def _score(self, x, z, context):
+        return super()._score(x, z, context) + 0.1
 
 
 class BinaryBackwards(BinaryArgmaxInference):

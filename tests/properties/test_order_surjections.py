@@ -372,7 +372,7 @@ class ReLUWithoutTheHalf(ReLUInference):
 
 class PermutationForgetsToInvert(StochasticPermutation):
     def _forward(self, x, context):
-        p, q = self._p(x, context, "forward"), self._q(x, context, "forward")
+        p, q = self._p(x, context), self._q(x, context)
         order = self._draw(q, x)
         z = x.gather(1, order)
         return z, self._score(p, order, z) - self._score(q, order, x)
