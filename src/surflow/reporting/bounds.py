@@ -6,8 +6,6 @@ is better; a gap is negative by its Monte-Carlo error alone.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from surflow.reporting.table import Cell, Table, distinct
 from surflow.reporting.text import (
     bullets,
     closing,
+    csv_text,
     duration,
     figure_links,
     machine_facts,
@@ -287,9 +286,7 @@ def render_csv(table: Table) -> str:
     middle = ["numerical_error", "elbo", "elbo_se"]
     for k in counts:
         middle += [f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se"]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*CSV_START, *middle, *CSV_END], lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for row in rows:
         line = {
             "row": row.name,
@@ -313,5 +310,5 @@ def render_csv(table: Table) -> str:
         for k, entry in row.gaps.items():
             names = (f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se")
             line |= {n: f"{v:.6f}" for n, v in zip(names, entry, strict=True)}
-        writer.writerow(line)
-    return stream.getvalue()
+        lines.append(line)
+    return csv_text([*CSV_START, *middle, *CSV_END], lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +53,15 @@ def short_digests(text: str) -> str:
 def bullets(items: Iterable[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
+
+
+def csv_text(fields: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    """A CSV: the header, then the lines."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return stream.getvalue()
 
 
 def titled(title: str, lines: Sequence[str]) -> list[str]:
