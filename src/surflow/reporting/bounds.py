@@ -124,13 +124,9 @@ def _row(cell: Cell) -> BoundsRow:
         raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
     gaps = {}
     for parts in zip(*(truth["gaps"] for truth in truths), strict=True):
-        names = (
-            ("bound", fmean),
-            ("bound_error", _error),
-            ("mean", fmean),
-            ("standard_error", _error),
-        )
-        gaps[parts[0]["num_samples"]] = tuple(f([p[name] for p in parts]) for name, f in names)
+        means = {"bound": fmean, "bound_error": _error, "mean": fmean, "standard_error": _error}
+        found = (mean([part[name] for part in parts]) for name, mean in means.items())
+        gaps[parts[0]["num_samples"]] = tuple(found)
     exact = bool(truths[0]["exact"])
     metric = "test/nll_nats" if exact else "test/elbo_nats"
     scores = [record.metrics[metric] for record in records]

@@ -99,9 +99,7 @@ def closing(table: Table, command: str) -> list[str]:
     """The sections that a table ends with: its notes, its sources, the command."""
     spec = table.spec
     blocks = titled("## Notes", spec.notes)
-    if spec.sources:
-        lines = [f"{key}: {text}" for key, text in spec.sources.items()]
-        blocks += titled("## Sources", lines)
+    blocks += titled("## Sources", [f"{key}: {text}" for key, text in spec.sources.items()])
     if len({quote.source for quote in spec.published}) > 1:
         labels = {row.name: row.label for row in spec.rows}
         whose = distinct((labels[quote.row], quote.source) for quote in spec.published)
