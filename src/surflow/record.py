@@ -24,15 +24,11 @@ class RecordError(ValueError):
 
     def __init__(self, path: Path, reason: str, content: Any = None) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
         found = content if isinstance(content, dict) else {}
-
-        def text(key: str) -> str | None:
-            return found[key] if isinstance(found.get(key), str) else None
-
-        self.artefact, self.row, self.data = text("artefact"), text("row"), text("data")
-        self.profile = text("profile")
+        texts = [found.get(key) for key in ("artefact", "row", "data", "profile")]
+        texts = [text if isinstance(text, str) else None for text in texts]
+        self.artefact, self.row, self.data, self.profile = texts
         seed = found.get("seed")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else None
 

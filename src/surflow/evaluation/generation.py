@@ -63,9 +63,8 @@ class GenerationProtocol:
         for key, least in (("n", 2), ("batch_size", 1), ("splits", 1)):
             check_whole(f"measures.samples.{key}", getattr(self, key), least)
         if not isinstance(self.temperature, int | float) or not self.temperature > 0:
-            raise ValueError(
-                f"measures.samples.temperature: expected a positive number, got {self.temperature}"
-            )
+            got = f"expected a positive number, got {self.temperature}"
+            raise ValueError(f"measures.samples.temperature: {got}")
 
 
 class Stopwatch:
@@ -155,9 +154,8 @@ class Samples:
                 f"measures.samples.n: expected 0 (none) or at least 2 images, got {n!r}"
             )
         reference = (reference,) if isinstance(reference, str) else tuple(reference)
-        protocol = GenerationProtocol(
-            n or 2, extractor, reference, temperature, batch_size=batch_size
-        )
+        options = (extractor, reference, temperature)
+        protocol = GenerationProtocol(n or 2, *options, batch_size=batch_size)
         self.protocol = protocol if n else None
         self.weights = weights
         if n and extractor == InceptionFeatures.name and weights is not None:
@@ -369,14 +367,11 @@ def _scores(
     n, length = protocol.n, words["reference"]["images"]
     scores: list[Metric] = []
     missing: dict[str, str] = {}
-    if extract.inception_score is not None:
-        if n < protocol.splits:
-            missing[extract.inception_score] = (
-                f"measures.samples.n: expected at least {protocol.splits} samples, one for each "
-                f"split, got {n}"
-            )
-        else:
-            scores.append(_inception_score(fake.all_logits(), protocol, words, extract))
+    if extract.inception_score is not None and n < protocol.splits:
+        want = f"expected at least {protocol.splits} samples, one for each split, got {n}"
+        missing[extract.inception_score] = f"measures.samples.n: {want}"
+    elif extract.inception_score is not None:
+        scores.append(_inception_score(fake.all_logits(), protocol, words, extract))
     few, rank = min(n, length), ""
     if few <= extract.dim:
         rank = (

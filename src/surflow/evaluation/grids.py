@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,10 +34,8 @@ def density_grid(
     centres = low + step * (torch.arange(size) + 0.5)
     # a fifth of a cell off, so that no point lies on a diagonal, the edge of a folded model
     x = torch.cartesian_prod(centres + 0.2 * step, centres).to(next(flow.parameters(), centres))
-    inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    if box is not None:
-        edges = x.new_tensor(box[0]), x.new_tensor(box[1])
-        inside = ((x > edges[0]) & (x < edges[1])).all(1)
+    low_edge, high_edge = (-math.inf, math.inf) if box is None else map(x.new_tensor, box)
+    inside = ((x > low_edge) & (x < high_edge)).all(1)
     density = x.new_zeros(len(x))
     density[inside] = _densities(flow, x[inside], lower_bound_samples)
     return density.reshape(size, size).cpu()

@@ -37,13 +37,11 @@ def inception_file(path: str | None = None) -> Path:
     """
     if path is not None:
         file = Path(path).expanduser()
-        if not file.is_file():
-            got = "a folder" if file.is_dir() else "no such file"
-            raise UserError(
-                f"measures.samples.weights: expected a file such as {INCEPTION_FILE} "
-                f"({INCEPTION_URL}), got {path}: {got}"
-            )
-        return file
+        if file.is_file():
+            return file
+        got = f"{path}: {'a folder' if file.is_dir() else 'no such file'}"
+        want = f"a file such as {INCEPTION_FILE} ({INCEPTION_URL})"
+        raise UserError(f"measures.samples.weights: expected {want}, got {got}")
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
         return file

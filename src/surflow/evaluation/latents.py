@@ -53,15 +53,14 @@ def levels(trained: Trained) -> list[Metric]:
     found = []
     for side, (bits, error) in flow.level_bits(ledger).items():
         given = "unconditional" if side == min(flow.sides) else f"given {side // 2} x {side // 2}"
+        image = f"ELBO of the {side} x {side} image, {given}"
         found.append(
             Metric(
                 name=f"{trained.split}/level_{side}_bpd",
                 value=bits,
                 unit="bpd",
                 kind="bound",
-                estimator=(
-                    f"ELBO of the {side} x {side} image, {given}; bits per dimension of its own"
-                ),
+                estimator=f"{image}; bits per dimension of its own",
                 standard_error=error,
                 count=ledger.count,
                 protocol={"dims": math.prod((flow.shape[0], side, side))},

@@ -155,13 +155,10 @@ class SampleWriter:
             except (ValueError, AttributeError):
                 other = [f"a damaged {NOTE}"]
             if other:
-                raise UserError(
-                    f"out: {relative(out)} holds samples of other settings ({', '.join(other)}); "
-                    "delete it or give another folder"
-                )
+                why = f"holds samples of other settings ({', '.join(other)})"
+                raise UserError(f"out: {relative(out)} {why}; delete it or give another folder")
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(
-                f"out: {relative(out)} is there and not a folder of samples; give another one"
-            )
+            why = "is there and not a folder of samples"
+            raise UserError(f"out: {relative(out)} {why}; give another one")
         write_json(out / NOTE, note)

@@ -97,12 +97,10 @@ def run_measures(trained: Trained, measures: Mapping[str, Measure]) -> dict[str,
 
 def check_finite(metric: Metric) -> None:
     """Raise UserError for a value that is not finite: no record can hold it."""
-    if math.isfinite(metric.value):
-        return
-    advice = ""
-    if metric.kind != "score":
-        advice = (
-            ": the weights give some points no likelihood; try objective.scored=best, a smaller "
-            "optimizer.lr or trainer.gradient_clip_val"
-        )
-    raise UserError(f"{metric.name}: not finite ({metric.value}){advice}")
+    advice = (
+        ": the weights give some points no likelihood; try objective.scored=best, a smaller "
+        "optimizer.lr or trainer.gradient_clip_val"
+    )
+    if not math.isfinite(metric.value):
+        advice = "" if metric.kind == "score" else advice
+        raise UserError(f"{metric.name}: not finite ({metric.value}){advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,8 +166,9 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     factorised = parts.vae.encoder.factorised
     if not factorised:
         count = -(-LATENT_DRAWS // len(test))
-        rows = max(1, CELLS // count)
-        blocks = [_posterior_draws(parts, x, count) for x in test.split(rows)]
+        draw = partial(parts.vae.encoder.sample_and_log_prob, num_samples=count)
+        found = [draw(context=parts.inner(x))[0] for x in test.split(max(1, CELLS // count))]
+        blocks = [z.cpu().double().unflatten(0, (count, -1)) for z in found]
         draws = torch.cat([block.flatten(0, 1) for block in blocks])
         points = torch.cat([block.mean(0) for block in blocks])
         low, high = _range(draws)
@@ -196,12 +198,6 @@ def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
         "kl": np.float64(kl),
         "inside": np.float64(density.sum() * area),
     }
-
-
-def _posterior_draws(parts: Decoded, x: Tensor, count: int) -> Tensor:
-    """(count, B, 2) draws of q(z|x), float64, on the CPU."""
-    z, _ = parts.vae.encoder.sample_and_log_prob(context=parts.inner(x), num_samples=count)
-    return z.cpu().double().unflatten(0, (count, len(x)))
 
 
 def _range(draws: Tensor) -> tuple[Tensor, Tensor]:

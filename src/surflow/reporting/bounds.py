@@ -6,8 +6,6 @@ is better; a gap is negative by its Monte-Carlo error alone.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from surflow.reporting.table import Cell, Table, distinct
 from surflow.reporting.text import (
     bullets,
     closing,
+    csv_text,
     duration,
     figure_links,
     machine_facts,
@@ -125,13 +124,9 @@ def _row(cell: Cell) -> BoundsRow:
         raise ValueError(f"{cell.row.name}: seeds disagree whether the model is exact")
     gaps = {}
     for parts in zip(*(truth["gaps"] for truth in truths), strict=True):
-        names = (
-            ("bound", fmean),
-            ("bound_error", _error),
-            ("mean", fmean),
-            ("standard_error", _error),
-        )
-        gaps[parts[0]["num_samples"]] = tuple(f([p[name] for p in parts]) for name, f in names)
+        means = {"bound": fmean, "bound_error": _error, "mean": fmean, "standard_error": _error}
+        found = (mean([part[name] for part in parts]) for name, mean in means.items())
+        gaps[parts[0]["num_samples"]] = tuple(found)
     exact = bool(truths[0]["exact"])
     metric = "test/nll_nats" if exact else "test/elbo_nats"
     scores = [record.metrics[metric] for record in records]
@@ -287,9 +282,7 @@ def render_csv(table: Table) -> str:
     middle = ["numerical_error", "elbo", "elbo_se"]
     for k in counts:
         middle += [f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se"]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*CSV_START, *middle, *CSV_END], lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for row in rows:
         line = {
             "row": row.name,
@@ -313,5 +306,5 @@ def render_csv(table: Table) -> str:
         for k, entry in row.gaps.items():
             names = (f"iwbo{k}", f"iwbo{k}_se", f"gap{k}", f"gap{k}_se")
             line |= {n: f"{v:.6f}" for n, v in zip(names, entry, strict=True)}
-        writer.writerow(line)
-    return stream.getvalue()
+        lines.append(line)
+    return csv_text([*CSV_START, *middle, *CSV_END], lines)

@@ -59,39 +59,26 @@ class _Sorter:
         self.problems: list[str] = []
 
     def add(self, item: Record | RecordError) -> None:
-        if isinstance(item, RecordError):
-            self._add_broken(item)
-        elif item.artefact == self.spec.runs and item.row in self.rows and item.seed in self.seeds:
-            self._add_record(item)
-
-    def _add_broken(self, item: RecordError) -> None:
-        if item.artefact not in (None, self.spec.runs):
-            return
-        homes = _homes(self.spec, self.expected, item)
-        if item.artefact is None or item.row not in self.rows or item.seed not in self.seeds:
-            homes = []
-        if not homes:
+        named = item.artefact == self.spec.runs
+        homes = []
+        if named and item.row in self.rows and item.seed in self.seeds:
+            homes = _homes(self.spec, self.expected, item)
+        if isinstance(item, RecordError) and not homes and (named or item.artefact is None):
             self.problems.append(str(item))
-        rank = 4 if item.profile not in (None, self.profile) else 0
         for column in homes:
             key = (item.row, column.name, item.seed)
-            self.bad.setdefault(key, []).append(Refusal(rank, item.seed, item.reason))
-
-    def _add_record(self, record: Record) -> None:
-        for column in _homes(self.spec, self.expected, record):
-            key = (record.row, column.name, record.seed)
-            why = refusal_of(
-                self.rows[record.row],
-                column,
-                record,
-                self.expected.get(key),
-                self.protocols.get(key, {}),
-                self.profile,
-            )
+            why = self._refusal(item, column, key)
             if why is None:
-                self.good.setdefault(key, []).append(record)
+                self.good.setdefault(key, []).append(item)
             else:
                 self.bad.setdefault(key, []).append(why)
+
+    def _refusal(self, item: Record | RecordError, column: ColumnSpec, key: Key) -> Refusal | None:
+        if isinstance(item, RecordError):
+            other = item.profile not in (None, self.profile)
+            return Refusal(4 if other else 0, item.seed, item.reason)
+        wanted, protocol = self.expected.get(key), self.protocols.get(key, {})
+        return refusal_of(self.rows[item.row], column, item, wanted, protocol, self.profile)
 
     def cell(self, row: RowSpec, column: ColumnSpec) -> tuple[list[Record], list[Refusal]]:
         """The records of a cell, one a seed, and the refusals of the seeds without one."""
@@ -239,10 +226,8 @@ def _fill_cell(
         return replace(empty, verdict=QUOTED_ONLY)
     if not column.shows(row.name):
         return replace(empty, verdict=NO_SUCH_NUMBER)
-    refused, missing = (
-        tuple(f"seed {r.seed}: {r.reason}" for r in refusals if r.missing == absent)
-        for absent in (False, True)
-    )
+    refused = tuple(f"seed {r.seed}: {r.reason}" for r in refusals if not r.missing)
+    missing = tuple(f"seed {r.seed}: {r.reason}" for r in refusals if r.missing)
     empty = replace(empty, refusals=refused, missing=missing)
     if not used:
         return replace(empty, verdict=refusals[0].verdict if refusals else NOT_RUN)

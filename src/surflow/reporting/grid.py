@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from surflow.record import Record
 from surflow.reporting.spec import ColumnSpec, TableSpec
 from surflow.reporting.table import NO_SUCH_NUMBER, Cell, Table, column_floor, distinct, protocol_of
 from surflow.reporting.text import (
     bullets,
     closing,
+    csv_text,
     describe,
     duration,
     figure_links,
@@ -24,22 +21,9 @@ from surflow.reporting.text import (
     titled,
 )
 
-CSV_FIELDS = (
-    "row",
-    "column",
-    "metric",
-    "unit",
-    "estimator",
-    "published",
-    "ours",
-    "std",
-    "delta",
-    "floor",
-    "verdict",
-    "seeds",
-    "profile",
-    "commit",
-)
+NUMBERS = ("published", "ours", "std", "delta", "floor")
+CSV_FIELDS = ("row", "column", "metric", "unit", "estimator", *NUMBERS)
+CSV_FIELDS += ("verdict", "seeds", "profile", "commit")
 
 
 def ordering_lines(table: Table) -> list[str]:
@@ -89,11 +73,7 @@ def _fields(table: Table, cell: Cell) -> dict[str, str]:
 
 def render_csv(table: Table) -> str:
     """The table as CSV: a header of `CSV_FIELDS`, then one line a cell, row by row."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, CSV_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_fields(table, cell) for cell in table.cells.values())
-    return stream.getvalue()
+    return csv_text(CSV_FIELDS, [_fields(table, cell) for cell in table.cells.values()])
 
 
 def cell_text(cell: Cell, wanted: int) -> str:
@@ -125,13 +105,11 @@ def _first_lines(table: Table) -> list[str]:
         else f": **not a reproduction.** Budgets or data differ from the publication, so no number"
         f" below reproduces a published one. Seeds: {seeds}."
     )
-    lines = [first]
-    if table.released:
-        lines.append(
-            "**Released weights**: ours are the models that the authors trained and released, "
-            "evaluated by this code; nothing was trained here."
-        )
-    return lines
+    released = (
+        "**Released weights**: ours are the models that the authors trained and released, "
+        "evaluated by this code; nothing was trained here."
+    )
+    return [first, released] if table.released else [first]
 
 
 def _legend(table: Table) -> list[str]:
@@ -176,15 +154,11 @@ def _grid(table: Table) -> str:
     if any(floors):
         texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
         lines.append(["entropy (floor)", *(" to ".join(text) for text in texts)])
-    return markdown_grid(_header(spec), lines, _numeric(spec))
+    return markdown_grid(_header(spec), lines, range(1, len(spec.columns) + 1))
 
 
 def _header(spec: TableSpec) -> list[str]:
     return ["", *(column.label for column in spec.columns)]
-
-
-def _numeric(spec: TableSpec) -> range:
-    return range(1, len(spec.columns) + 1)
 
 
 def _conditions(table: Table) -> list[str]:
@@ -202,7 +176,10 @@ def _conditions(table: Table) -> list[str]:
         if record.provenance
     )
     weights = distinct(
-        f"{cell.row.label}, {record.data}: {describe(_weights(record))}"
+        f"{cell.row.label}, {record.data}: "
+        + describe(
+            {k: Path(str(v)).name if k == "path" and v else v for k, v in record.weights.items()}
+        )
         for cell in table.cells.values()
         for record in cell.records
         if record.weights
@@ -212,12 +189,6 @@ def _conditions(table: Table) -> list[str]:
         *titled("Data:", [short_digests(line) for line in data]),
         *titled("Released weights:", [short_digests(line) for line in weights]),
     ]
-
-
-def _weights(record: Record) -> dict[str, Any]:
-    """What is said of released weights: their file by its name, wherever it lies."""
-    named = record.weights.get("path")
-    return {**record.weights, **({"path": Path(str(named)).name} if named else {})}
 
 
 def _every_cell(table: Table) -> list[str]:
@@ -230,11 +201,9 @@ def _every_cell(table: Table) -> list[str]:
     long = []
     for cell in table.cells.values():
         digits = cell.column.published_digits
-        quoted = "; ".join(
-            f"{number(quote.value, digits)} ({quote.source})" for quote in cell.quoted
-        )
-        long.append([*_fields(table, cell).values(), quoted])
-    flush = [CSV_FIELDS.index(f) for f in ("published", "ours", "std", "delta", "floor")]
+        quoted = (f"{number(quote.value, digits)} ({quote.source})" for quote in cell.quoted)
+        long.append([*_fields(table, cell).values(), "; ".join(quoted)])
+    flush = [CSV_FIELDS.index(field) for field in NUMBERS]
     return [
         "## Every cell",
         f"`delta` is ours − published. `reproduced` allows ours to be worse by {most}; a quoted "
@@ -272,7 +241,7 @@ def _run_facts(table: Table) -> list[str]:
         ]
         blocks += [
             "Wall time of a run, mean over the seeds:",
-            markdown_grid(_header(spec), times, _numeric(spec)),
+            markdown_grid(_header(spec), times, range(1, len(spec.columns) + 1)),
         ]
     else:
         blocks.append("No run entered this table.")
@@ -288,21 +257,14 @@ def _run_facts(table: Table) -> list[str]:
 def render_markdown(
     table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
 ) -> str:
-    """The table as Markdown.
-
-    Args:
-        command: regenerates it.
-        figures: files by caption, relative to the table's folder.
-    """
+    """The table as Markdown. `command` regenerates it; `figures` are files by caption, relative to
+    the table's folder."""
     spec = table.spec
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(table)]
     blocks += _conditions(table)
     if spec.orderings:
-        caution = (
-            ""
-            if table.profile == "paper"
-            else f" (profile {table.profile}: says nothing about the publication)"
-        )
+        said = f" (profile {table.profile}: says nothing about the publication)"
+        caution = "" if table.profile == "paper" else said
         blocks += [f"Orderings{caution}:", bullets(ordering_lines(table))]
     blocks += titled("Warnings:", table.warnings)
     blocks += [*figure_links(figures), *_every_cell(table), *_run_facts(table)]

@@ -151,11 +151,10 @@ class TableSpec:
         if not columns:
             raise ValueError(f"{self.path}: no column has {profile!r} among its profiles")
         names = {column.name for column in columns}
-
-        def kept(quotes: tuple[Quote, ...]) -> tuple[Quote, ...]:
-            return tuple(quote for quote in quotes if quote.column in names)
-
-        published, quoted = kept(self.published), kept(self.quoted)
+        published, quoted = (
+            tuple(quote for quote in quotes if quote.column in names)
+            for quotes in (self.published, self.quoted)
+        )
         told = {quote.row for quote in (*published, *quoted)}
         rows = tuple(row for row in self.rows if row.experiment or row.name in told)
         return replace(self, rows=rows, columns=columns, published=published, quoted=quoted)
@@ -213,7 +212,8 @@ def load_spec(path: str | Path) -> TableSpec:
     for index, row in enumerate(rows):
         if row.target_above_floor is not None and any(c.direction == "higher" for c in columns):
             raise top.error(f"rows[{index}] 'target_above_floor' needs direction: lower")
-    sources = _sources(top)
+    given = Fields(top.mapping("sources", {}), top.error, "sources")
+    sources = {str(key): given.text(key) for key in given.content}
     artefact = top.text("artefact")
     return TableSpec(
         path=path,
@@ -313,12 +313,6 @@ def _check_distinct(top: Fields, what: str, entries: Sequence[Any]) -> None:
                 raise top.error(f"{what} {attribute} {value!r} appears twice")
 
 
-def _sources(top: Fields) -> dict[str, str]:
-    content = top.mapping("sources", {})
-    fields = Fields(content, top.error, "sources")
-    return {str(key): fields.text(key) for key in content}
-
-
 def _quotes(
     top: Fields, key: str, names: dict[str, list[str]], sources: dict[str, str]
 ) -> tuple[Quote, ...]:
@@ -327,15 +321,11 @@ def _quotes(
         quote = Quote(
             fields.text("row"), fields.text("column"), fields.number("value"), fields.text("source")
         )
-        for what in ("row", "column"):
-            if getattr(quote, what) not in names[what]:
-                raise fields.error(
-                    f"unknown {what} {getattr(quote, what)!r}; known: {', '.join(names[what])}"
-                )
-        if quote.source not in sources:
-            raise fields.error(
-                f"unknown source {quote.source!r}; known: {', '.join(sources) or 'none'}"
-            )
+        for what, known in (*names.items(), ("source", sources)):
+            found_name = getattr(quote, what)
+            if found_name not in known:
+                told = ", ".join(known) or "none"
+                raise fields.error(f"unknown {what} {found_name!r}; known: {told}")
         cell = (quote.row, quote.column) + ((quote.source,) if key == "quoted" else ())
         if cell in found:
             raise fields.error(f"repeats cell {' / '.join(cell)}; give each cell once")

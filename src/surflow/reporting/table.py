@@ -28,9 +28,9 @@ class Cell:
     """One cell: mean `ours` and sample standard deviation `std` over the accepted `records`.
 
     `ours` is None where nothing was accepted; `verdict` then is ``not run``, ``quoted only``,
-    ``no such number`` (the column is not about this model), ``missing: <reason>`` (the run is
-    there, the metric could not be computed) or ``refused: <reason>``. `refusals` and `missing` name
-    every seed that was refused or lacks the metric.
+    ``no such number`` (the column is not about this model), ``missing: <reason>`` or
+    ``refused: <reason>``. `refusals` and `missing` name every seed that was refused or lacks the
+    metric.
     """
 
     row: RowSpec
@@ -99,8 +99,8 @@ class Table:
 
     def without_empty_rows(self) -> Table:
         """The same table without the rows that have neither a value nor a run."""
-        told = {c.row.name for c in self.cells.values() if c.records or c.published is not None}
-        told |= {c.row.name for c in self.cells.values() if c.quoted}
+        cells = self.cells.values()
+        told = {c.row.name for c in cells if c.records or c.quoted or c.published is not None}
         rows = tuple(row for row in self.spec.rows if row.name in told)
         cells = {key: cell for key, cell in self.cells.items() if cell.row.name in told}
         return replace(self, spec=replace(self.spec, rows=rows), cells=cells)
@@ -120,9 +120,6 @@ def protocol_of(metric: Metric) -> dict[str, Any]:
 
 def column_floor(table: Table, column: str) -> tuple[float, float] | None:
     """The lowest and highest floor that the runs of a column name, in the unit of the metric."""
-    floors = [
-        cell.floor
-        for (_, name), cell in table.cells.items()
-        if name == column and cell.floor is not None
-    ]
+    cells = [cell for (_, name), cell in table.cells.items() if name == column]
+    floors = [cell.floor for cell in cells if cell.floor is not None]
     return (min(floors), max(floors)) if floors else None

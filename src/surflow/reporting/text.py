@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +55,15 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
 
 
+def csv_text(fields: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    """A CSV: the header, then the lines."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return stream.getvalue()
+
+
 def titled(title: str, lines: Sequence[str]) -> list[str]:
     """A title and a list; nothing where there are no lines."""
     return [title, bullets(lines)] if lines else []
@@ -88,9 +99,7 @@ def closing(table: Table, command: str) -> list[str]:
     """The sections that a table ends with: its notes, its sources, the command."""
     spec = table.spec
     blocks = titled("## Notes", spec.notes)
-    if spec.sources:
-        lines = [f"{key}: {text}" for key, text in spec.sources.items()]
-        blocks += titled("## Sources", lines)
+    blocks += titled("## Sources", [f"{key}: {text}" for key, text in spec.sources.items()])
     if len({quote.source for quote in spec.published}) > 1:
         labels = {row.name: row.label for row in spec.rows}
         whose = distinct((labels[quote.row], quote.source) for quote in spec.published)

@@ -14,15 +14,9 @@ LAYOUTS = {"grid": grid, "bounds": bounds}
 
 
 def write_table(table: Table, folder: Path, command: str) -> dict[str, str]:
-    """Write table.csv, table.md, the figures, and the records of the table.
+    """Write table.csv, table.md, the figures, and the records of the table into a folder.
 
-    Args:
-        table: the filled table.
-        folder: where to.
-        command: the command that writes the table again.
-
-    Returns:
-        the figures: files by caption.
+    `command` writes the table again. Returns the figures: files by caption.
     """
     from surflow.reporting.figures.registry import write_figures
 

@@ -112,10 +112,7 @@ def read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def set_curve_figure(table: Table, path: str | Path) -> Path | None:
     """Plot the validation scores of sets against the epoch, a point: a panel a dataset, a line a
-    model, its estimator in its name.
-
-    Returns the path, None where no run has logged any.
-    """
+    model, its estimator in its name. Returns the path, None where no run has logged any."""
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, Path | None]] = {}
     points = set()

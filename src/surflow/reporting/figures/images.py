@@ -96,18 +96,16 @@ def _pixels(images: np.ndarray, num_levels: int) -> np.ndarray:
     """uint8 (N, H, W, C) with levels 0 ... 255."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
-        raise ValueError(
-            f"images: expected shape (N, C, H, W) with 1 or 3 channels, got {images.shape}"
-        )
+        want = "shape (N, C, H, W) with 1 or 3 channels"
+        raise ValueError(f"images: expected {want}, got {images.shape}")
     if not np.issubdtype(images.dtype, np.integer):
         raise ValueError(f"images: expected integer levels, got {images.dtype}")
     if not 2 <= num_levels <= 256:
         raise ValueError(f"num_levels: expected 2 to 256, got {num_levels}")
     low, high = int(images.min()), int(images.max())
     if low < 0 or high >= num_levels:
-        raise ValueError(
-            f"images: expected levels 0 to {num_levels - 1}, got some from {low} to {high}"
-        )
+        want = f"levels 0 to {num_levels - 1}"
+        raise ValueError(f"images: expected {want}, got some from {low} to {high}")
     if num_levels != 256:
         images = np.rint(images * (255 / (num_levels - 1)))
     return images.astype(np.uint8).transpose(0, 2, 3, 1)

@@ -46,10 +46,8 @@ def latent_figure(table: Table, path: str | Path) -> Path:
 
     From `latent.npz` of the cells' first runs. The two have one scale of colours, which ends where
     all but a thousandth of the mass lies below it; under them stand the run and the divergence.
-    Rows without such a file are left out. Returns the path.
-
-    Raises:
-        ValueError: where no run has a `latent.npz`, or one is damaged.
+    Rows without such a file are left out. Returns the path. Raises ValueError where no run has one,
+    or one is damaged.
     """
     files = {r: found for r, found in run_files(table, "latent.npz").items() if any(found.values())}
     if not files:

@@ -38,8 +38,7 @@ HOLLOW = {"ls": "none", "mfc": "white", "ms": 6.5, "mew": 1.3, "zorder": 3}  # o
 
 def run_files(table: Table, name: str) -> dict[str, dict[str, Path | None]]:
     """The file `name` of the first accepted run of each cell: cells[row label][column label], None
-    where there is no such run or file. Rows that are quoted only are left out.
-    """
+    where there is no such run or file. Rows that are quoted only are left out."""
     cells: dict[str, dict[str, Path | None]] = {}
     columns = columns_of(table)
     for row in table.spec.rows:

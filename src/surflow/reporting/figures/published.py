@@ -157,10 +157,7 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     a line a family of flows.
 
     Marks are those of `published_figure`, in the family's colour. The row without flow layers is
-    the first of every line. Returns the path.
-
-    Raises:
-        ValueError: where no row has a depth.
+    the first of every line. Returns the path. Raises ValueError where no row has a depth.
     """
     if all(row.depth is None for row in table.spec.rows):
         raise ValueError(f"{table.spec.path}: no row has a 'depth', expected one for depth_figure")
@@ -206,9 +203,8 @@ def _depth_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
     for points, color in zip(families.values(), _colors(len(families)), strict=True):
         ours = [(depth, cell) for depth, cell in points if cell.ours is not None]
         if len(ours) > 1 or (ours and ours[0][0]):
-            axes.plot(
-                [depth for depth, _ in ours], [cell.ours for _, cell in ours], color=color, lw=1.2
-            )
+            depths = [depth for depth, _ in ours]
+            axes.plot(depths, [cell.ours for _, cell in ours], color=color, lw=1.2)
         for depth, cell in points:
             ink = color if depth else INK  # what is in every family has no colour of one
             if cell.published is not None:
@@ -220,7 +216,7 @@ def _depth_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
                 axes.errorbar(depth, cell.ours, fmt="o", color=ink, ms=5, zorder=4, **bars)
             if cell.ours is not None or cell.published is not None or cell.quoted:
                 seen.add(depth)
-                unit = unit or (cell.unit if cell.unit else "")
+                unit = unit or cell.unit
     axes.set_title("\n".join(textwrap.wrap(column.label, 44)), fontsize=9.5, color=INK)
     axes.set_xlabel("flow layers", fontsize=9, color=INK)
     unit = unit or column.unit or ""

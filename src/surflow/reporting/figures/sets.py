@@ -48,11 +48,8 @@ def cloud_panel(axes: Axes, clouds: np.ndarray, width: float, color: str) -> int
         axes.plot(*edge, color="#dddddd", lw=0.5, zorder=1)
     axes.scatter(*points.T, s=180 / (across * width), color=color, linewidths=0, zorder=2)
     margin = 0.04 * pitch
-    axes.set(
-        xlim=(-margin, pitch * across - 0.08 * width + margin),
-        ylim=(-margin, pitch * down - 0.08 * width + margin),
-        aspect="equal",
-    )
+    right, top = (pitch * count - 0.08 * width + margin for count in (across, down))
+    axes.set(xlim=(-margin, right), ylim=(-margin, top), aspect="equal")
     axes.set_axis_off()
     return int((~inside).sum())
 
@@ -77,10 +74,7 @@ def set_figure(table: Table, path: str | Path) -> Path:
     """Plot clouds of points: a row a dataset, the data and then the models that were run.
 
     From `points.npz` of the cells' first runs; under a panel stand its run and its scores a point.
-    Returns the path.
-
-    Raises:
-        ValueError: where no run has a `points.npz`, or one is damaged.
+    Returns the path. Raises ValueError where no run has such a file, or one is damaged.
     """
     files = run_files(table, "points.npz")
     datasets = [d for d in next(iter(files.values())) if any(row[d] for row in files.values())]
