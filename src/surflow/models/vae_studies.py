@@ -36,7 +36,7 @@ LocalNet = Callable[[int], LocalPixelCNN]
 
 
 class GreyInput(nn.Module):
-    """A net after a map of integers 0 ... K - 1 to grey values in [0, 1], of the net's precision."""
+    """A net after a map of integers 0 ... K - 1 to grey values in [0, 1], in its precision."""
 
     def __init__(self, net: nn.Module, num_levels: int) -> None:
         super().__init__()
