@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -97,7 +98,7 @@ class Ledger(Sequence[LedgerRow]):
         """The ledger of a record; a single point has no standard error."""
         rows = [asdict(row) for row in self.rows]
         for row in rows:
-            if row["standard_error"] != row["standard_error"]:  # NaN
+            if math.isnan(row["standard_error"]):
                 row["standard_error"] = None
         return {
             "unit": "nats per data point, mean",
@@ -366,30 +367,23 @@ class Flow(nn.Module):
         """A ledger from the moments of ``count`` rows, (layers,) each: see :class:`Moments`."""
         error = (squares / (count - 1) / count).sqrt() if count > 1 else mean * float("nan")
         columns = zip(mean.tolist(), error.tolist(), finite.tolist(), strict=True)
-        rows = [
-            LedgerRow(
-                layer=name,
-                kind=layer.kind if isinstance(layer, Transform) else "base",
-                bound=isinstance(layer, Transform) and layer.lower_bound,
-                mean=m,
-                standard_error=e,
-                finite=ok,
-                estimate=has_estimates(layer),
-            )
-            for (name, layer), (m, e, ok) in zip(self.layers(), columns, strict=True)
-        ]
+        rows = []
+        for (name, layer), numbers in zip(self.layers(), columns, strict=True):
+            kind, bound = "base", False
+            if isinstance(layer, Transform):
+                kind, bound = layer.kind, layer.lower_bound
+            rows.append(LedgerRow(name, kind, bound, *numbers, has_estimates(layer)))
         return Ledger(tuple(rows), count)
 
     def first_non_finite(self, x: Tensor, context: Tensor | None = None) -> str | None:
         """The first layer whose output or contribution is not finite; None if all are."""
         with torch.no_grad():
-            if not bool(x.isfinite().all()):
+            if not x.isfinite().all():
                 return "the data"
             for name, _, z, part in self.trace(x, context):
-                if not bool(part.isfinite().all()):
-                    return f"{name} (ldj)"
-                if not bool(z.isfinite().all()):
-                    return f"{name} (output)"
+                for what, value in (("ldj", part), ("output", z)):
+                    if not value.isfinite().all():
+                        return f"{name} ({what})"
         return None
 
 

@@ -40,20 +40,18 @@ COMPILED_KINDS = 64
 def set_memory(module: nn.Module, mode: str, compile_nets: bool = False) -> int:
     """Choose what a flow keeps for its backward pass.
 
-    Values do not change (contributions are added up in another order), nor do names of parameters;
-    ``ledger`` and ``trace`` go layer by layer as before. Gradients of "checkpoint" are those of
+    Values do not change (contributions are added up in another order), nor do names of parameters.
+    Gradients of "checkpoint" are those of
     "stored" bit for bit where the kernels are deterministic. Those of "reversible" carry the
     rounding of the inverses: about 1e-15 of their norm in float64 and 1e-7 in float32 for an image
     flow of 12 steps a scale, more where a layer's inverse magnifies more. Under autocast what
     conditions a coupling comes back with float32's rounding, and a few numbers are then rounded to
     another bfloat16: a difference of the size of that between bfloat16 and float32.
 
-    Stored as before, in each mode, are layers that are no bijections; in mode "reversible" also
-    bijections without a cheap exact inverse (autoregressive, planar, residual, continuous layers,
-    couplings with mixtures), elementwise squashings such as a sigmoid, which lose digits at their
-    ends, and whatever is not ``repeatable``: an :class:`ActNorm` before its first batch, batch
-    normalisation and dropout in training. A layer takes part if its attribute ``reversible`` is
-    True.
+    Stored in each mode are layers that are no bijections, and what is not ``repeatable``: an
+    :class:`ActNorm` before its first batch, batch normalisation and dropout in training. Mode
+    "reversible" also stores layers whose attribute ``reversible`` is False: those without a cheap
+    exact inverse, and squashings such as a sigmoid, which lose digits at their ends.
 
     Args:
         module: a flow, or anything with flows in it; those of dequantizers and posteriors count,
@@ -109,10 +107,8 @@ def _compile(net: nn.Module) -> None:
 def use_channels_last(module: nn.Module) -> nn.Module:
     """Lay out the convolutions' weights with channels last, in place; values do not change.
 
-    Convolutions of images on a GPU in bfloat16 run on tensor cores without a transposition where
-    both weights and images lie so. Images made so once, ``x.to(memory_format=
-    torch.channels_last)``, stay so through the layers of an image flow; those with a single
-    channel or pixel are the same either way.
+    Convolutions on a GPU in bfloat16 then need no transposition of images that lie so too.
+    ``x.to(memory_format=torch.channels_last)`` stays so through the layers of an image flow.
 
     Returns:
         The module.

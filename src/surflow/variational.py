@@ -30,8 +30,7 @@ class Terms:
     """A bound's terms, each for one draw of every row.
 
     Attributes:
-        reconstruction: log p(x|z) of the first VAE layer, and the contributions of layers in
-            front of it, (B,).
+        reconstruction: log p(x|z) of the first VAE layer, and contributions before it, (B,).
         log_q: log q(z|x), added up over VAE layers, (B,).
         log_prior: log p(z): everything after the first VAE layer, (B,).
         divergence: (B, G), log q - log p(z) of each of G groups: one a latent dimension where
@@ -208,7 +207,7 @@ def annealed_elbo(
         context: (B, ...) or None.
         beta: β, a number or a tensor of no dimensions.
         free_bits: λ in nats, for each group of latents (:class:`Terms`): a group whose mean over
-            the batch (the bar above) is less costs λ all the same, and has no gradient.
+            the batch (the bar above) is less costs λ, without a gradient.
         num_samples: S, draws averaged per row.
         annealed: what β is a factor of: divergence or joint.
 
@@ -217,7 +216,7 @@ def annealed_elbo(
 
     Raises:
         ValueError: for a flow without a VAE layer, an unknown name, a negative λ, or learned
-            discrete latents, whose gradient :func:`surflow.objectives.elbo` alone knows.
+            discrete latents (see :func:`surflow.objectives.elbo`).
 
     Source: Rezende & Mohamed 2015, arXiv 1505.05770, Sec. 6.2 (joint); Bowman et al. 2016, arXiv
     1511.06349, and Higgins et al. 2017 (divergence); Kingma et al. 2016, arXiv 1606.04934, App. C.8

@@ -559,7 +559,7 @@ def test_config_says_what_the_module_does(name, tmp_path):
     assert (data.name, data.unit, data.num_levels, data.seed) == (name, "nats", 2, 3)
     assert data.event_shape == (math.prod(data.image_shape),)
     assert data.root == tmp_path
-    assert ("no likelihood" in data.meaning) == name.endswith("grey")
+    assert ("no likelihood" in data.rule.meaning) == name.endswith("grey")
     assert config_hash(cfg) == config_hash(compose([f"data={name}", "data.root=b", "seed=3"]))
     shape = list(data.image_shape)
     images = compose([f"data={name}", f"data.event_shape={shape}".replace(" ", "")])

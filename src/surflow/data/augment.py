@@ -39,8 +39,7 @@ class Draws:
 class Augmentation:
     """Flip left to right; pad with the edge's pixels, translate, cut the centre out.
 
-    The translation is uniform within ±translate times the padded side, rounded to whole pixels,
-    so every result is made of pixels of the image and stays a valid integer image.
+    The translation is uniform within ±translate times the padded side, in whole pixels.
 
     Args:
         flip: mirror every other image, on average.

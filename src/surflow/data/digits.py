@@ -168,9 +168,8 @@ class DigitData(ImageData):
     """Grey images of one channel, as bits, grey values or levels, flat or as images.
 
     A subclass says ``image_shape`` and ``source_levels`` and reads whole splits in :meth:`read`.
-    ``splits`` holds what a model is scored on. With a dynamic binarization ``splits["train"]`` is
-    one draw too, and training batches are redrawn: the bits of an epoch follow from seed, epoch
-    and the image's row.
+    ``splits`` holds what a model is scored on. With a dynamic binarization training batches are
+    redrawn: the bits of an epoch follow from seed, epoch and the image's row.
 
     Args:
         event_shape: ``image_shape``, or [D] for models of vectors; None: [D].
@@ -186,8 +185,7 @@ class DigitData(ImageData):
         binarization_seed: of the bits that are drawn once, so that all runs are scored on the same.
         dtype: float32, as a Bernoulli takes them, or uint8, for layers over integers.
         num_levels: 2, or with ``none`` the levels of the source; None: these.
-        valid_within_train: validation images are trained on, too, where the source has none of
-            its own; validation then says nothing about other images.
+        valid_within_train: train on validation images too, where the source has none of its own.
         others: see :class:`~surflow.data.images.ImageData`.
 
     Raises:
@@ -262,13 +260,8 @@ class DigitData(ImageData):
 
     # Splits
 
-    @property
-    def meaning(self) -> str:
-        """What a score on these data means."""
-        return self.rule.meaning
-
     def provenance(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"kind": self.binarization, "meaning": self.meaning}
+        made: dict[str, Any] = {"kind": self.binarization, "meaning": self.rule.meaning}
         if self.rule.drawn:
             made["seed"] = self.binarization_seed
         if self.valid_within_train:

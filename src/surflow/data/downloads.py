@@ -86,9 +86,9 @@ def fetch(published: Published, folder: Path) -> Path:
                         f"{published.md5}, got {got}; try again, or {by_hand}"
                     )
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
+        why = getattr(error, "reason", error)
         raise UserError(
-            f"data.download: cannot download {published.url} ({reason}); {by_hand}"
+            f"data.download: cannot download {published.url} ({why}); {by_hand}"
         ) from None
     except PermissionError as error:
         raise UserError(

@@ -51,10 +51,9 @@ class ImageArrays(ImageData):
 class ImageFolder(ImageData):
     """Image files of a folder and its subfolders, as training data.
 
-    With subfolders ``train`` and ``test`` (and maybe ``valid``) those are the splits. Without,
-    the last ``test_size`` files are test and the ``valid_size`` before them validation, in the
-    order of :func:`~surflow.data.sources.image_files`, which follows from the files' names.
-    The decoded images are kept in one memory-mapped file.
+    Subfolders ``train`` and ``test`` (and maybe ``valid``) are the splits. Without them the last
+    ``test_size`` files are test and the ``valid_size`` before them validation, in the order of
+    :func:`~surflow.data.sources.image_files`. Decoded images are kept in one memory-mapped file.
 
     Args:
         folder: in the root, or an absolute path.

@@ -66,11 +66,9 @@ class ImageBatches:
         return batch.to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches were given out."""
         return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass after these batches, if it is still that epoch."""
         self.rows.load_state_dict(state)
 
 

@@ -188,10 +188,9 @@ class BinarizedMNIST(DigitData):
 
     def _text(self, split: str, folder: Path) -> Path:
         file = self.published(split)
-        places = [folder / file.filename, self.root / file.filename]
-        found = next((p for p in places if p.is_file()), None)
-        if found is not None:
-            return found
+        for place in (folder, self.root):
+            if (place / file.filename).is_file():
+                return place / file.filename
         if self.download:
             return fetch(file, folder)
         raise UserError(

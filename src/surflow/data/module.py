@@ -163,7 +163,7 @@ class TensorDataModule(pl.LightningDataModule):
         return self._sha256[split]
 
     def provenance(self) -> dict[str, Any]:
-        """What to write into a record: name, version, and rows and SHA-256 of every split."""
+        """For a record: name, version, and rows and SHA-256 of every split."""
         rows = self.splits.items()
         splits = {s: {"rows": len(x), "sha256": self.fingerprint(s)} for s, x in rows}
         return {"name": self.name, "version": self.version, "splits": splits}
@@ -192,10 +192,9 @@ class TensorDataModule(pl.LightningDataModule):
         what = f"{split} {self.noun} of {self.name}"
         if rows.dtype != self.dtype or tuple(rows.shape[1:]) != self.event_shape:
             dtype, got = (str(t).removeprefix("torch.") for t in (self.dtype, rows.dtype))
-            expected = ", ".join(("N", *map(str, self.event_shape)))
+            expected = f"{dtype} ({', '.join(('N', *map(str, self.event_shape)))})"
             raise ValueError(
-                f"data.event_shape: {what}: expected {dtype} ({expected}), got {got} "
-                f"{tuple(rows.shape)}"
+                f"data.event_shape: {what}: expected {expected}, got {got} {tuple(rows.shape)}"
             )
         if len(rows) == 0:
             raise ValueError(f"data: {self.name} has no {split} {self.noun}")

@@ -97,6 +97,7 @@ def draw_points(images: np.ndarray, num_points: int, key: Sequence[int]) -> np.n
     corners, jitter = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     points = corners + jitter
     attempt = 0
+
     while len(tied := np.flatnonzero(_has_ties(points))):
         for row in tied:
             again = np.random.PCG64([_AGAIN, *key, int(row), attempt])
@@ -115,18 +116,18 @@ def _drawn(
     ends = np.cumsum([levels.shape[1], num_points])
     words = stream.random_raw(count * (ends[1] + 2 * num_points)).reshape(count, -1)
     race, spare, within = np.split(words, ends, axis=1)
-    race, spare, jitter = _uniform(race), _uniform(spare), _jitter(within)
+    race, spare = ((words >> np.uint64(11)) * 2.0**-53 for words in (race, spare))
     pixels = np.empty((count, num_points), np.int64)
     enough = (levels > 0).sum(1) >= num_points
     if enough.any():  # there may be fewer pixels than points
         pixels[enough] = _race_winners(levels[enough], race[enough], num_points)
     pixels[~enough] = _with_replacement(levels[~enough], spare[~enough])
     rows, columns = np.divmod(pixels, width)
-    return np.stack([columns, height - 1 - rows], 2).astype(np.float32), jitter
+    return np.stack([columns, height - 1 - rows], 2).astype(np.float32), _jitter(within)
 
 
 def _race_winners(levels: np.ndarray, u: np.ndarray, num_points: int) -> np.ndarray:
-    """The first to arrive of pixels whose times are exponential with the levels as rates."""
+    """The pixels with the earliest times, exponential with the levels as rates."""
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.where(levels > 0, -np.log1p(-u) / levels, np.inf)
     first = np.argpartition(times, num_points - 1, axis=1)[:, :num_points]
@@ -140,19 +141,15 @@ def _with_replacement(levels: np.ndarray, u: np.ndarray) -> np.ndarray:
     return (below[:, None, :] <= wanted[:, :, None]).sum(2)
 
 
-def _uniform(words: np.ndarray) -> np.ndarray:
-    return (words >> np.uint64(11)) * 2.0**-53
+def _has_ties(points: np.ndarray) -> np.ndarray:
+    """Whether two points of a set share a coordinate, (M,)."""
+    return (np.diff(np.sort(points, axis=1), axis=1) == 0).any((1, 2))
 
 
 def _jitter(words: np.ndarray) -> np.ndarray:
     """Float32 (M, N, 2) in [0, 1), from (M, 2 N) random words."""
     u = (words >> np.uint64(64 - _JITTER_BITS)) * 2.0**-_JITTER_BITS
     return u.astype(np.float32).reshape(len(words), -1, 2)
-
-
-def _has_ties(points: np.ndarray) -> np.ndarray:
-    """Whether two points of a set share a coordinate, (M,)."""
-    return (np.diff(np.sort(points, axis=1), axis=1) == 0).any((1, 2))
 
 
 # Data

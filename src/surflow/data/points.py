@@ -24,8 +24,7 @@ class SyntheticData(TensorDataModule):
         train_size, valid_size, test_size: points to draw for each split.
         batch_size, eval_batch_size, seed: see :class:`~surflow.data.module.TensorDataModule`.
         data_seed: of the draw; all seeds of a table share one draw of data.
-        edge: every sample that can occur lies within ±edge, for a dataset whose tails are so thin
-            that a bounded support serves; None: the dataset's own bound.
+        edge: a bound of every sample, for a dataset with thin tails; None: the dataset's own.
         dataset: a key of ``surflow.data.synthetic.DATASETS``; None: ``name``.
 
     Raises:
@@ -86,8 +85,7 @@ class QuantizedData(SyntheticData):
 
     Args:
         num_levels: K, cells a side.
-        half_width: h, half the side of the square that is cut; it must hold the data but for a
-            negligible part.
+        half_width: h, half the side of the square that is cut.
         others: see :class:`SyntheticData`.
 
     Raises:

@@ -73,12 +73,11 @@ class CIFAR10(ImageData):
         contents = self._contents(archive, [*train, *test])
 
         def images(batches: list[Published]) -> Tensor:
-            parts = [read_cifar_batch(contents[b.filename], b.filename) for b in batches]
-            for part, batch in zip(parts, batches, strict=True):
-                if len(part) != self.rows:
-                    raise UserError(
-                        f"data.root: {batch.filename}: expected {self.rows} images, got {len(part)}"
-                    )
+            parts = []
+            for name in (b.filename for b in batches):
+                parts.append(read_cifar_batch(contents[name], name))
+                if (got := len(parts[-1])) != self.rows:
+                    raise UserError(f"data.root: {name}: expected {self.rows} images, got {got}")
             return torch.from_numpy(np.concatenate(parts))
 
         return {"train": images(train), "test": images(test)}
@@ -175,8 +174,7 @@ class DownsampledImageNet(ImageData):
       ``val_data.npz``. The same release as pickles is refused: a pickle can run anything.
 
     Both are looked for in ``imagenet32`` (or 64) of the root, then in the root itself; the number
-    of images tells them apart and is checked. Reading them takes minutes, once: they are kept in
-    one memory-mapped file.
+    of images is checked. They are read once, and kept in one memory-mapped file.
 
     Args:
         name: None: imagenet32 or imagenet64.
@@ -274,13 +272,12 @@ class DownsampledImageNet(ImageData):
         totals = tuple(sum(counts[split]) for split in ("train", "test"))
         if totals != self.counts[self.release]:
             self._incomplete(folder, totals)
-        label = f"imagenet{self.side}-{self.release}"
-        return {
-            split: pack(
-                paths, folder, f"{label}-{split}", self.event_shape, counts[split], self._images
-            )
-            for split, paths in files.items()
-        }
+        splits = {}
+        for split, paths in files.items():
+            label = f"imagenet{self.side}-{self.release}-{split}"
+            of = (self.event_shape, counts[split], self._images)
+            splits[split] = pack(paths, folder, label, *of)
+        return splits
 
     def _incomplete(self, folder: Path, totals: tuple[int, int]) -> None:
         expected = self.counts[self.release]

@@ -85,10 +85,7 @@ class Takes:
 
 
 def takes(
-    *kinds: str,
-    facts: tuple[str, ...],
-    surjection: str | None = None,
-    between: bool = False,
+    *kinds: str, facts: tuple[str, ...], surjection: str | None = None, between: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare what a builder takes; see :class:`Takes`.
 

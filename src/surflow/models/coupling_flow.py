@@ -24,25 +24,23 @@ from surflow.transforms import (
     Transform,
 )
 
+MappedAndBase = tuple[list[Transform], Distribution]
 
-def real_line(
-    low: list[float], high: list[float], sharpness: float
-) -> tuple[list[Transform], Distribution]:
+
+def real_line(low: list[float], high: list[float], sharpness: float) -> MappedAndBase:
     """Every interval mapped onto the line, and a standard normal there."""
     infinite = all(math.isinf(a) and math.isinf(b) for a, b in zip(low, high, strict=True))
     return [] if infinite else [BoxToReal(low, high, sharpness)], StandardNormal(len(low))
 
 
-def unmapped(
-    low: list[float], high: list[float], sharpness: float
-) -> tuple[list[Transform], Distribution]:
+def unmapped(low: list[float], high: list[float], sharpness: float) -> MappedAndBase:
     """The latents as they are, and a standard normal."""
     return [], StandardNormal(len(low))
 
 
 def unit_box(
     low: list[float], high: list[float], sharpness: float, reach: float = 5.0
-) -> tuple[list[Transform], Distribution]:
+) -> MappedAndBase:
     """A finite box scaled to the unit box, with a uniform base; half-lines x >= 0 scaled by
     1/reach, with a half-normal base, so that the data's bulk lies in the unit box."""
     if all(math.isfinite(a) and math.isfinite(b) for a, b in zip(low, high, strict=True)):
@@ -127,7 +125,7 @@ def coupling_flow(
         rotation: initial angle, in radians, of a learned rotation between couplings (D = 2, latents
             on the whole plane); None for none.
         surjection: the first layer, None for a plain flow.
-        low, high: edges of the data, (D,) each; infinite if left out.
+        low, high: edges of the data, (D,) each; None: infinite.
 
     Raises:
         ValueError: for an unknown support, a negative number of couplings, or a box that the

@@ -68,12 +68,7 @@ def slice_off(shape: Shape, factor: int = 2) -> list[Transform]:
 def conditional_slice(shape: Shape, factor: int = 2, kernel_size: int = 3) -> list[Transform]:
     """A squeeze, of whose f² C channels all but the first C go to a normal given the first C.
 
-    Its parameters come from one convolution, zero at the start.
-
-    Args:
-        shape: of the image.
-        factor: f >= 2, a divisor of H and W.
-        kernel_size: of the convolution, odd.
+    Its parameters come from one convolution of odd ``kernel_size``, zero at the start.
 
     Source: Kingma & Dhariwal 2018, arXiv 1807.03039.
     """
@@ -93,8 +88,6 @@ def autoregressive_slice(shape: Shape, factor: int = 2, **options: Any) -> list[
     given the first C and those before it.
 
     Args:
-        shape: of the image.
-        factor: f >= 2, a divisor of H and W.
         options: of :class:`~surflow.distributions.ChannelAutoregressive`.
 
     Source: Mahajan, Bhattacharyya et al. 2020, arXiv 2004.03891.

@@ -95,13 +95,9 @@ def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path
     In a folder it is the only checkpoint whose path below the folder names both, in our words or
     theirs: ``cifar10_max_pool.pt``, ``c10_max/check/checkpoint.pt``, ``cifar10/nonpool.pt``.
 
-    Args:
-        path: the file or folder.
-        data: name of the dataset.
-        surjection: name of the downsampling: max_pool or slice.
-
     Raises:
-        UserError: where there is none, or more than one.
+        UserError: where there is none, or more than one, or for a surjection other than max_pool
+            and slice.
     """
     check_choice("weights.source=official: surjection", surjection, _POOLING_WORDS, UserError)
     wanted = f"{data}_{surjection}.pt"
@@ -153,7 +149,7 @@ def official_configuration(
 
     Args:
         state: the state dict.
-        image_size: height and width, of which no parameter tells.
+        image_size: height and width, which no parameter shows.
 
     Raises:
         ValueError: for a state dict that is not of a PoolFlow.
@@ -305,11 +301,8 @@ def official_constants(flow: Flow) -> dict[str, float | None]:
 
 
 def convert_official(state: Mapping[str, Tensor], flow: Flow) -> dict[str, Tensor]:
-    """An official state dict as one for ``flow``, which supplies its own buffers.
-
-    Args:
-        state: the official state dict.
-        flow: a :func:`pool_flow` of the same configuration.
+    """An official state dict as one for ``flow``, a :func:`pool_flow` of the same configuration,
+    which supplies its own buffers.
 
     Raises:
         ValueError: for names that are missing or too many, a shape that does not fit, a constant
@@ -350,9 +343,8 @@ def convert_official(state: Mapping[str, Tensor], flow: Flow) -> dict[str, Tenso
     for i, layer in enumerate(flow.transforms):
         if isinstance(layer, ActNorm):
             own = f"transforms.transforms.{i}.initialised"
-            set_before = state.get(f"transforms.{i}.initialized")
-            ready = True if set_before is None else bool(set_before.bool().all())
-            converted[own] = torch.tensor(ready)
+            ready = state.get(f"transforms.{i}.initialized", torch.tensor(True))
+            converted[own] = ready.bool().all()
     return converted
 
 
@@ -363,11 +355,7 @@ def _without_ones(shape: Sequence[int]) -> Sequence[int]:
 
 
 def load_official(flow: Flow, state: Mapping[str, Tensor]) -> Flow:
-    """Copy an official state dict into ``flow``, which comes back.
-
-    Args:
-        flow: a :func:`pool_flow` of the same configuration.
-        state: the official state dict; see :func:`read_tensors`.
+    """Copy an official state dict into ``flow``, a :func:`pool_flow` of the same configuration.
 
     Raises:
         ValueError: see :func:`convert_official`; ``flow`` is then as it was.

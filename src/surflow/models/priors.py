@@ -25,11 +25,9 @@ class VampPrior(Distribution):
 
     .. math:: p(z) = \frac1K \sum_{k=1}^K q(z \mid u_k), \qquad u_k = \sigma(v_k)
 
-    The encoder is that of the VAE layer, whose parameters it stays among.
-
     Args:
-        encoder: q, a diagonal normal as :func:`~surflow.models.posteriors.flow_posterior` makes it
-            with no layers; its net takes grey values in [0, 1].
+        encoder: q of the VAE layer, which keeps its parameters: a diagonal normal of
+            :func:`~surflow.models.posteriors.flow_posterior`, on grey values in [0, 1].
         data_shape: the shape of one pseudo-input.
         num_components: K.
 

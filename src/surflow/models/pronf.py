@@ -85,8 +85,8 @@ class PyramidFlow(Flow):
 
     Args:
         base, transforms: see :class:`~surflow.flow.Flow`.
-        ends: how many transforms are behind the finest level, behind the next, and so on: a level
-            takes the transforms from the end before to its own, the coarsest one the base.
+        ends: index after the last transform of each level, finest first; the base is of the
+            coarsest.
         shape: (C, H, W) of the finest image.
         num_levels: K, of whose cells of volume K^-D the constants are.
         level_rates: factors of the learning rate, finest level first; levels beyond the last entry
@@ -178,8 +178,7 @@ class PyramidFlow(Flow):
         return found
 
     def coarsened(self, x: Tensor) -> list[Tensor]:
-        """The images of every level that belong to data (B, C, H, W), the finest first; draws
-        where the coarse image is a latent of its own."""
+        """The images of every level of data (B, C, H, W), the finest first; latents are drawn."""
         found = []
         for i, layer in enumerate(self.transforms):
             x = layer.latent(x)

@@ -20,13 +20,8 @@ def with_net(
     net: Net,
     out_features: int | None = None,
 ) -> Transform:
-    """``layer(shape, net=...)`` with a net of the features of a row.
-
-    Args:
-        shape: of a row.
-        layer: makes the layer.
-        net: makes its net.
-        out_features: outputs of the net; None: as many as a row has.
+    """``layer(shape, net=...)`` with a net of the features of a row and ``out_features`` outputs;
+    None: as many.
     """
     features = math.prod(shape)
     outputs = features if out_features is None else out_features

@@ -137,11 +137,8 @@ def hvae(features: int = 2, latent_features: Sequence[int] = (2, 1), net: Net = 
 class NearIdentityNet(nn.Module):
     """A net of (loc, log_scale) whose loc starts at the input and whose scales start small.
 
-    From wide scales a decoder learns to do without its latent. Where the sizes differ, loc starts
-    at zero.
-
     Args:
-        net: an MLP, (B, in) -> (B, 2 out); its output layer is set to zero.
+        net: an MLP, (B, in) -> (B, 2 out); its output layer is set to zero where the sizes agree.
         in_features, out_features: sizes of the context and of the event.
         scale: the scale at the start.
     """

@@ -36,12 +36,7 @@ LocalNet = Callable[[int], LocalPixelCNN]
 
 
 class GreyInput(nn.Module):
-    """A net behind a change from integers 0 ... K - 1 to grey values in [0, 1].
-
-    Args:
-        net: takes grey values; its parameters say in which precision.
-        num_levels: K.
-    """
+    """A net after a map of integers 0 ... K - 1 to grey values in [0, 1], in its precision."""
 
     def __init__(self, net: nn.Module, num_levels: int) -> None:
         super().__init__()
@@ -61,7 +56,7 @@ def hidden_layers(
 
     Args:
         in_features: of the first layer.
-        hidden_features: sizes of what comes out of the activations.
+        hidden_features: outputs of the activations.
         activation: relu, elu, gelu, silu, tanh, or maxout, over ``window`` linear units each.
 
     Raises:
