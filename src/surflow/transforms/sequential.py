@@ -40,6 +40,7 @@ class Sequential(Transform):
     Cost: the sum of its parts'; forward and inverse each run every layer once.
     Source: Nielsen et al. 2020, arXiv 2007.02731, Algorithm 1.
 
+    >>> from surflow.transforms import Inverse
     >>> layer = Sequential([AbsInference(2), Inverse(Softplus())])
     >>> layer.kind
     'surjective (inference)'
