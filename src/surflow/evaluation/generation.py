@@ -133,9 +133,8 @@ class Samples:
         n: images to draw; 0: no such scores. Other options: see :class:`GenerationProtocol`.
         weights: a file of Inception's weights; None: torch-fidelity's own download.
 
-    Raises:
-        ValueError: for options out of range.
-        UserError: for a weights file that is missing or damaged, before anything is trained.
+    Raises ValueError for options out of range; UserError for a weights file that is missing or
+    damaged, before anything is trained.
     """
 
     runtime: ClassVar[frozenset[str]] = frozenset({"batch_size", "weights"})
