@@ -149,8 +149,7 @@ def grid_divergence(density: Tensor, log_prior: Tensor, area: float) -> float:
 def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     """The arrays of ``latent.npz``, of a 2-D latent.
 
-    Args:
-        test: data, (N, *event).
+    ``test`` are data, (N, *event).
 
     Returns:
         grid_low, grid_high (2,), the edges of the grid; aggregated, prior (G, G), densities, [i, j]

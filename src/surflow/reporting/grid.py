@@ -256,8 +256,7 @@ def _run_facts(table: Table) -> list[str]:
 def render_markdown(
     table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
 ) -> str:
-    """The table as Markdown. `command` regenerates it; `figures` are files by caption, relative to
-    the table's folder."""
+    """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec = table.spec
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(table)]
     blocks += _conditions(table)
