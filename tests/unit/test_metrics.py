@@ -1,6 +1,7 @@
 """Scores of samples against closed forms, torch-fidelity's own statistics, and themselves."""
 
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -29,7 +30,6 @@ from surflow.evaluation.inception import (
     InceptionFeatures,
     inception_file,
     load_inception_weights,
-    write_untrained_weights,
 )
 from surflow.evaluation.moments import FeaturePass, Moments
 from surflow.evaluation.random_features import RandomFeatures
@@ -547,6 +547,29 @@ def test_seconds():
 
 
 # Inception
+
+
+def write_untrained_weights(path, seed=0):
+    """Random weights of the right names and shapes."""
+    from surflow.compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *given, **options):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    net = Untrained("untrained", ["2048"], feature_extractor_weights_path=nothing)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in net.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+    torch.save(net.state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,9 +133,8 @@ class Samples:
         n: images to draw; 0: no such scores. Other options: see :class:`GenerationProtocol`.
         weights: a file of Inception's weights; None: torch-fidelity's own download.
 
-    Raises:
-        ValueError: for options out of range.
-        UserError: for a weights file that is missing or damaged, before anything is trained.
+    Raises ValueError for options out of range; UserError for a weights file that is missing or
+    damaged, before anything is trained.
     """
 
     runtime: ClassVar[frozenset[str]] = frozenset({"batch_size", "weights"})
@@ -265,10 +264,8 @@ def generation_scores(
         return {}, {name: str(reason) for name in names}
 
     def features(drawn: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        parts = [full_range(x.to(device), num_levels) for x in drawn.split(protocol.batch_size)]
-        rows, logits = zip(*map(extract, parts), strict=True)
-        labelled = None if logits[0] is None else torch.cat(logits).cpu().numpy()
-        return torch.cat(rows).cpu().numpy(), labelled
+        parts = (full_range(x.to(device), num_levels) for x in drawn.split(protocol.batch_size))
+        return _joined(map(extract, parts))
 
     def of_reference(unit: int) -> tuple[np.ndarray, None]:
         with watch("reference features"):
@@ -305,6 +302,13 @@ def generation_scores(
     if resume is not None:
         Path(resume).unlink(missing_ok=True)
     return {score.name: score for score in scores}, missing
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features and logits, where there are any, of all parts."""
+    rows, logits = zip(*parts, strict=True)
+    labelled = None if logits[0] is None else torch.cat(logits).cpu().numpy()
+    return torch.cat(rows).cpu().numpy(), labelled
 
 
 def _marks(

@@ -25,10 +25,8 @@ def density_grid(
 ) -> Tensor:
     """exp(log p) at the cell centres of the square [low, high]², (size, size), [i, j] = (x_i, y_j).
 
-    Args:
-        flow: a model of 2-D data.
-        box: lower and upper edges of the model's support; the density is 0 outside.
-        lower_bound_samples: K of the IWBO where the flow is a bound.
+    ``box`` has the lower and upper edges of the model's support; the density is 0 outside. Of a
+    flow with a bound it is the IWBO with K = ``lower_bound_samples``.
     """
     step = (high - low) / size
     centres = low + step * (torch.arange(size) + 0.5)

@@ -31,9 +31,7 @@ class Unavailable(Exception):
 def inception_file(path: str | None = None) -> Path:
     """Where the weights are: the path, else torch hub's folder, downloaded into it if need be.
 
-    Raises:
-        UserError: for a path that is no file.
-        Unavailable: where there is neither a file nor a way to download it.
+    Raises UserError for a path that is no file, Unavailable where no file can be downloaded.
     """
     if path is not None:
         file = Path(path).expanduser()
@@ -68,8 +66,7 @@ def load_inception_weights(path: str | None = None) -> tuple[dict[str, Tensor], 
 
     A file with another checksum than the published one's is taken, with a warning on stderr.
 
-    Raises:
-        UserError: for a file that is no mapping of tensors; else as :func:`inception_file`.
+    Raises UserError for a file that is no mapping of tensors; else as :func:`inception_file`.
     """
     file = inception_file(path)
     where = "measures.samples.weights" if path is not None else "inception weights"
@@ -90,45 +87,16 @@ def load_inception_weights(path: str | None = None) -> tuple[dict[str, Tensor], 
     return state, digest
 
 
-def write_untrained_weights(path: str | Path, seed: int = 0) -> Path:
-    """Random weights of the right names and shapes, for timings and tests only.
-
-    Scores with them mean nothing; they carry the warning of any file that is not the published one.
-    """
-    from surflow.compat import make_torchvision_importable
-
-    make_torchvision_importable()
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *given: Any, **options: Any) -> None:
-            pass
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    net = Untrained("untrained", ["2048"], feature_extractor_weights_path=nothing)
-    generator = torch.Generator().manual_seed(seed)
-    for weight in net.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
-    torch.save(net.state_dict(), path)
-    return Path(path)
-
-
 class InceptionFeatures:
     """The 2048 features and 1008 logits of the Inception that TensorFlow released in 2015.
 
     torch-fidelity's port, which resizes images to 299×299 as TensorFlow 1 did. The logits are
     without their bias, as in the published Inception score.
 
-    Args:
-        channels: C of the images, 3 or 1; one channel is repeated three times.
-        weights: see :func:`inception_file`.
+    C = ``channels`` of the images is 3 or 1, which is repeated; see :func:`inception_file`.
 
-    Raises:
-        UserError: for a weights file that is missing, damaged or of another net.
-        Unavailable: without weights, or for another number of channels.
+    Raises UserError for a weights file that is missing, damaged or of another net; Unavailable
+    without weights, or for another number of channels.
 
     Cost: about 5.7 billion multiplications an image, whatever its size.
 

@@ -107,10 +107,8 @@ def evaluate(
     Returns:
         metrics by name, such as ``test/nll_nats``, and the ledger over all rows, from one draw.
 
-    Raises:
-        ValueError: for an IWBO of a flow with estimated log-determinants
-            (:func:`surflow.objectives.iwbo`), no rows, or numbers of samples or a batch size out of
-            range.
+    Raises ValueError for an IWBO of a flow with estimated log-determinants
+    (:func:`surflow.objectives.iwbo`), no rows, or numbers of samples or a batch size out of range.
 
     Cost: S + K draws a row. Memory: a block's.
     """

@@ -11,8 +11,7 @@ computed: discrete latents by enumeration, continuous ones by quadrature on a gr
 layer by layer, from the data's side. A layer whose forward is deterministic is passed with its
 log-determinant taken from autograd, not from the layer, so that an exact flow too is compared with
 something computed otherwise. The rule is the trapezoidal one, which for smooth integrands that
-decay converges faster than any power of the step, and Gauss-Legendre's in the cells of a
-dequantization; :func:`marginal_log_prob` is repeated on a coarser grid to tell its own error.
+decay converges faster than any power of the step, and Gauss-Legendre's in a dequantization's cells.
 """
 
 from __future__ import annotations

@@ -14,13 +14,10 @@ from surflow.files import write_npz
 
 
 class Moments:
-    r"""Mean and covariance of rows, in float64, without keeping the rows.
+    r"""Mean and covariance of rows of D = ``dim`` numbers, in float64, without keeping the rows.
 
     .. math:: \mu = \frac1n \sum_i f_i, \quad
               \Sigma = \frac{1}{n-1} \sum_i (f_i - \mu)(f_i - \mu)^T
-
-    Args:
-        dim: D, length of a row.
 
     Cost: B D² multiplications for B rows; 16 D² bytes.
 
@@ -45,11 +42,7 @@ class Moments:
         self.count = count
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """What torch-fidelity calls them: mu (D,) and sigma (D, D).
-
-        Raises:
-            ValueError: for fewer than two rows.
-        """
+        """What torch-fidelity calls them: mu (D,) and sigma (D, D), of two rows at least."""
         if self.count < 2:
             raise ValueError(f"covariance: expected at least 2 rows, got {self.count}")
         return {"mu": self.mean, "sigma": self.scatter / (self.count - 1)}

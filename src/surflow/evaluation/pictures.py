@@ -169,8 +169,7 @@ def interpolation_figure(
         path: "spherical" or "linear"; see :func:`surflow.models.latent_interpolation`.
         seed: of the choice of images and of what inference draws.
 
-    Raises:
-        ValueError: as :func:`surflow.models.latent_interpolation`; for fewer than two images.
+    Raises ValueError as :func:`surflow.models.latent_interpolation`; for fewer than two images.
     """
     test = data.splits["test"]
     pairs = min(pairs, len(test) // 2)

@@ -23,9 +23,7 @@ class RandomFeatures:
     A Fréchet distance of such features tells sets of images apart, but it is no FID and compares
     with no published number.
 
-    Args:
-        channels: C of the images.
-        weights: unused: there is nothing to load.
+    There are no ``weights`` to load.
 
     Cost: about 30 C H W + 2,000 H W multiplications an image.
     """

@@ -41,8 +41,8 @@ def draw_unit(
 ) -> Tensor:
     """Rows ``index * unit`` and on of n draws, (B, *event), on the flow's device.
 
-    B is ``unit``, or less in the last one. They follow from the arguments and the kind of device
-    alone; mode and random state are restored. Raises ValueError for an index beyond the last unit.
+    B is ``unit``, or less in the last one. They follow from the arguments and the device's kind
+    alone; mode and random state are restored. Raises ValueError for an index beyond the last one.
     """
     rows = min(unit, n - index * unit)
     if index < 0 or rows < 1:

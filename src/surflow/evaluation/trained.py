@@ -76,9 +76,7 @@ def run_measures(trained: Trained, measures: Mapping[str, Measure]) -> dict[str,
     The random numbers of a measure follow from ``trained.seed``; the random state of the caller
     is restored. Returns the metrics by their names.
 
-    Raises:
-        UserError: for a value that is not finite, two metrics of one name, or something else
-            than metrics.
+    Raises UserError for a value that is not finite, two metrics of one name, or what is no Metric.
     """
     found: dict[str, Metric] = {}
     for key, measure in measures.items():

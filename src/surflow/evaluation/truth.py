@@ -92,8 +92,7 @@ class Truth:
         closed_form: (flow, x) -> log p(x), where there is one.
         num_samples: the K of the IWBOs.
 
-    Raises:
-        ValueError: for a K that is not positive, or a grid that is no pair.
+    Raises ValueError for a K that is not positive, or a grid that is no pair.
     """
 
     def __init__(

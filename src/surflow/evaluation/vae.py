@@ -27,8 +27,7 @@ class Decoded(nn.Module):
     The parts are the flow's own, not copies: ``front``, the layers before the VAE layer, data side
     first; ``vae``; ``prior``, what follows, as a flow over latents.
 
-    Raises:
-        ValueError: for a flow without a VAE layer, or one that takes a context.
+    Raises ValueError for a flow without a VAE layer, or one that takes a context.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -150,16 +149,14 @@ def grid_divergence(density: Tensor, log_prior: Tensor, area: float) -> float:
 def latent_arrays(parts: Decoded, test: Tensor) -> dict[str, np.ndarray]:
     """The arrays of ``latent.npz``, of a 2-D latent.
 
-    Args:
-        test: data, (N, *event).
+    ``test`` are data, (N, *event).
 
     Returns:
         grid_low, grid_high (2,), the edges of the grid; aggregated, prior (G, G), densities, [i, j]
         at (z1_i, z2_j); points (N, 2), posterior means; kl, nats, NaN where the posterior has no
         density in closed form; inside, the share of the aggregated posterior on the grid.
 
-    Raises:
-        ValueError: for a prior whose density is only a bound.
+    Raises ValueError for a prior whose density is only a bound.
     """
     if parts.prior.lower_bound:
         raise ValueError("latent: expected a prior with a density, got one with a bound on it")

@@ -108,8 +108,7 @@ def _error(values: Sequence[float]) -> float:
 def bounds_rows(table: Table) -> list[BoundsRow]:
     """The rows of a table that have records, in order.
 
-    Raises:
-        ValueError: for a record without `truth`, or seeds that do not agree on what they computed.
+    Raises ValueError for a record without `truth`, or seeds that disagree on what they computed.
     """
     return [_row(cell) for cell in table.cells.values() if cell.records]
 

@@ -111,13 +111,8 @@ def build_table(
     A record belongs to a cell by artefact, row, seed and its data being the column's; where no
     column is of its data, by its hash. Records of other artefacts, rows or seeds are ignored.
 
-    Args:
-        records: what `load_records` gives.
-        expected: the config hash that a cell asks for.
-        protocols: the part of a score's protocol that a cell asks for.
-
-    Raises:
-        ValueError: where likelihoods and bounds would be averaged in one cell.
+    A cell asks for the config hash in `expected` and the part of a score's protocol in `protocols`.
+    Raises ValueError where likelihoods and bounds would be averaged in one cell.
     """
     seeds = tuple(seeds)
     if not seeds or len(set(seeds)) != len(seeds):

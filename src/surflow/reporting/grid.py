@@ -119,9 +119,8 @@ def _legend(table: Table) -> list[str]:
     cell = f"Each cell: ours{spread} (published)."
     if spec.one_metric:
         return [f"`{spec.metric}` in {spec.unit}, {spec.direction} is better. {cell}"]
-    quoted = ""
-    if any(row.experiment is None for row in spec.rows):
-        quoted = " A row with numbers in brackets alone is quoted only."
+    alone = any(row.experiment is None for row in spec.rows)
+    quoted = " A row with numbers in brackets alone is quoted only." if alone else ""
     return [
         f"{cell}{quoted} The columns:",
         bullets(_column_line(table, column) for column in spec.columns),
@@ -257,8 +256,7 @@ def _run_facts(table: Table) -> list[str]:
 def render_markdown(
     table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
 ) -> str:
-    """The table as Markdown. `command` regenerates it; `figures` are files by caption, relative to
-    the table's folder."""
+    """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec = table.spec
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(table)]
     blocks += _conditions(table)

@@ -31,8 +31,7 @@ def tile(
         (rows * (H * scale + gap) + gap, columns * (W * scale + gap) + gap, C), uint8, of as many
         columns as there are images where they are fewer.
 
-    Raises:
-        ValueError: for another shape or number of channels, reals, or levels out of range.
+    Raises ValueError for another shape or number of channels, reals, or levels out of range.
     """
     for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("gap", gap, 0)):
         if value < least:
