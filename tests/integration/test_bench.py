@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from benchmarks import harness, images, spline, vae
-from benchmarks.__main__ import bench
+from benchmarks.__main__ import CONF, bench
 from surflow.config import build
 from surflow.errors import UserError
 from surflow.models import pool_flow
@@ -51,7 +51,7 @@ TINY = (
 def settings(*overrides):
     """conf/bench.yaml at tiny size, with these overrides."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(harness.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("bench", overrides=[*TINY, *overrides])
 
 
