@@ -261,7 +261,7 @@ def test_a_table_of_vaes_is_drawn(run, tmp_path):
     out = results_folder(cfg)
     # a count of latents follows no protocol of samples
     with open(out / "table.csv", newline="") as file:
-        assert {float(line["value"]) for line in csv.DictReader(file)} == {7.0}
+        assert {float(line["ours"]) for line in csv.DictReader(file)} == {7.0}
     page = (out / "table.md").read_text()
     for name in ("published", "samples", "reconstructions", "latent", "learning_curves"):
         assert f"({name}.png)" in page and (out / f"{name}.png").stat().st_size > 5000
