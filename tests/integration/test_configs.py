@@ -640,7 +640,8 @@ def test_every_option_counts_unless_it_is_runtime(group):
         changed = {**plain, group: {**plain[group], key: "other"}}
         assert (config_hash(changed) == config_hash(plain)) == (key in runtime), key
         if default is not inspect.Parameter.empty and key not in plain[group]:
-            same = {**plain, group: {**plain[group], key: default}}
+            value = list(default) if isinstance(default, tuple) else default
+            same = {**plain, group: {**plain[group], key: value}}
             assert config_hash(same) == config_hash(plain), key
 
 

@@ -311,12 +311,14 @@ class Run:
     def loggers(self) -> list[Any]:
         """The loggers that the config names; metrics.csv is written without them."""
         name = RunName(self.folder, self.config, self.hash)
-        found = []
+        made = []
         for node in (self.config["logger"] or {}).values():
-            if node:
-                takes_name = "run" in options_of(target_of(node))[0]
-                found.append(build(node, **({"run": name} if takes_name else {})))
-        return found
+            if node and "run" in options_of(target_of(node))[0]:
+                # not through Hydra, which would build the nodes of the config in it
+                made.append(build({**node, "_partial_": True})(run=name))
+            elif node:
+                made.append(build(node))
+        return made
 
     def train(self) -> Flow | None:
         """Train to the last epoch, from the last checkpoint where there is one.
