@@ -269,8 +269,7 @@ def generation_scores(
 
     def of_reference(unit: int) -> tuple[np.ndarray, None]:
         with watch("reference features"):
-            rows = images.rows(unit * IMAGE_UNIT, (unit + 1) * IMAGE_UNIT)
-            return features(rows)[0], None
+            return features(images.rows(unit * IMAGE_UNIT, (unit + 1) * IMAGE_UNIT))[0], None
 
     def of_samples(unit: int) -> tuple[np.ndarray, np.ndarray | None]:
         with watch("sampling"):
