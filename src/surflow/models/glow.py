@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from surflow.checks import require_at_least
 from surflow.distributions.base import as_shape
@@ -34,16 +33,13 @@ def glow_coupling(
 
 
 def glow_steps(
-    channels: int,
-    num_steps: int,
-    couple: Callable[[int], Transform],
-    parametrisation: str = "plu",
+    channels: int, num_steps: int, couple: Callable[[int], Transform]
 ) -> list[Transform]:
-    """Activation normalisation, 1×1 convolution, coupling; ``num_steps`` times."""
+    """Activation normalisation, 1×1 convolution (PLU), coupling; ``num_steps`` times."""
     return [
         layer
         for _ in range(num_steps)
-        for layer in (ActNorm(channels), Conv1x1(channels, parametrisation), couple(channels))
+        for layer in (ActNorm(channels), Conv1x1(channels, "plu"), couple(channels))
     ]
 
 
@@ -151,9 +147,12 @@ def glow(
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
     require_at_least("model", 1, hidden_channels=hidden_channels)
-    couple = partial(glow_coupling, hidden_channels=hidden_channels, standardise=standardise)
 
     def steps(channels: int) -> list[Transform]:
-        return glow_steps(channels, num_steps, couple, parametrisation)
+        layers: list[Transform] = []
+        for _ in range(num_steps):  # the coupling's net is drawn before the convolution
+            coupling = glow_coupling(channels, hidden_channels, standardise)
+            layers += [ActNorm(channels), Conv1x1(channels, parametrisation), coupling]
+        return layers
 
     return multi_scale_flow(shape, num_levels, num_scales, steps, prior_called(prior))
