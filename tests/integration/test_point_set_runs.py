@@ -115,7 +115,11 @@ def test_data_command(call, tmp_path):
     assert done.code == 0 and "digits train: 1,297 rows of 1 x 8 x 8, torch.uint8" in done.out
     for arguments, message in (
         (["spatial_digit"], "data: unknown option 'spatial_digit'; did you mean 'spatial_digits'?"),
-        (["spatial_digits", "data.wdth=3"], "data.wdth: unknown key; did you mean 'width'?"),
+        (
+            ["spatial_digits", "data.wdth=3"],
+            "data.wdth: unknown option of surflow.data.point_sets.SpatialDigits; did you mean "
+            "'width'?",
+        ),
         (
             ["data=spatial_digits"],
             "expected the name of a dataset first, got 'data=spatial_digits'",

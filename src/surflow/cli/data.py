@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surflow.cli.command import guarded
-from surflow.config import build, compose
+from surflow.config import build, check_options, compose, resolved
 from surflow.errors import UserError
 from surflow.files import relative
 
@@ -24,7 +24,9 @@ def prepare(name: str, overrides: Sequence[str] = (), picture: str | None = None
     """
     if "=" in name:
         raise UserError(f"expected the name of a dataset first, got {name!r}")
-    data = build(compose([f"data={name}", *overrides]).data)
+    config = resolved(compose([f"data={name}", *overrides]))
+    check_options(config, {})
+    data = build(config["data"])
     data.setup()
     for split, rows in data.splits.items():
         event = " x ".join(map(str, rows.shape[1:]))
