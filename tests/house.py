@@ -1,5 +1,6 @@
-"""The house in figures: sizes of src/ and conf/, each with its bound. Prints them; exits with 1 where
-one is passed. `python tests/house.py`; tests/unit/test_house.py runs it too.
+"""The house in figures: sizes of src/ and conf/, each with its bound.
+
+`python tests/house.py` prints them, and exits with 1 where one is passed; test_house.py holds them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def imports(path: Path, tree: ast.AST, modules: set[str]) -> set[str]:
-    """The modules of ours that a file imports, inside functions too, not for type checkers alone."""
+    """The modules of ours that a file imports, inside functions too; not for type checkers."""
     typing_only = {
         id(inner)
         for node in ast.walk(tree)

@@ -1,17 +1,41 @@
-"""A run of the earlier config layout is found again after ``surflow.cli.move``."""
+"""A run of the earlier config layout is found again after ``experiments/move_runs.py``."""
 
+import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from surflow.cli.move import move_record
 from surflow.config import compose
 from surflow.record import load_record
 from surflow.training.run import Run
 
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("move_runs", ROOT / "experiments/move_runs.py")
+move_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(move_runs)
+
 RECORD = "results/paper/synthetic/records/flow-corners-seed0.json"
+
+
+@pytest.fixture
+def move(monkeypatch, capfd):
+    """The script in this process."""
+
+    def run(root: Path) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", ["move_runs.py", str(root)])
+        capfd.readouterr()
+        code = 0
+        try:
+            move_runs.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
 
 
 @pytest.fixture
@@ -35,10 +59,10 @@ def earlier(present):
     return folder
 
 
-def test_a_moved_run_is_found(call, present, earlier, tmp_path):
+def test_a_moved_run_is_found(call, move, present, earlier, tmp_path):
     before = json.loads((earlier / "record.json").read_text())
     assert present.complete_record() is None
-    done = call("move", str(tmp_path / "runs"))
+    done = move(tmp_path / "runs")
     assert done.code == 0, done.err
     assert "1 of 1 records moved" in done.out
     assert not earlier.exists()
@@ -60,30 +84,30 @@ def test_a_moved_run_is_found(call, present, earlier, tmp_path):
     initial = present.build_flow().state_dict()
     assert all(torch.equal(v.cpu(), initial[k]) for k, v in flow.state_dict().items())
 
-    assert "0 of 1 records moved" in call("move", str(tmp_path / "runs")).out
+    assert "0 of 1 records moved" in move(tmp_path / "runs").out
 
 
 def test_a_record_that_is_a_copy_keeps_its_place(earlier, tmp_path, present):
     copy = tmp_path / "records" / "flow-corners-seed0.json"
     copy.parent.mkdir()
     copy.write_text((earlier / "record.json").read_text())
-    assert move_record(copy)
+    assert move_runs.move_record(copy)
     record = load_record(copy)
     assert record.config_hash == present.hash
     assert earlier.name == f"seed0-{record.former_hash[:8]}"
-    assert not move_record(copy)
+    assert not move_runs.move_record(copy)
 
 
-def test_a_run_is_not_moved_over_another(call, present, earlier, tmp_path):
+def test_a_run_is_not_moved_over_another(move, present, earlier, tmp_path):
     present.folder.mkdir()
     before = {p.name: p.read_bytes() for p in earlier.iterdir()}
-    done = call("move", str(tmp_path / "runs"))
+    done = move(tmp_path / "runs")
     assert done.code == 2
     assert "is there already; move or delete it first" in done.err
     assert {p.name: p.read_bytes() for p in earlier.iterdir()} == before
 
 
-def test_a_root_that_is_no_folder(call, tmp_path):
-    done = call("move", str(tmp_path / "nothing"))
+def test_a_root_that_is_no_folder(move, tmp_path):
+    done = move(tmp_path / "nothing")
     assert done.code == 2
     assert done.err == f"surflow: error: root: expected a folder, got {tmp_path / 'nothing'}\n"

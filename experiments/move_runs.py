@@ -139,7 +139,7 @@ def _move_run(folder: Path, earlier: str, now: str) -> Path:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="surflow-move", description=__doc__)
+    parser = argparse.ArgumentParser(prog="move_runs.py", description=__doc__)
     parser.add_argument("root", type=Path, help="a folder of runs or of records, such as runs")
     root = parser.parse_args().root
     if not root.is_dir():
