@@ -1,7 +1,5 @@
 """Bernoulli pixels, each from those before it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

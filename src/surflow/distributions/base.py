@@ -1,7 +1,5 @@
 """The contract of a distribution: a base of a flow, or a conditional inside a stochastic layer."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any

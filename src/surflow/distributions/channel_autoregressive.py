@@ -1,7 +1,5 @@
 """Channels of an image, each normal given those before it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Discrete distributions: categorical and Bernoulli; fixed, learned or from a context."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

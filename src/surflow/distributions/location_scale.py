@@ -1,7 +1,5 @@
 """Location-scale families: normal, half-normal, logistic; fixed, learned or from a context."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Mixtures: of any distributions, and of diagonal normals in one vectorised class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

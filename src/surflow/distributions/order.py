@@ -1,7 +1,5 @@
 """Distributions of orders: permutations by Plackett-Luce, and sorted samples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The uniform distribution on a box."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A learnable distribution on the unit interval."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

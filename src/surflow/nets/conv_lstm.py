@@ -1,7 +1,5 @@
 """A convolutional LSTM over a sequence of images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Residual convolutional nets between an image and a vector."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

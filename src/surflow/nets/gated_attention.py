@@ -1,7 +1,5 @@
 """Convolutions and self-attention with gates, as the mixture couplings of Flow++ take them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The convolutions of Glow: standardised by the first batch, and zero at the start."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Masked nets whose outputs obey an order of the features."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Convolutions that look only at the pixels before one's own, in raster order."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The maxout activation."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from surflow.checks import require_at_least

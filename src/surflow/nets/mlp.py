@@ -1,7 +1,5 @@
 """Multi-layer perceptron."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

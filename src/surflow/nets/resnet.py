@@ -1,7 +1,5 @@
 """Residual convolutional nets with weight normalisation, as the couplings of RealNVP take them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Images brought to the size of others."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

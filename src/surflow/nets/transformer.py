@@ -1,7 +1,5 @@
 """Transformers over sets of points."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Activation normalisation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

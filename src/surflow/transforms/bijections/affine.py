@@ -1,7 +1,5 @@
 """Affine bijections, and the affine map that couplings and autoregressive layers use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

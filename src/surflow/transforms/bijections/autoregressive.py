@@ -1,7 +1,5 @@
 """Masked autoregressive layers with any elementwise map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a box with finite or infinite edges to the whole space."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The continuous flow: the solution of a differential equation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Invertible convolutions of images: 1×1, and periodic."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Coupling layers: one part of x sets the parameters of an elementwise map of the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

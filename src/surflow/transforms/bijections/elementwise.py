@@ -1,7 +1,5 @@
 """Elementwise bijections without parameters, and a learned elementwise layer of any map."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """The Haar wavelet transform of an image: block means, and what they leave out."""
 
-from __future__ import annotations
-
 import math
 
 import torch

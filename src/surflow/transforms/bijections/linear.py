@@ -3,8 +3,6 @@
 A vector (B, D) is multiplied as a whole, an image (B, D, H, W) at every pixel.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

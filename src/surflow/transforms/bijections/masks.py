@@ -1,7 +1,5 @@
 """Masks for couplings of images; True conditions, False is transformed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Monotone maps made of mixture distribution functions."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Sorted vectors and the whole space."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

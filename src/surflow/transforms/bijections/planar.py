@@ -1,7 +1,5 @@
 """The planar flow, with what it shares with the radial and the Sylvester flow."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod

@@ -1,7 +1,5 @@
 """The residual flow: x + g(x) with a contraction g."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Monotone rational-quadratic splines."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Space to channels and back."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The Sylvester flow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A choice among bijections: discretely indexed flows and deep Gaussian mixtures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

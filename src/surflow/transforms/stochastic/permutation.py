@@ -1,7 +1,5 @@
 """A random permutation as a stochastic layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The VAE as a stochastic layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

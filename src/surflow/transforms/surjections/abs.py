@@ -1,7 +1,5 @@
 """The absolute-value surjection, in both directions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -7,8 +7,6 @@ category k for channel c. So scores of a vector (D,) are a vector (D K,), those 
 work on any of them.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Sequence

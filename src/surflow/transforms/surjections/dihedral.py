@@ -1,7 +1,5 @@
 """Folding the plane by the symmetries of the square."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

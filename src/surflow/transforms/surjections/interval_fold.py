@@ -1,7 +1,5 @@
 """The piecewise folding surjection of RAD: intervals laid upon one another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

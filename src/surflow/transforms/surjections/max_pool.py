@@ -1,7 +1,5 @@
 """Max pooling as a surjection, in both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The rounding surjection: dequantization of integers, and rounding of reals."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

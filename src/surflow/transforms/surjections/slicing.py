@@ -1,7 +1,5 @@
 """The slicing surjection: dropping channels, and in the other direction augmenting with noise."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

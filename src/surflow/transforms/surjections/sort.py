@@ -1,7 +1,5 @@
 """The sorting surjection, in both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
