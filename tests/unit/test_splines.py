@@ -110,9 +110,12 @@ def test_tails_take_infinity_to_itself():
         assert torch.equal(by_params, torch.zeros_like(params))
 
 
-def test_unit_spline_refuses_the_first_number_beyond_its_ends():
+def test_unit_spline_takes_rounding_past_its_ends_and_refuses_what_is_beyond():
     params = torch.zeros(1, UNIT.num_params)
-    for beyond in (torch.tensor([1.0]).nextafter(torch.tensor([2.0])), torch.tensor([-1e-45])):
+    for end, rounded in ((1.0, torch.tensor([1.0]).nextafter(torch.tensor([2.0]))), (0.0, -1e-7)):
+        z, _ = UNIT.forward(torch.as_tensor(rounded).reshape(1), params)
+        assert z == end
+    for beyond in (torch.tensor([1.0 + 1e-6]), torch.tensor([-1e-6])):
         for method in (UNIT.forward, UNIT.inverse, UNIT.inverse_and_ldj):
             with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got 1 values"):
                 method(beyond, params)
