@@ -86,6 +86,9 @@ class StochasticPermutation(Transform):
             return net_output(net, value, context, tuple(value.shape[:2]))
         return None if free is None else free.to(working_dtype(value))
 
+    def _draw(self, logits: Tensor | None, value: Tensor) -> Tensor:
+        return draw_order(logits, value)
+
     def _q(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         return self._logits(self.encoder_net, self.encoder_logits, x, context)
 
@@ -95,7 +98,7 @@ class StochasticPermutation(Transform):
     def _forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check(x, context)
         q = self._q(x, context)
-        order = draw_order(q, x)
+        order = self._draw(q, x)
         z = permuted(x, order)
         if not self.learned:
             return z, zero_ldj(x)
@@ -106,12 +109,12 @@ class StochasticPermutation(Transform):
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> Tensor:
         self._check(z, context)
-        return permuted(z, draw_order(self._p(z, context), z))
+        return permuted(z, self._draw(self._p(z, context), z))
 
     def _inverse_and_ldj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check(z, context)
         p = self._p(z, context)
-        order = draw_order(p, z)
+        order = self._draw(p, z)
         x = permuted(z, order)
         if not self.learned:
             return x, zero_ldj(z)
