@@ -22,7 +22,6 @@ from surflow.reporting import (
     without_stale,
     write_table,
 )
-from surflow.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> dict[Key, Cell]:
                     *shared_overrides(cfg),
                 ]
                 config = compose([*published, *cfg.overrides])
-                Run(config)  # its checks; reads no files
                 if cfg.overrides and cfg.profile.name == "paper":
                     _refuse_changed(config, compose(published), cfg.overrides)
                 cells[row.name, column.name, int(seed)] = Cell(

@@ -31,6 +31,8 @@ def reproduce(cfg: DictConfig) -> int:
     """Train what is missing, report; returns the number of runs that failed."""
     spec = complete_request(cfg)
     cells = plan_cells(cfg, spec)
+    for cell in cells.values():
+        Run(cell.config)  # its checks; reads no files
     runs, missing = runs_of(cells), runs_of(cells, to_run=True)
     seeds = ",".join(map(str, cfg.seeds))
     print(
