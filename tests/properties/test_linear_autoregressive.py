@@ -274,8 +274,9 @@ class EachFrequencyOnce(PeriodicConv2d):
 
 
 class WithoutItsGamma(BatchNorm):
-    def _ldj(self, log_scale, x):
-        return super()._ldj(log_scale - self.log_gamma, x)
+    def _forward(self, x, context):
+        z, ldj = super()._forward(x, context)
+        return z, ldj - x[0, 0].numel() * self.log_gamma.sum()
 
 
 MUTANTS: dict[str, tuple[Callable[[], Example], set[str]]] = {

@@ -16,7 +16,7 @@ from surflow.distributions import (
     TruncatedNormal,
     ZeroInflated,
 )
-from surflow.distributions.order import inverse_order
+from surflow.distributions.order import score_order
 from surflow.nets import MLP
 from surflow.proofs import CHECKS, compiles, double_precision
 from surflow.transforms import (
@@ -330,13 +330,15 @@ def test_compiles(name: str, double):
 class SortScoresTheOtherPermutation(SortInference):
     """Scores argsort(x) where the ranks of x are drawn: a mass still, of another conditional."""
 
-    def _score(self, logits, ranks, z):
-        return super()._score(logits, inverse_order(ranks), z)
+    def _forward(self, x, context):
+        z = super()._forward(x, context)[0]
+        order = self._key(x).argsort(1)
+        return z, score_order(self._order_logits(z, context), order, z)
 
 
 class SortWithoutTheFactorial(SortInference):
-    def _score(self, logits, ranks, z):
-        return torch.zeros(len(z), dtype=z.dtype)
+    def _forward(self, x, context):
+        return super()._forward(x, context)[0], torch.zeros(len(x), dtype=x.dtype)
 
 
 class SortSortsTheFeaturesApart(SortInference):

@@ -1,5 +1,6 @@
 """The Makefile has one rule for all tables, and its help lists what there is."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,11 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    # of the environment only the path: MAKEFLAGS of an outer make, or PROFILE, would be obeyed
+    environment = {"PATH": os.environ["PATH"]}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def test_help_lists_every_target():

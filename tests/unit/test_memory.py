@@ -638,7 +638,7 @@ def test_distributed_data_parallel_gets_every_gradient(tmp_path):
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     command = [sys.executable, __file__, "2", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     both = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     check_against_one_process(tmp_path, 2)

@@ -84,7 +84,7 @@ def test_a_likelihood_that_is_not_finite_is_refused(tmp_path):
     trained = trained_in(tmp_path)
     with torch.no_grad():
         trained.flow.transforms[0].shift.fill_(math.inf)
-    with pytest.raises(UserError, match=r"test/nll_nats: not finite .*trainer\.scored=best"):
+    with pytest.raises(UserError, match=r"test/nll_nats: not finite .*objective\.scored=best"):
         run_measures(trained, {"likelihood": likelihood})
 
 
