@@ -519,20 +519,6 @@ def test_two_loggers_and_a_callback_of_lightnings(tmp_path, monkeypatch):
         Run(compose([f"+{stop}", "callbacks.stop.patiense=3"]))
 
 
-def test_tensorboard_or_its_line(tmp_path):
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    overrides = [*SIZES, "logger=tensorboard", f"run.root={tmp_path}", "trainer.accelerator=cpu"]
-    run = Run(compose(overrides))
-    try:
-        (logger,) = run.loggers
-    except UserError as error:
-        assert str(error) == "logger=tensorboard: needs a package: pip install tensorboardX"
-    else:
-        assert isinstance(logger, TensorBoardLogger)
-        assert Path(logger.log_dir) == run.folder / "tensorboard"
-
-
 @pytest.mark.parametrize(
     ("data", "size"), [("photo_patches", 32), ("digits", 8)], ids=["photo_patches", "digits"]
 )

@@ -12,7 +12,6 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from surflow.errors import UserError
 from surflow.files import write_text
 from surflow.flow import Ledger
 
@@ -145,17 +144,10 @@ def wandb_logger(
 
 
 def tensorboard_logger(run: RunName) -> Any:
-    """A TensorBoard logger: event files in tensorboard/ of the run's folder.
-
-    Raises:
-        UserError: where neither tensorboardX nor tensorboard is installed.
-    """
+    """A TensorBoard logger: event files in tensorboard/ of the run's folder."""
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    try:
-        return TensorBoardLogger(str(run.folder), name="tensorboard", version="")
-    except ModuleNotFoundError:
-        raise UserError("logger=tensorboard: needs a package: pip install tensorboardX") from None
+    return TensorBoardLogger(str(run.folder), name="tensorboard", version="")
 
 
 def log_result(
@@ -181,7 +173,7 @@ def log_result(
 
         run.update(dict(values))
         found = {name: ledger_table(ledger) for name, ledger in tables.items()}
-        if logger.shows_images:
+        if getattr(logger, "shows_images", True):
             found |= {name: wandb.Image(str(path)) for name, path in pictures.items()}
         if found:
             logger.experiment.log(found)
