@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from surflow.cli.command import guarded
-from surflow.config import build, compose, config_hash, options_of, resolved, target_of
+from surflow.config import (
+    HASHED_GROUPS,
+    build,
+    compose,
+    config_hash,
+    options_of,
+    resolved,
+    target_of,
+)
 from surflow.errors import UserError
 from surflow.files import relative, replacing, write_json
 
@@ -43,17 +51,6 @@ MOVED = {
 
 UNMOVED = ("name", "_target_", "_partial_", "in_features", "out_features")
 """Labels, targets, and sizes that follow from the data."""
-
-GROUPS = (
-    "data",
-    "model",
-    "surjection",
-    "optimizer",
-    "schedule",
-    "objective",
-    "trainer",
-    "callbacks",
-)
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,7 +86,7 @@ def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
         group, _, name = key.partition(".")
         known = derived.get(key)
         known = list(known) if isinstance(known, tuple) else known
-        if group in GROUPS and (name in config[group] or known != value):
+        if group in HASHED_GROUPS and (name in config[group] or known != value):
             _put(config, MOVED.get(key, key), value)
     return config
 
@@ -97,7 +94,7 @@ def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a key where its node has it, or its target takes it."""
     *parents, name = key.split(".")
-    if not parents or parents[0] not in GROUPS or name in UNMOVED:
+    if not parents or parents[0] not in HASHED_GROUPS or name in UNMOVED:
         return
     node: Any = config
     for parent in parents:

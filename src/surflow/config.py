@@ -18,27 +18,6 @@ from surflow.errors import UserError, close_match
 PROFILES = ("paper", "short", "smoke")
 """From the largest budget to the smallest."""
 
-OPEN_GROUPS = (
-    "data",
-    "model",
-    "surjection",
-    "optimizer",
-    "schedule",
-    "objective",
-    "trainer",
-    "callbacks",
-    "measures",
-    "logger",
-    "profiler",
-)
-"""Groups of `_target_` nodes: an option of the target is set without it standing in the YAML."""
-
-NODE_GROUPS = ("callbacks", "measures", "logger")
-"""Groups that hold several nodes by name."""
-
-OPTIONAL_GROUPS: dict[str, set[str]] = {"surjection": {"name"}, "profiler": set()}
-"""Groups whose node may be left out, with the keys that it then has."""
-
 HASHED_GROUPS = (
     "data",
     "model",
@@ -50,6 +29,15 @@ HASHED_GROUPS = (
     "callbacks",
 )
 """Groups that decide what a run computes."""
+
+OPEN_GROUPS = (*HASHED_GROUPS, "measures", "logger", "profiler")
+"""Groups of `_target_` nodes: an option of the target is set without it standing in the YAML."""
+
+NODE_GROUPS = ("callbacks", "measures", "logger")
+"""Groups that hold several nodes by name."""
+
+OPTIONAL_GROUPS: dict[str, set[str]] = {"surjection": {"name"}, "profiler": set()}
+"""Groups whose node may be left out, with the keys that it then has."""
 
 TRAINER_RUNTIME = frozenset(
     "accelerator strategy devices num_nodes logger callbacks profiler plugins default_root_dir "
@@ -309,15 +297,8 @@ def computed(node: Any) -> Any:
 
 
 def _same(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        default = list(default)
-    return (type(value) is type(default) and value == default) or (
-        isinstance(value, int | float)
-        and isinstance(default, int | float)
-        and not isinstance(value, bool)
-        and not isinstance(default, bool)
-        and value == default
-    )
+    default = list(default) if isinstance(default, tuple) else default
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
 def run_dir(cfg: DictConfig) -> Path:
