@@ -1,7 +1,7 @@
-"""Let torchvision be imported beside a torch build for which its extension was not compiled.
+"""Let torchvision be imported with a torch build for which its extension was not compiled.
 
 torchvision registers shapes for two operators of its extension when it is imported. Where the
-extension cannot load (a CPU build of torch beside torchvision's CUDA wheel) the operators do not
+extension cannot load (a CPU build of torch with torchvision's CUDA wheel) the operators do not
 exist and the import fails, although nothing here uses them. Declaring their schemas is enough.
 """
 

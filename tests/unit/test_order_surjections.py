@@ -169,7 +169,7 @@ def test_truncated_normal_fills_parameters_in_half_precision():
         ({"scale": 0.0}, "expected scale > 0"),
         ({"low": 1.0, "high": 1.0}, "expected low < high"),
         ({"high": "the moon"}, "expected numbers or 'context' as high"),
-        ({"high": "context", "low": 0.0}, "expected no low beside"),
+        ({"high": "context", "low": 0.0}, "expected no low together"),
         ({"loc": [1.0, 2.0, 3.0]}, "broadcasts to"),
         ({"parameter_shape": (3,)}, "expected parameters that broadcast"),
     ],

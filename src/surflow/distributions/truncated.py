@@ -140,7 +140,7 @@ class TruncatedNormal(Distribution):
         low = expand_to(low, self.event_shape, "TruncatedNormal: low")
         if self.below_context:
             if not bool((low == -math.inf).all()):
-                raise ValueError("TruncatedNormal: expected no low beside high='context'")
+                raise ValueError("TruncatedNormal: expected no low together with high='context'")
             high = math.inf
         register_edges(self, low, high)
         self.learn_loc = learn_loc

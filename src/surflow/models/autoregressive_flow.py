@@ -1,4 +1,4 @@
-"""Masked autoregressive flows of vectors, behind any surjection."""
+"""Masked autoregressive flows of vectors, after any surjection."""
 
 from __future__ import annotations
 

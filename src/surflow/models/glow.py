@@ -115,7 +115,7 @@ def glow(
     parameters; ``num_steps=48`` is that of 32×32 ImageNet, 66.2 million, and
     ``num_scales=4, num_steps=48`` that of 64×64 ImageNet, 111.7 million.
 
-    Other than in the authors' code: the scale has a floor of 10⁻³, the shift is added behind it,
+    Other than in the authors' code: the scale has a floor of 10⁻³, the shift is added after it,
     images are padded with zeros alone (there a further channel marks the edge), and the log-scales
     of the activation normalisations are not multiplied by 3.
 

@@ -1,4 +1,4 @@
-"""Posteriors of VAEs: a diagonal normal, and flows behind it, from one shared net."""
+"""Posteriors of VAEs: a diagonal normal, and flows after it, from one shared net."""
 
 from __future__ import annotations
 

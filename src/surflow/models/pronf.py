@@ -238,7 +238,7 @@ class Parts:
         return self.prior((c, h, w), context_features, 1), layers
 
     def details(self, shape: tuple[int, ...], seen_channels: int) -> FlowDistribution:
-        """A density of details (9, h, w), say, given an image (seen, h, w) beside them."""
+        """A density of details (9, h, w), say, given an image (seen, h, w)."""
         e = self.embed_channels
         embed = nn.Sequential(
             nn.Conv2d(seen_channels, e, 3, padding=1), PlainBlock(e, e), PlainBlock(e, e)

@@ -65,7 +65,7 @@ def realnvp(
     alternating halves of the channels, and the half of the dimensions that goes to a standard
     normal (:class:`Slice`); the last scale is 4 couplings with alternating checkerboard masks. A
     coupling is :math:`z_2 = x_2 e^{f \tanh s(x_1)} + t(x_1)` with a learned factor f a channel,
-    s and t from a :class:`ResNet` that starts at zero; a normalisation stands behind each. Feature
+    s and t from a :class:`ResNet` that starts at zero; a normalisation follows each. Feature
     maps double at every scale, and within it for the squeezed half.
 
     The defaults are the published CIFAR-10 configuration, 19.6 million parameters;

@@ -13,7 +13,7 @@ from surflow.nets import ZeroConv2d
 Shape = tuple[int, ...]
 Prior = Callable[[Shape, int, int], Distribution]
 """``prior(shape, context_channels, scale)``: of events (C, H, W) given an image of that many
-channels beside them, or of the last latent, where these are 0; ``scale`` counts from 0."""
+other channels, or of the last latent, where these are 0; ``scale`` counts from 0."""
 
 
 def channel_normal(shape: Shape) -> DiagonalNormal:

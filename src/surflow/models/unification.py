@@ -253,7 +253,7 @@ def dequantization(
     Args:
         num_levels: K.
         noise: "uniform", or "variational": a flow of its own given x.
-        features, num_couplings, num_bins, net: of the flow behind it.
+        features, num_couplings, num_bins, net: of the flow after it.
 
     Source: Theis et al. 2016, arXiv 1511.01844; Ho et al. 2019, arXiv 1902.00275; trained with
     several samples it is the importance-weighted one of Hoogeboom et al. 2020, arXiv 2001.11235.
@@ -270,7 +270,7 @@ def dequantization(
 
 
 def anf(features: int = 2, num_augmented: int = 1, num_steps: int = 3, net: Net = zero_mlp) -> Flow:
-    """The augmented normalizing flow: noise beside the data, then autoencoding couplings.
+    """The augmented normalizing flow: noise appended to the data, then autoencoding couplings.
 
     Source: Huang et al. 2020, arXiv 2002.07101.
     """

@@ -1,4 +1,4 @@
-"""A VAE of vectors, behind any surjection."""
+"""A VAE of vectors, after any surjection."""
 
 from __future__ import annotations
 

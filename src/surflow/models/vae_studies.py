@@ -1,7 +1,7 @@
 r"""VAEs with flows: which posterior, which prior, and nets for each.
 
 A VAE is a flow whose first layer is a :class:`~surflow.transforms.VAE`. A richer posterior is a
-flow inside its encoder, a richer prior is bijections behind it:
+flow inside its encoder, a richer prior is bijections after it:
 
     x -> VAE(encoder = flow of z given x, decoder) -> bijections -> base
 """
@@ -52,7 +52,7 @@ class GreyInput(nn.Module):
 def hidden_layers(
     in_features: int, hidden_features: Sequence[int], activation: str, window: int = 4
 ) -> list[nn.Module]:
-    """Linear layers with an activation behind each, the last one too.
+    """Linear layers, each followed by an activation, the last one too.
 
     Args:
         in_features: of the first layer.
@@ -115,7 +115,7 @@ class VAEFlow(Flow):
     Args:
         base, transforms: see :class:`~surflow.flow.Flow`; the first transform is a VAE layer whose
             encoder is a :class:`~surflow.flow.FlowDistribution`.
-        posterior_rate: factor of the learning rate of the layers behind the encoder's draw, with
+        posterior_rate: factor of the learning rate of the layers after the encoder's draw, with
             the maps of h to their parameters.
         posterior_start: the optimizer step from which they learn, until which layers that start as
             the identity are one; :func:`vae_of_vectors` then starts the nets from a seed alike

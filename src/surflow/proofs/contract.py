@@ -123,7 +123,7 @@ def contexts(trial: Trial, n: int = 8):
             expect(False, f"{name}: {wrong} must raise ValueError")
     here, there = trial.call(t, x, context), trial.call(t, x, trial.context(n))
     expect(not all(map(torch.equal, here, there)), "forward: another context changes nothing")
-    return "insists on its context, and reads it", {}
+    return "requires its context, and reads it", {}
 
 
 @check

@@ -133,10 +133,10 @@ class EMA(WeightAveraging):
 
 
 class TimedCheckpoint(Checkpoint):
-    """Write a checkpoint every so many minutes, within an epoch, behind an optimizer step.
+    """Write a checkpoint every so many minutes, within an epoch, after an optimizer step.
 
     What resumes from it continues the unbroken run exactly: weights, optimizer, schedule, average,
-    the place in the epoch's order and the sum behind the next logged loss are in it, and what
+    the place in the epoch's order and the running sum of the next logged loss are in it, and what
     layers draw follows from the place in the epoch (:class:`FlowModule`). None is written at the
     end of an epoch, which has one of its own.
 

@@ -315,7 +315,7 @@ class _Submitted:
 
 
 def run_logged(command: list[str], log: str, environment: Mapping[str, str]) -> int:
-    """Run a command in one task of a job; tasks beside the first have logs of their own."""
+    """Run a command in one task of a job; other tasks than the first have logs of their own."""
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     with open(f"{log}.{rank}" if rank else log, "w") as file:
         return subprocess.run(

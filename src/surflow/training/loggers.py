@@ -24,7 +24,7 @@ class CSVMetrics(Logger):
 
     Args:
         path: the file.
-        columns: metric columns, behind ``step`` and ``epoch``.
+        columns: metric columns, after ``step`` and ``epoch``.
     """
 
     def __init__(self, path: str | Path, columns: list[str]) -> None:

@@ -84,8 +84,8 @@ def staged(
 
     t counts the optimizer steps done, so the first one has rate 0; S are the steps of an epoch.
     With ``warmup_overwrites_decay`` the factor of the decay is gamma in the first step of an epoch
-    behind the first one, and 1 in every other step. This is what a scheduler does that
-    multiplies the current rate by gamma after an epoch, beside one that sets it to
+    after the first one, and 1 in every other step. This is what a scheduler does that
+    multiplies the current rate by gamma after an epoch, together with one that sets it to
     lr min(1, t/W) after every step: so the official code ran, and the published models trained
     at a constant rate.
 
@@ -121,7 +121,7 @@ def staged(
     if main_epochs < epochs and (cooldown_lr is None or not cooldown_lr > 0):
         raise ValueError(
             f"schedule.cooldown_lr: expected a positive rate for the {epochs - main_epochs} "
-            f"epochs behind schedule.main_epochs, got {cooldown_lr}"
+            f"epochs after schedule.main_epochs, got {cooldown_lr}"
         )
     base = optimizer.param_groups[0]["lr"]
 
