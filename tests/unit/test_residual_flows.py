@@ -722,32 +722,6 @@ def test_bad_inputs(make, message: str):
 
 # Compiled ---------------------------------------------------------------------------------------
 
-COMPILED = {
-    "Planar": lambda: Planar(3, net=MLP(2, 7, [4], "tanh")),
-    "Radial": lambda: Radial(3),
-    "Sylvester": lambda: Sylvester(3, 2),
-    "Residual": lambda: Residual(LipschitzMLP(3, 3, [4], context_features=2), max_iterations=16),
-    "Continuous": lambda: Continuous(MLP(4, 3, [4], "tanh"), solver="rk4", num_steps=1),
-}
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_without_a_break(name: str):
-    layer = COMPILED[name]()
-    assert layer.compiles and layer.why_not_compiled == ""
-    x, context = torch.randn(6, 3), torch.randn(6, 2)
-    parameters = list(layer.parameters())
-    for function in (layer, layer.inverse_and_ldj):
-        torch._dynamo.reset()
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        results = []
-        for f in (function, compiled):
-            y, ldj = f(x, context)
-            gradients = torch.autograd.grad(y.square().sum() + ldj.sum(), parameters)
-            results.append((y, ldj, *gradients))
-        for a, b in zip(*results, strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
-
 
 def test_a_power_series_compiles_and_roulette_says_why_not():
     layer, _ = residual_pair("power_series", num_terms=4)
