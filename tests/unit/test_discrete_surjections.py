@@ -806,14 +806,6 @@ def test_value_checks_can_be_switched_off():
         assert Rounding(3)(torch.tensor([[2.0]]))[0].tolist() == [[2]]
 
 
-# Compiling --------------------------------------------------------------------------------------
-
-
-def coupled_noise():
-    coupling = AffineCoupling(MLP(1, 2, [8], "tanh", context_features=3))
-    return FlowDistribution(Flow(Logistic(2), [Logit(), coupling]), embed=MLP(2, 3, [8]))
-
-
 def test_elbo_averages(double):
     flow = Flow(LogitLogistic((1,), loc=0.5), Dequantization(4))
     x = torch.tensor([[1]])
