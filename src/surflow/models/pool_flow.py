@@ -11,7 +11,7 @@ from surflow.checks import require_at_least
 from surflow.distributions.base import Distribution
 from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution
-from surflow.models.contract import takes
+from surflow.models.contract import SurjectionError, takes
 from surflow.models.downsampling import Shape, max_pool
 from surflow.models.glow import image_shape
 from surflow.models.split_priors import channel_normal
@@ -132,6 +132,11 @@ def _between_scales(
     if after is None or None in after:
         with torch.no_grad():
             after = Sequential(layers)(torch.zeros(1, *shape))[0].shape[1:]
+    if len(after) != 3 or after[1] * after[2] >= shape[1] * shape[2]:
+        raise SurjectionError(
+            "needs layers that make an image smaller, such as max_pool or slice, got "
+            f"{tuple(after)} of {tuple(shape)}"
+        )
     return layers, tuple(after)
 
 

@@ -56,6 +56,12 @@ def model_after(
     """
     flow = model(features=features)
     first, _ = support_of(features, support, surjection, low, high)
+    if first and flow.transforms.integer_data:
+        raise ValueError(
+            "model: this one begins with a dequantization, which takes integers: expected "
+            f"surjection=none and model.support=unmapped, got support {support!r} and "
+            f"{type(surjection).__name__}"
+        )
     return Flow(flow.base, [*first, *flow.transforms]) if first else flow
 
 
