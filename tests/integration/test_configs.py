@@ -348,7 +348,7 @@ def test_model_of_digits(data, model):
         ),
         (["weights.source=offcial"], "weights.source: .* did you mean 'official'"),
         (["weights.path=x"], "weights.path: of no effect without weights.source=official"),
-        (["+experiment.seed=1"], "experiment: of no effect; let its file begin with # @package"),
+        (["+experiment.seed=1"], "experiment: of no effect; begin its file with # @package"),
         (["compute.memory=reversed"], "compute.memory: expected one of stored, reversible"),
         (["objective.scored=first"], "objective.scored: expected one of last, best"),
         (

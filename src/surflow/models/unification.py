@@ -303,9 +303,8 @@ def vflow(
     for i in range(num_couplings):
         # alternate channels: the data's and the added ones mix in every coupling
         seen, changed = (first, total - first) if i % 2 else (total - first, first)
-        layers.append(
-            AffineCoupling(net(seen, 2 * changed), "tanh_exp", split="alternate", swap=bool(i % 2))
-        )
+        inner = net(seen, 2 * changed)
+        layers.append(AffineCoupling(inner, "tanh_exp", split="alternate", swap=i % 2 == 1))
     return Flow(StandardNormal(total), layers)
 
 

@@ -109,7 +109,7 @@ class Run:
         check_choice("profile", self.config["profile"]["name"], PROFILES, UserError)
         for group in ("experiment", "recipe"):
             if self.config.get(group):
-                raise UserError(f"{group}: of no effect; let its file begin with # @package _global_")
+                raise UserError(f"{group}: of no effect; begin its file with # @package _global_")
         lr = self.config["optimizer"].get("lr")
         if lr is not None and not (isinstance(lr, int | float) and lr > 0):
             raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
@@ -254,22 +254,19 @@ class Run:
         return record
 
     def _check_data(self, record: Record) -> None:
-        told = record.provenance.get("splits", {})
+        told, where = record.provenance.get("splits", {}), relative(self.folder)
         if not told or not self.data.from_files:
             return
         try:
             digests = self.data_digest()
         except (UserError, OSError):  # the files are elsewhere: nothing to compare with
-            print(
-                f"{relative(self.folder)}: its data are not here to compare with", file=sys.stderr
-            )
+            print(f"{where}: its data are not here to compare with", file=sys.stderr)
             return
         changed = [s for s, digest in digests.items() if told.get(s, {}).get("sha256") != digest]
         if changed:
             raise UserError(
-                f"{relative(self.folder)}: the data have changed since ({', '.join(changed)}: "
-                "another SHA-256); run.force=true trains on what is there now, another run.root "
-                "keeps both"
+                f"{where}: the data have changed since ({', '.join(changed)}: another SHA-256); "
+                "run.force=true trains on what is there now, another run.root keeps both"
             )
 
     def missing_measures(self, record: Record) -> dict[str, Any]:
