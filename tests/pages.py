@@ -15,14 +15,16 @@ class Page:
     Attributes:
         text: the page.
         blocks: (language, content) in order.
-        files: the blocks that are files, by the name in their first line.
+        files: the blocks that are files, by the name in their first line, or in the one after
+            Hydra's package.
         commands: the other blocks in Python and bash.
     """
 
     def __init__(self, name: str) -> None:
         self.text = (DOCS / name).read_text(encoding="utf-8")
         self.blocks = re.findall(r"^```(\w+)\n(.*?)^```$", self.text, re.M | re.S)
-        named = ((re.match(r"# (\S+\.(?:py|yaml))\n", body), body) for _, body in self.blocks)
+        head = r"(?:# @package \S+\n)?# (\S+\.(?:py|yaml))\n"
+        named = ((re.match(head, body), body) for _, body in self.blocks)
         self.files = {match[1]: body for match, body in named if match}
         self.commands = [
             (language, body)

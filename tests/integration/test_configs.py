@@ -187,16 +187,16 @@ def takes(model: str):
     return target_of(found).takes
 
 
-def of_kind(kind: str) -> list[str]:
-    return [m for m in PLAIN_MODELS if kind in takes(m).kinds]
+def of_facts(*facts: str) -> list[str]:
+    return [m for m in PLAIN_MODELS if {*facts} <= {*takes(m).facts}]
 
 
 ALL_MODELS = options("model")
 PLAIN_MODELS = [m for m in ALL_MODELS if "/" not in m]
-SET_MODELS = of_kind("set")
-VECTOR_MODELS = of_kind("points")
-IMAGE_MODELS = [m for m in PLAIN_MODELS if "shape" in takes(m).facts]
-DIGIT_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *SET_MODELS, *VECTOR_MODELS})
+IMAGE_MODELS = of_facts("shape")
+DIGIT_MODELS = of_facts("features", "num_levels")
+SET_MODELS = of_facts("num_points")
+VECTOR_MODELS = sorted({*PLAIN_MODELS} - {*IMAGE_MODELS, *DIGIT_MODELS, *SET_MODELS})
 DOWNSAMPLING = [
     s
     for s in options("surjection")
@@ -211,14 +211,17 @@ def test_unified_model(model, surjection):
     """A model of conf/model/<folder> stands by itself, or behind a surjection and its support."""
     data = "quantized_gaussians" if model.endswith("dequantization") else "corners"
     overrides = [f"data={data}", f"model={model}", f"surjection={surjection}", *SIZES]
+    if surjection == "abs" and data == "quantized_gaussians":
+        with pytest.raises(UserError, match=f"surjection=abs: model={model} takes none; use"):
+            built(compose(overrides))
+        inner = "model.model={_target_:surflow.models.unification.dequantization,_partial_:true}"
+        after = ["model=unification/vae", inner, "model.model.num_levels=32"]
+        with pytest.raises(ValueError, match="takes integers: expected surjection=none"):
+            built(compose([*overrides, *after, "model.support=real_line"]))
+        return
     if surjection == "abs":
         overrides.append("model.support=real_line")
-    cfg = compose(overrides)
-    if surjection == "abs" and data == "quantized_gaussians":
-        with pytest.raises(ValueError, match="takes integers: expected surjection=none"):
-            built(cfg)
-        return
-    run, flow, _, _ = built(cfg)
+    run, flow, _, _ = built(compose(overrides))
     x = run.data.splits["train"][:128]
     if surjection == "abs" and model.endswith("rad"):  # its intervals cut a square, not the plane
         with pytest.raises(ValueError, match=r"IntervalFold.forward: expected coordinate 0 in"):
@@ -277,13 +280,14 @@ def test_image_model_without_a_surjection(model):
 
 
 def test_a_downsampling_of_ones_own():
-    """In a YAML file of one's own, a surjection may be any function of a shape."""
+    """In a YAML file of one's own, a surjection may be any function or class of a shape."""
     overrides = ["data=photo_patches", "data.train_size=32", "model=pool_flow", "surjection=slice"]
-    cfg = compose([*overrides, *tiny("pool_flow")])
-    own = {"name": "own", "_target_": "doubles.own_downsampling", "_partial_": True}
-    OmegaConf.update(cfg, "surjection", own)
-    _, flow, _, _ = built(cfg)
-    assert any(isinstance(layer, MaxPool2d) for layer in flow.transforms)
+    for target in ("doubles.own_downsampling", "surflow.transforms.MaxPool2d"):
+        cfg = compose([*overrides, *tiny("pool_flow")])
+        own = {"name": "own", "_target_": target, "_partial_": True}
+        OmegaConf.update(cfg, "surjection", own)
+        _, flow, _, _ = built(cfg)
+        assert any(isinstance(layer, MaxPool2d) for layer in flow.transforms)
 
 
 @pytest.mark.parametrize("model", DIGIT_MODELS)
@@ -306,11 +310,11 @@ def test_model_of_digits(data, model):
     [
         (
             ["data=photo_patches"],
-            "model=coupling_flow is for .* and data=photo_patches is image data of",
+            "model=coupling_flow is for vectors, and data=photo_patches is image data of",
         ),
         (
             ["model=pool_flow", "data=corners"],
-            "model=pool_flow is for image data .* and data=corners is points data",
+            "model=pool_flow is for images, and data=corners is points data",
         ),
         (["surjection=max_pool"], "surjection=max_pool downsamples images, which model=coupl"),
         (["objective.annealed=joined"], "objective.annealed: .*did you mean 'joint'"),
@@ -344,6 +348,7 @@ def test_model_of_digits(data, model):
         ),
         (["weights.source=offcial"], "weights.source: .* did you mean 'official'"),
         (["weights.path=x"], "weights.path: of no effect without weights.source=official"),
+        (["+experiment.seed=1"], "experiment: of no effect; begin its file with # @package"),
         (["compute.memory=reversed"], "compute.memory: expected one of stored, reversible"),
         (["objective.scored=first"], "objective.scored: expected one of last, best"),
         (
@@ -368,7 +373,7 @@ def test_model_of_sets(model, order):
     assert flow.sample(3).shape == (3, 16, 2)
     with pytest.raises(UserError, match=r"surjection=abs: .*surjection=none"):
         built(compose([*overrides, "surjection=abs"]))
-    with pytest.raises(UserError, match=f"model={model} is for set data .* and data=corners"):
+    with pytest.raises(UserError, match=f"model={model} is for sets of points, and data=corners"):
         built(compose(["data=corners", f"model={model}"]))
 
 
@@ -459,8 +464,11 @@ def test_group_options_build(group, tmp_path):
             with pytest.raises(UserError, match=r"no CUDA device|no accelerator"):
                 Run(compose(overrides))
             continue
-        run, _, optimizer, _ = built(compose(overrides))
-        assert optimizer.param_groups[0]["lr"] > 0
+        run, _, optimizer, schedule = built(compose(overrides))
+        assert optimizer.defaults["lr"] > 0
+        optimizer.step()  # the first step of a warm-up may have rate 0
+        schedule.step()
+        assert schedule.get_last_lr()[0] > 0
         if group == "callbacks":
             assert len(run.callbacks) == (option != "none")
 

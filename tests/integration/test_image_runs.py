@@ -93,6 +93,9 @@ def test_scores_of_samples_are_added_to_a_complete_run(call, tmp_path):
     assert done.code == 0, done.err
     after = record_of(folder)
     score = after["metrics"].pop("sample/fid_random_features")
+    scored = {"n": 32, "extractor": "random_features"}
+    samples = before["measures"]["samples"] | scored
+    assert after.pop("measures") == before.pop("measures") | {"samples": samples}
     assert after == before
     assert (folder / "last.ckpt").stat().st_mtime_ns == trained
     assert score["kind"] == "score"

@@ -33,6 +33,10 @@ ADVICE = {
 }
 
 
+class SurjectionError(ValueError):
+    """A surjection that does not fit a model; the message follows the name of the model."""
+
+
 @dataclass(frozen=True)
 class Takes:
     """What a builder takes.

@@ -19,7 +19,8 @@ Shape = tuple[int, ...]
 
 
 def downsampling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare that a surjection stands between the scales of an image."""
+    """Declare that a surjection stands between the scales of an image: models without such a place
+    refuse it by name. One that is not declared goes where the model has its place."""
     function.between = True
     return function
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError
 from surflow.flow import Flow, FlowDistribution
 from surflow.models.downsampling import max_pool, slice_off
 from surflow.models.pool_flow import pool_flow
@@ -99,7 +99,11 @@ def find_checkpoint(path: str | Path | None, data: str, surjection: str) -> Path
         UserError: where there is none, or more than one, or for a surjection other than max_pool
             and slice.
     """
-    check_choice("weights.source=official: surjection", surjection, _POOLING_WORDS, UserError)
+    if surjection not in _POOLING_WORDS:
+        raise UserError(
+            f"weights.source=official: expected surjection={' or '.join(_POOLING_WORDS)}, got "
+            f"{surjection!r}"
+        )
     wanted = f"{data}_{surjection}.pt"
     if path is None:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -11,7 +10,7 @@ from surflow.checks import require_at_least
 from surflow.distributions.base import Distribution
 from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution
-from surflow.models.contract import takes
+from surflow.models.contract import SurjectionError, takes
 from surflow.models.downsampling import Shape, max_pool
 from surflow.models.glow import image_shape
 from surflow.models.split_priors import channel_normal
@@ -34,6 +33,11 @@ Downsampling = Callable[[Shape], Transform | Sequence[Transform]]
 """Layers that take images of the shape (C, H, W) to smaller ones."""
 
 DEQUANTIZATIONS = ("uniform", "variational")
+
+
+def dense_nets(*sizes: int) -> Callable[[int, int], DenseNet]:
+    """``net(in_channels, out_channels)`` makes a :class:`DenseNet` of these sizes, in its order."""
+    return lambda *channels: DenseNet(*channels, *sizes, zero_init=True)
 
 
 def coupling_steps(
@@ -101,16 +105,7 @@ def flow_noise(
     2007.02731.
     """
     latent = _squeezed(shape)
-    net = partial(
-        DenseNet,
-        mid_channels=mid_channels,
-        depth=depth,
-        growth=growth,
-        gated=gated,
-        num_blocks=num_blocks,
-        context_features=context_channels,
-        zero_init=True,
-    )
+    net = dense_nets(mid_channels, depth, growth, gated, num_blocks, context_channels)
     steps = coupling_steps(latent[0], num_steps, net)
     draws = Sequential([*steps, Conv1x1(latent[0]), Unsqueeze(), Sigmoid()])
     embed = ImageEmbedding(shape[0], context_channels, mid_channels, gated=gated)
@@ -132,6 +127,11 @@ def _between_scales(
     if after is None or None in after:
         with torch.no_grad():
             after = Sequential(layers)(torch.zeros(1, *shape))[0].shape[1:]
+    if len(after) != 3 or after[1] * after[2] >= shape[1] * shape[2]:
+        raise SurjectionError(
+            "needs layers that make an image smaller, such as max_pool or slice, got "
+            f"{tuple(after)} of {tuple(shape)}"
+        )
     return layers, tuple(after)
 
 
@@ -189,17 +189,11 @@ def pool_flow(
     require_at_least("model", 0, num_steps=num_steps, dequant_steps=dequant_steps)
     now = _squeezed(shape)
     check_choice("model.dequantization", dequantization, DEQUANTIZATIONS)
-    sizes = {
-        "mid_channels": mid_channels,
-        "depth": depth,
-        "growth": growth,
-        "gated": gated,
-        "num_blocks": num_blocks,
-    }
-    net = partial(DenseNet, **sizes, zero_init=True)
+    sizes = (mid_channels, depth, growth, gated, num_blocks)
+    net = dense_nets(*sizes)
     noise: Distribution | None = None
     if dequantization == "variational":
-        noise = flow_noise(shape, dequant_steps, context_channels, **sizes)
+        noise = flow_noise(shape, dequant_steps, context_channels, *sizes)
     layers = [Dequantization(num_levels, noise), Affine(shape, shift=-0.5), Squeeze()]
     where = f"{num_scales} scales, got {shape[1]} x {shape[2]}"
     for scale in range(num_scales):

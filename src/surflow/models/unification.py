@@ -56,6 +56,12 @@ def model_after(
     """
     flow = model(features=features)
     first, _ = support_of(features, support, surjection, low, high)
+    if first and flow.transforms.integer_data:
+        raise ValueError(
+            "model: this one begins with a dequantization, which takes integers: expected "
+            f"surjection=none and model.support=unmapped, got support {support!r} and "
+            f"{type(surjection).__name__}"
+        )
     return Flow(flow.base, [*first, *flow.transforms]) if first else flow
 
 
@@ -297,9 +303,8 @@ def vflow(
     for i in range(num_couplings):
         # alternate channels: the data's and the added ones mix in every coupling
         seen, changed = (first, total - first) if i % 2 else (total - first, first)
-        layers.append(
-            AffineCoupling(net(seen, 2 * changed), "tanh_exp", split="alternate", swap=bool(i % 2))
-        )
+        inner = net(seen, 2 * changed)
+        layers.append(AffineCoupling(inner, "tanh_exp", split="alternate", swap=i % 2 == 1))
     return Flow(StandardNormal(total), layers)
 
 

@@ -210,25 +210,18 @@ def vae_of_vectors(
         "model", 1, features=features, latent_features=latent_features, num_levels=num_levels
     )
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
+    grey, nets = GreyInput(embed, num_levels), (flow_hidden_features, flow_activation)
+    after = (posterior, num_layers, amortised, *nets)
     with torch.random.fork_rng(devices=[], enabled=posterior_start > 0):  # see VAEFlow
-        encoder = flow_posterior(
-            latent_features,
-            GreyInput(embed, num_levels),
-            hidden_features[-1],
-            posterior,
-            num_layers,
-            amortised,
-            flow_hidden_features,
-            flow_activation,
-        )
+        encoder = flow_posterior(latent_features, grey, hidden_features[-1], *after)
 
     def net(outputs: int) -> nn.Module:
         body = hidden_layers(latent_features, hidden_features[::-1], activation)
         return nn.Sequential(*body, Linear(hidden_features[0], features * outputs))
 
     decoder = likelihood_of(likelihood, (features,), num_levels, net)
-    mixed, nets = (num_components, spread), (flow_hidden_features, flow_activation)
-    base, layers = prior_of(prior, Wanted(encoder, (features,), *mixed, prior_layers, *nets))
+    wanted = Wanted(encoder, (features,), num_components, spread, prior_layers, *nets)
+    base, layers = prior_of(prior, wanted)
     return VAEFlow(base, [VAE(encoder, decoder), *layers], posterior_rate, posterior_start)
 
 
@@ -307,22 +300,16 @@ def vae_of_images(
     """
     shape = tuple(shape)
     check_choice("model.decoder", decoder, DECODERS)
-    encoder = flow_posterior(
-        latent_features,
-        GreyInput(ImageEncoder(shape, embed_features, channels, num_blocks), num_levels),
-        embed_features,
-        posterior,
-        num_layers,
-        amortised,
-        flow_hidden_features,
-        flow_activation,
-    )
+    grey = GreyInput(ImageEncoder(shape, embed_features, channels, num_blocks), num_levels)
+    nets = (flow_hidden_features, flow_activation)
+    after = (posterior, num_layers, amortised, *nets)
+    encoder = flow_posterior(latent_features, grey, embed_features, *after)
 
     def net(outputs: int) -> nn.Module:
         return ImageDecoder(latent_features, shape, outputs, embed_features, channels, num_blocks)
 
     local = local or partial(LocalPixelCNN, context_features=32)
     likelihood = DECODERS[decoder](shape, num_levels, net, local)
-    mixed, nets = (num_components, spread), (flow_hidden_features, flow_activation)
-    base, layers = prior_of(prior, Wanted(encoder, shape, *mixed, prior_layers, *nets))
+    wanted = Wanted(encoder, shape, num_components, spread, prior_layers, *nets)
+    base, layers = prior_of(prior, wanted)
     return Flow(base, [VAE(encoder, likelihood), *layers])

@@ -33,7 +33,7 @@ from surflow.evaluation.trained import Trained, run_measures
 from surflow.files import locked, relative, sha256_of, write_json
 from surflow.flow import Flow, Ledger
 from surflow.metric import Metric
-from surflow.models.contract import Takes
+from surflow.models.contract import SurjectionError, Takes
 from surflow.models.official import find_checkpoint, load_official, read_tensors
 from surflow.record import RECORD_NAME, Record, RecordError, lacking, load_record
 from surflow.training.callbacks import Elapsed
@@ -107,6 +107,9 @@ class Run:
     def _check_plain_keys(self) -> None:
         seed, weights = self.config["seed"], self.config["weights"]
         check_choice("profile", self.config["profile"]["name"], PROFILES, UserError)
+        for group in ("experiment", "recipe"):
+            if self.config.get(group):
+                raise UserError(f"{group}: of no effect; begin its file with # @package _global_")
         lr = self.config["optimizer"].get("lr")
         if lr is not None and not (isinstance(lr, int | float) and lr > 0):
             raise UserError(f"optimizer.lr: expected a positive number, got {lr}")
@@ -127,7 +130,7 @@ class Run:
         name, model = node["name"], self.config["model"]["name"]
         chosen = "_target_" in node
         between = chosen and getattr(target_of(node), "between", False)
-        if takes.between and not between:
+        if takes.between and not node.get("_partial_"):
             raise UserError(
                 f"surjection={name}: model={model} needs a downsampling surjection, such as "
                 "max_pool or slice"
@@ -177,8 +180,12 @@ class Run:
                 with named_errors("surjection"):
                     surjection = surjection(self.data.event_shape)
             facts[takes.surjection] = surjection
-        with named_errors("model"):
-            flow = builder(**facts)
+        try:
+            with named_errors("model"):
+                flow = builder(**facts)
+        except SurjectionError as error:
+            chosen = f"surjection={self.config['surjection']['name']}"
+            raise UserError(f"{chosen}: model={self.config['model']['name']} {error}") from error
         return flow.double() if str(self.config["trainer"].get("precision")) == "64-true" else flow
 
     def load_flow(self, checkpoint: str | Path | None = None) -> tuple[Flow, Path]:
@@ -247,22 +254,19 @@ class Run:
         return record
 
     def _check_data(self, record: Record) -> None:
-        told = record.provenance.get("splits", {})
+        told, where = record.provenance.get("splits", {}), relative(self.folder)
         if not told or not self.data.from_files:
             return
         try:
             digests = self.data_digest()
         except (UserError, OSError):  # the files are elsewhere: nothing to compare with
-            print(
-                f"{relative(self.folder)}: its data are not here to compare with", file=sys.stderr
-            )
+            print(f"{where}: its data are not here to compare with", file=sys.stderr)
             return
         changed = [s for s, digest in digests.items() if told.get(s, {}).get("sha256") != digest]
         if changed:
             raise UserError(
-                f"{relative(self.folder)}: the data have changed since ({', '.join(changed)}: "
-                "another SHA-256); run.force=true trains on what is there now, another run.root "
-                "keeps both"
+                f"{where}: the data have changed since ({', '.join(changed)}: another SHA-256); "
+                "run.force=true trains on what is there now, another run.root keeps both"
             )
 
     def missing_measures(self, record: Record) -> dict[str, Any]:
