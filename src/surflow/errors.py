@@ -31,9 +31,13 @@ def close_match(word: str, known: Iterable[str]) -> str:
 
 
 def check_choice(
-    name: str, value: object, known: Iterable[str], error: type[Exception] = ValueError
+    name: str,
+    value: object,
+    known: Iterable[str],
+    error: type[Exception] = ValueError,
+    several: bool = False,
 ) -> None:
-    """Raise ``error`` unless ``value`` is one of ``known``.
+    """Raise ``error`` unless ``value``, alone or one of several, is one of ``known``.
 
     >>> check_choice("unit", "bits", ("nats", "bpd"))
     Traceback (most recent call last):
@@ -43,7 +47,8 @@ def check_choice(
     if value not in known:
         words = ["null" if word is None else str(word) for word in known]
         hint = close_match(str(value), words)
-        raise error(f"{name}: expected one of {', '.join(words)}, got {value!r}{hint}")
+        what = "some" if several else "one"
+        raise error(f"{name}: expected {what} of {', '.join(words)}, got {value!r}{hint}")
 
 
 def is_whole(value: object, least: int = 1) -> bool:

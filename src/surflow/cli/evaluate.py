@@ -31,6 +31,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     run = Run(cfg)
     for name in cfg.only or ():
         check_choice("only", name, cfg.measures, UserError)
+    run.check_files()
     flow, path = run.load_flow(cfg.checkpoint)
     if cfg.iwbo_samples is not None and not flow.lower_bound:
         raise UserError("iwbo_samples: the likelihood of this model is no bound; leave it out")
