@@ -140,10 +140,10 @@ def test_images_can_be_left_out(command, tiny, config):
 
 
 def test_resumed_run_continues_the_same_one(start, command, tiny, config, rows):
-    arguments = ("logger=wandb", "trainer.max_epochs=10", "data.batch_size=16")
+    arguments = ("logger=wandb", "trainer.max_epochs=30", "data.batch_size=16")
     folder = run_dir(config(*arguments))
     process = start("train", *tiny(*arguments))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (folder / "last.ckpt").is_file():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
