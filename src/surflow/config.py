@@ -210,18 +210,16 @@ def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]
                 continue
             if others and key not in options:
                 continue
-            elsewhere = [f"{at}.{key}" for at, keys in _plain_groups(config) if key in keys]
+            elsewhere = [
+                f"{at}.{key}"
+                for at, keys in config.items()
+                if isinstance(keys, dict) and at not in OPEN_GROUPS and key in keys
+            ]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else close_match(key, known)
             raise UserError(
                 f"{where}.{key}: unknown option of {node['_target_']}{hint or ';'} Known: "
                 f"{', '.join(known)}"
             )
-
-
-def _plain_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for at, keys in config.items():
-        if isinstance(keys, dict) and at not in OPEN_GROUPS:
-            yield at, keys
 
 
 def with_defaults(
@@ -323,15 +321,8 @@ def computed(node: Any) -> Any:
 
 
 def _same(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        default = list(default)
-    return (type(value) is type(default) and value == default) or (
-        isinstance(value, int | float)
-        and isinstance(default, int | float)
-        and not isinstance(value, bool)
-        and not isinstance(default, bool)
-        and value == default
-    )
+    default = list(default) if isinstance(default, tuple) else default
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
 def run_dir(cfg: DictConfig) -> Path:

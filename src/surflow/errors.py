@@ -31,13 +31,9 @@ def close_match(word: str, known: Iterable[str]) -> str:
 
 
 def check_choice(
-    name: str,
-    value: object,
-    known: Iterable[str],
-    error: type[Exception] = ValueError,
-    several: bool = False,
+    name: str, value: object, known: Iterable[str], error: type[Exception] = ValueError
 ) -> None:
-    """Raise ``error`` unless ``value``, alone or one of several, is one of ``known``.
+    """Raise ``error`` unless ``value`` is one of ``known``.
 
     >>> check_choice("unit", "bits", ("nats", "bpd"))
     Traceback (most recent call last):
@@ -47,8 +43,7 @@ def check_choice(
     if value not in known:
         words = ["null" if word is None else str(word) for word in known]
         hint = close_match(str(value), words)
-        what = "some" if several else "one"
-        raise error(f"{name}: expected {what} of {', '.join(words)}, got {value!r}{hint}")
+        raise error(f"{name}: expected one of {', '.join(words)}, got {value!r}{hint}")
 
 
 def is_whole(value: object, least: int = 1) -> bool:

@@ -202,6 +202,18 @@ def test_report_runs_nothing(call, arguments, table, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_runs_of_another_machine_are_reported(call, arguments, table, tmp_path):
+    line = arguments("inception=/not/here.pth", overrides=(*SMALL, "trainer.accelerator=gpu"))
+    done = call("report", *line)
+    assert done.code == 0, done.err
+    assert {c["verdict"] for c in table().values()} == {"not run"}
+    done = call("reproduce", *line)
+    assert done.code == 2
+    assert "trainer.accelerator=gpu: no CUDA device on this machine" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_failing_cell(call, arguments, table, tmp_path):
     done = call("reproduce", *arguments(overrides=(*SMALL, "optimizer.lr=1e6")))
     assert done.code == 2

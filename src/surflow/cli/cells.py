@@ -11,17 +11,10 @@ from omegaconf import DictConfig
 
 from surflow.cli.request import make_command, results_folder, shared_overrides
 from surflow.config import compose
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, close_match
 from surflow.files import relative
 from surflow.record import lacking, load_records
-from surflow.reporting import (
-    Key,
-    TableSpec,
-    build_table,
-    print_table,
-    without_stale,
-    write_table,
-)
+from surflow.reporting import Key, TableSpec, build_table, print_table, without_stale, write_table
 from surflow.training.run import Run
 
 
@@ -114,7 +107,9 @@ def _refuse_changed(run: Run, published: Run, overrides: Sequence[str]) -> None:
 
 def _chosen(name: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     for item in wanted or ():
-        check_choice(name, item, known, UserError, several=True)
+        if item not in known:
+            wanted = f"{name}: expected some of {', '.join(known)}"
+            raise UserError(f"{wanted}, got {item!r}{close_match(str(item), known)}")
     return list(wanted or known)
 
 

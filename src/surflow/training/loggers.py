@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,8 @@ def wandb_logger(
 ) -> Any:
     """A W&B logger whose run name, group, job type and tags a dashboard can group by.
 
-    Its config has every option, also those at their defaults. The id follows from the config, so
-    that a resumed run continues its W&B run.
+    Its config has every option, also those at their defaults. Each run folder has an id of its own,
+    so that a resumed run continues its W&B run.
 
     Args:
         run: to be logged; offline data go to wandb/ in its folder.
@@ -112,17 +113,18 @@ def wandb_logger(
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.options
     row, surjection = run_name(config), config["surjection"]["name"]
+    profile = config["profile"]["name"]
     logger = WandbLogger(
         project=project,
         entity=entity,
         offline=offline,
         save_dir=str(run.folder),
-        id=f"{config['profile']['name']}-{run.hash}",
+        id=re.sub(r"[^\w.-]", "-", f"{profile}-{config['artefact']}-{row}-{run.hash}"),
         resume="allow",
         name=f"{row}-{config['data']['name']}-seed{config['seed']}",
         group=config["artefact"],
         job_type=row,
-        tags=[config["profile"]["name"], config["data"]["name"], surjection],
+        tags=[profile, config["data"]["name"], surjection],
         config=config,
     )
     # Lightning always hands it on, and wandb warns of it

@@ -108,8 +108,8 @@ class Run:
         self.device = device_of_accelerator(self.config["trainer"].get("accelerator", "auto"))
         if here:
             check_machine(self.config["trainer"], self.data.batch_size)
-        if here and self.config["compute"]["threads"] is not None:
-            torch.set_num_threads(self.config["compute"]["threads"])
+            if self.config["compute"]["threads"] is not None:
+                torch.set_num_threads(self.config["compute"]["threads"])
 
     # Checks -----------------------------------------------------------------------------------
 
@@ -220,20 +220,17 @@ class Run:
         if self.config["weights"]["source"] is not None:
             if checkpoint is not None:
                 raise UserError("checkpoint: not with weights.source; leave one of them out")
-            return self._released_flow()
-        path = Path(checkpoint) if checkpoint else self.folder / f"{self.objective.scored}.ckpt"
-        state = load_checkpoint(path)
-        check_same_run(state, self.hash, self.data_digest(), relative(path))
-        flow = self.build_flow()
-        flow.load_state_dict(flow_state(state))
-        return flow.to(self.device).eval(), path
-
-    def _released_flow(self) -> tuple[Flow, Path]:
-        path, flow = self.weights_file, self.build_flow()
-        try:
-            load_official(flow, read_tensors(path))
-        except ValueError as error:
-            raise UserError(f"weights.path: {relative(path)}: {error}") from error
+            path, flow = self.weights_file, self.build_flow()
+            try:
+                load_official(flow, read_tensors(path))
+            except ValueError as error:
+                raise UserError(f"weights.path: {relative(path)}: {error}") from error
+        else:
+            path = Path(checkpoint) if checkpoint else self.folder / f"{self.objective.scored}.ckpt"
+            state = load_checkpoint(path)
+            check_same_run(state, self.hash, self.data_digest(), relative(path))
+            flow = self.build_flow()
+            flow.load_state_dict(flow_state(state))
         return flow.to(self.device).eval(), path
 
     @property
