@@ -61,10 +61,14 @@ def require(ok: Tensor, expected: str, got: Tensor, where: str | None = None) ->
 
 
 def require_at_least(owner: str, least: int, **values: float) -> None:
-    """Raise ``ValueError`` for the first of a constructor's arguments below ``least``."""
+    """Raise ``ValueError`` for the first of a constructor's arguments below ``least``.
+
+    An owner such as ``model.`` is a group of the config: the message begins with the key.
+    """
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"{owner}: expected {name} >= {least}, got {value}")
+            where = owner + name if owner.endswith(".") else owner
+            raise ValueError(f"{where}: expected {name} >= {least}, got {value}")
 
 
 def require_positive(owner: str, **values: float | Tensor) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -197,7 +198,11 @@ def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]
                 continue
             if others and key not in options:
                 continue
-            elsewhere = [f"{at}.{key}" for at, keys in _plain_groups(config) if key in keys]
+            elsewhere = [
+                f"{at}.{key}"
+                for at, keys in config.items()
+                if isinstance(keys, dict) and at not in OPEN_GROUPS and key in keys
+            ]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else close_match(key, known)
             raise UserError(
                 f"{where}.{key}: unknown option of {node['_target_']}{hint or ';'} Known: "
@@ -205,10 +210,17 @@ def check_options(config: Mapping[str, Any], given: Mapping[str, Collection[str]
             )
 
 
-def _plain_groups(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for at, keys in config.items():
-        if isinstance(keys, dict) and at not in OPEN_GROUPS:
-            yield at, keys
+def with_defaults(
+    config: Mapping[str, Any], given: Mapping[str, Collection[str]]
+) -> dict[str, Any]:
+    """A resolved config with every option that its nodes leave at the default of their target,
+    but those that the run sets itself (``given``, by the key of the node)."""
+    filled = deepcopy(dict(config))
+    for where, node in nodes({group: filled[group] for group in OPEN_GROUPS}):
+        for key, default in options_of(target_of(node, where))[0].items():
+            if default is not inspect.Parameter.empty and key not in given.get(where, ()):
+                node.setdefault(key, default)
+    return filled
 
 
 def build(node: Any, **given: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,13 +97,21 @@ def call(monkeypatch, capfd):
 
 @pytest.fixture
 def start(tmp_path):
-    """A command in a process of its own, running; ended with the test if it has not."""
+    """A command in a process of its own, running; ended with the test if it has not.
+
+    Ctrl-c interrupts it, also where the tests were started in the background by a shell, whose
+    children ignore SIGINT.
+    """
     begun = []
+
+    def interruptible() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def run(command: str, *arguments: str) -> subprocess.Popen:
         line = [sys.executable, "-m", f"surflow.cli.{command}", *arguments]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        begun.append(subprocess.Popen(line, cwd=tmp_path, env=environment(), **pipe))
+        own = {"cwd": tmp_path, "env": environment(), "preexec_fn": interruptible}
+        begun.append(subprocess.Popen(line, **own, **pipe))
         return begun[-1]
 
     yield run

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from surflow.cli.cells import plan_cells, runs_of, wanted_protocols, write_report
+from surflow.cli.cells import plan_cells, runs_of, write_report
 from surflow.cli.reproduce import allot, reproduce
 from surflow.cli.request import complete_request, make_command, results_folder, table_spec
 from surflow.cli.train import train
@@ -106,7 +106,7 @@ def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd
     assert "1 runs, 0 complete, 1 to do" in out
     assert "nothing written below is a reproduction" in out
     _, cells = cells_of(cfg)
-    (folder,) = (cells[key].folder for key in chosen(cells))
+    (folder,) = (cells[key].run.folder for key in chosen(cells))
     assert folder == run_dir(cells["flow", "corners", 0].config)
     record = json.loads((folder / "record.json").read_text())
     found = table()
@@ -138,7 +138,7 @@ def test_edited_record_is_refused(request_of, table, tmp_path):
     cfg = request_of()
     spec, cells = cells_of(cfg)
     train(cells["flow", "corners", 0].config)
-    path = cells["flow", "corners", 0].folder / "record.json"
+    path = cells["flow", "corners", 0].run.folder / "record.json"
     write_report(cfg, spec, cells)
     assert table()["flow", "corners"]["ours"]
     record = json.loads(path.read_text())
@@ -160,7 +160,7 @@ def test_run_with_other_overrides_is_refused(request_of, table, tmp_path):
     write_report(cfg, spec, cells)
     assert table()["flow", "corners"]["ours"] == ""
     text = (tmp_path / "results/smoke/synthetic/table.md").read_text()
-    assert f"stale config {others['flow', 'corners', 0].hash}" in text
+    assert f"stale config {others['flow', 'corners', 0].run.hash}" in text
     # next to the right one it is ignored
     metrics = train(cells["flow", "corners", 0].config)
     write_report(cfg, spec, cells)
@@ -199,6 +199,18 @@ def test_report_runs_nothing(call, arguments, table, tmp_path):
     done = call("report", *arguments())
     assert done.code == 0, done.err
     assert {c["verdict"] for c in table().values()} == {"not run"}
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_runs_of_another_machine_are_reported(call, arguments, table, tmp_path):
+    line = arguments("inception=/not/here.pth", overrides=(*SMALL, "trainer.accelerator=gpu"))
+    done = call("report", *line)
+    assert done.code == 0, done.err
+    assert {c["verdict"] for c in table().values()} == {"not run"}
+    done = call("reproduce", *line)
+    assert done.code == 2
+    assert "trainer.accelerator=gpu: no CUDA device on this machine" in done.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -319,7 +331,7 @@ def test_a_run_over_two_processes(request_of, table, capfd):
     assert reproduce(request_of("devices=2")) == 0
     cfg = request_of()
     _, cells = cells_of(cfg)
-    record = cells["flow", "corners", 0].record()
+    record = cells["flow", "corners", 0].run.own_record()
     assert float(table()["flow", "corners"]["ours"]) == pytest.approx(
         record.metrics["test/nll_nats"].value, abs=1e-3
     )
@@ -519,9 +531,9 @@ def image_cells(tmp_path):
 def put_record(cells, key, metrics, **changes):
     """A record of exactly this cell's run."""
     config = cells[key].config
-    samples = config.measures.samples
-    reference = {"splits": list(samples.reference)}
-    protocol = {"n": samples.n, "temperature": 1.0, "reference": reference}
+    samples = cells[key].run.options["measures"]["samples"]
+    reference = {"splits": list(samples["reference"])}
+    protocol = {"n": samples["n"], "temperature": 1.0, "reference": reference}
     values = {
         name: {
             "value": value,
@@ -541,13 +553,13 @@ def put_record(cells, key, metrics, **changes):
         "model": "pool_flow",
         "profile": config.profile.name,
         "seed": key[2],
-        "config_hash": cells[key].hash,
+        "config_hash": cells[key].run.hash,
         "config": {},
         "status": "complete",
         "metrics": values,
         **{k: v for k, v in changes.items() if k != "protocol"},
     }
-    return write_json(cells[key].folder / "record.json", content)
+    return write_json(cells[key].run.folder / "record.json", content)
 
 
 KEY = ("slice", "fid", 0)
@@ -559,8 +571,8 @@ def test_two_columns_of_one_run_are_run_once(image_cells):
     assert len(chosen(cells)) == 4
     assert [key[0] for key in runs_of(cells)] == ["slice", "max_pool"]
     assert runs_of(cells, to_run=True) == runs_of(cells)
-    assert cells[KEY].folder == cells["slice", "inception_score", 0].folder
-    assert cells[KEY].folder.parts[-5:-1] == ("paper", "table4", "slice", "cifar10")
+    assert cells[KEY].run.folder == cells["slice", "inception_score", 0].run.folder
+    assert cells[KEY].run.folder.parts[-5:-1] == ("paper", "table4", "slice", "cifar10")
     put_record(cells, KEY, BOTH)
     assert [key[0] for key in runs_of(cells, to_run=True)] == ["max_pool"]
 
@@ -603,7 +615,7 @@ def test_released_and_trained_weights_never_mix(image_cells):
     assert {key[0] for key in chosen(released)} == {"slice", "max_pool"}
     config = released[KEY].config
     assert (config.weights.source, config.weights.path) == ("official", "/a folder/b")
-    assert released[KEY].hash != cells[KEY].hash
+    assert released[KEY].run.hash != cells[KEY].run.hash
     put_record(cells, KEY, {"sample/fid": 60.0})
     weights = {"source": "official", "sha256": "0" * 64}
     put_record(released, KEY, {"sample/fid": 49.0}, weights=weights)
@@ -638,8 +650,8 @@ def test_inception_weights_are_passed_on(image_cells):
     _, _, cells = image_cells("inception='/w/it is.pth'")
     config, others = cells[KEY].config, image_cells()[2]
     assert config.measures.samples.weights == "/w/it is.pth"
-    assert {k: c.hash for k, c in cells.items()} == {k: c.hash for k, c in others.items()}
-    assert wanted_protocols(config) == wanted_protocols(others[KEY].config)
+    assert {k: c.run.hash for k, c in cells.items()} == {k: c.run.hash for k, c in others.items()}
+    assert cells[KEY].run.wanted == others[KEY].run.wanted
 
 
 def test_paper_profile_refuses_other_scores(image_cells):

@@ -104,7 +104,7 @@ def test_complete_run_is_reused_and_force_repeats(call, tiny, config):
 
 def kill_in_mid_run(process, folder):
     """SIGKILL once a checkpoint is there and the metrics have reached a later epoch."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         if (folder / "last.ckpt").is_file() and (folder / "metrics.csv").is_file():
@@ -206,7 +206,7 @@ def test_interrupted_run_says_how_to_go_on(start, tiny, config):
     arguments = tiny(*LONG, "trainer.max_epochs=200")
     folder = run_dir(config(*LONG, "trainer.max_epochs=200"))
     process = start("train", *arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (folder / "last.ckpt").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

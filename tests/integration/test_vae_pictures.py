@@ -247,14 +247,14 @@ def test_a_table_of_vaes_is_drawn(run, tmp_path):
             "surjection": "none",
             "profile": "smoke",
             "seed": 0,
-            "config_hash": cells[key].hash,
+            "config_hash": cells[key].run.hash,
             "config": {"data": {"num_levels": 17}},
             "status": "complete",
             "metrics": metrics,
             "commit": "ab" * 20,
             "dirty": False,
         }
-        home = write_json(cells[key].folder / "record.json", content).parent
+        home = write_json(cells[key].run.folder / "record.json", content).parent
         for name in ("images.npz", "reconstructions.npz", "latent.npz", "metrics.csv"):
             (home / name).write_bytes((folder / name).read_bytes())
     write_report(cfg, spec, cells)

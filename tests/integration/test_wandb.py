@@ -9,6 +9,7 @@ from collections import defaultdict
 import pytest
 
 from surflow.config import config_hash, run_dir
+from surflow.training.run import Run
 
 pytest.importorskip("wandb")
 
@@ -99,7 +100,7 @@ def test_offline_run(command, tiny, config, rows):
     (path,) = files_of(folder)
     logged = Logged(path)
     run = logged.run
-    assert run.run_id == f"smoke-{config_hash(cfg)}"
+    assert run.run_id == f"smoke-adhoc-coupling_flow-{config_hash(cfg)}"
     assert run.display_name == "coupling_flow-corners-seed2"
     assert run.run_group == "adhoc"
     assert run.job_type == "coupling_flow"
@@ -108,6 +109,7 @@ def test_offline_run(command, tiny, config, rows):
     assert logged.config["seed"] == 2
     assert logged.config["optimizer"]["lr"] == 1e-3
     assert logged.config["trainer"]["max_epochs"] == 2
+    assert "logger" not in logged.config["trainer"]  # the run's own are no options
 
     assert logged.metrics() == from_csv(rows(folder))
     assert logged.metrics()  # and not two empty ones
@@ -129,6 +131,14 @@ def test_offline_run(command, tiny, config, rows):
     assert sum(row[3] for row in table["data"]) == pytest.approx(-value, abs=1e-6)
 
 
+def test_two_folders_are_two_runs(config):
+    """Rows that compute the same share the hash, and neither folder nor id."""
+    runs = [Run(config("logger=wandb", f"row={row}")) for row in ("one", "two/three")]
+    assert runs[0].hash == runs[1].hash and runs[0].folder != runs[1].folder
+    ids = [run.loggers[0].version for run in runs]
+    assert ids == [f"paper-adhoc-{row}-{runs[0].hash}" for row in ("one", "two-three")]
+
+
 def test_images_can_be_left_out(command, tiny, config):
     arguments = ("logger=wandb", "logger.wandb.images=false", "run.pictures=true")
     done = command("train", *tiny(*arguments))
@@ -140,10 +150,10 @@ def test_images_can_be_left_out(command, tiny, config):
 
 
 def test_resumed_run_continues_the_same_one(start, command, tiny, config, rows):
-    arguments = ("logger=wandb", "trainer.max_epochs=10", "data.batch_size=16")
+    arguments = ("logger=wandb", "trainer.max_epochs=30", "data.batch_size=16")
     folder = run_dir(config(*arguments))
     process = start("train", *tiny(*arguments))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (folder / "last.ckpt").is_file():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -199,7 +209,7 @@ def test_evaluation_is_added_to_the_run(command, tiny, config):
     assert done.code == 0, done.err
     runs = [Logged(path) for path in files_of(folder)]
     assert len(runs) == 2
-    assert {r.run.run_id for r in runs} == {f"paper-{config_hash(cfg)}"}
+    assert {r.run.run_id for r in runs} == {f"paper-adhoc-coupling_flow-{config_hash(cfg)}"}
     written = json.loads((folder / "evaluation_valid.json").read_text())
     value = written["metrics"]["valid/nll_nats"]["value"]
     done = command("evaluate", *arguments, f"checkpoint={folder / 'best.ckpt'}")

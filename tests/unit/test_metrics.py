@@ -765,6 +765,6 @@ def test_missing_scores_have_reasons(tmp_path, monkeypatch):
 def test_a_wrong_weights_file_shows_early(tmp_path):
     name = str(tmp_path / "none.pth")
     with pytest.raises(UserError, match="no such file"):
-        Samples(n=30, weights=name)
-    Samples(n=30, extractor="random_features", weights=name)  # random features need none
-    Samples(n=0, weights=name)
+        Samples(n=30, weights=name).check_files()
+    Samples(n=30, extractor="random_features", weights=name).check_files()  # they need none
+    Samples(n=0, weights=name).check_files()

@@ -10,18 +10,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from surflow.cli.request import make_command, results_folder, shared_overrides
-from surflow.config import build, compose, config_hash, resolved, run_dir, target_of
-from surflow.errors import UserError, check_choice
+from surflow.config import compose
+from surflow.errors import UserError, close_match
 from surflow.files import relative
-from surflow.record import Record, RecordError, lacking, load_record, load_records
-from surflow.reporting import (
-    Key,
-    TableSpec,
-    build_table,
-    print_table,
-    without_stale,
-    write_table,
-)
+from surflow.record import lacking, load_records
+from surflow.reporting import Key, TableSpec, build_table, print_table, without_stale, write_table
+from surflow.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -29,10 +23,10 @@ class Cell:
     """The run of a cell.
 
     Attributes:
-        column: of the table.
+        metric, data: of its column.
         overrides: what composes its config.
         config: composed.
-        hash: of the config.
+        run: of the config, wherever it is to be carried out.
         chosen: whether it is to be run; all are reported.
     """
 
@@ -40,26 +34,13 @@ class Cell:
     data: str
     overrides: tuple[str, ...]
     config: DictConfig
-    hash: str
+    run: Run
     chosen: bool
-
-    @property
-    def folder(self) -> Path:
-        """Where the run lies."""
-        return run_dir(self.config)
 
     @property
     def protocol(self) -> Mapping[str, Any]:
         """The protocol that the cell's metric must have; empty where any is right."""
-        return wanted_protocols(self.config).get(self.metric, {})
-
-    def record(self) -> Record | None:
-        """The complete record of exactly this config, if there is one."""
-        try:
-            record = load_record(self.folder)
-        except RecordError:
-            return None
-        return record if record.status == "complete" and record.config_hash == self.hash else None
+        return self.run.wanted.get(self.metric, {})
 
     def to_run(self) -> bool:
         """Whether the cell has no record, or one without the score that it shows.
@@ -67,22 +48,10 @@ class Cell:
         A score that could not be computed (say, for want of the extractor's weights) is tried
         again: the run then computes that alone.
         """
-        record = self.record()
+        record = self.run.own_record()
         if record is None:
             return True
-        wanted = wanted_protocols(self.config)
-        return self.metric in wanted and lacking(record, wanted)
-
-
-def wanted_protocols(config: DictConfig) -> dict[str, Mapping[str, Any]]:
-    """The protocol of every metric whose measure tells one, by name."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for node in resolved(config)["measures"].values():
-        if node:
-            runtime = getattr(target_of(node), "runtime", ())
-            plain = {key: value for key, value in node.items() if key not in runtime}
-            found |= getattr(build(plain), "wanted", {})
-    return found
+        return self.metric in self.run.wanted and lacking(record, self.run.wanted)
 
 
 def plan_cells(cfg: DictConfig, spec: TableSpec) -> dict[Key, Cell]:
@@ -109,30 +78,26 @@ def plan_cells(cfg: DictConfig, spec: TableSpec) -> dict[Key, Cell]:
                     f"run.root={cfg.run_root}",
                     *shared_overrides(cfg),
                 ]
-                config = compose([*published, *cfg.overrides])
+                overrides = (*published, *cfg.overrides)
+                config = compose(overrides)
+                run = Run(config, here=False)
                 if cfg.overrides and cfg.profile.name == "paper":
-                    _refuse_changed(config, compose(published), cfg.overrides)
-                cells[row.name, column.name, int(seed)] = Cell(
-                    column.metric,
-                    column.data,
-                    (*published, *cfg.overrides),
-                    config,
-                    config_hash(config),
-                    row.name in rows and column.name in columns,
-                )
+                    _refuse_changed(run, Run(compose(published), here=False), cfg.overrides)
+                chosen = row.name in rows and column.name in columns
+                cell = Cell(column.metric, column.data, overrides, config, run, chosen)
+                cells[row.name, column.name, int(seed)] = cell
     return cells
 
 
 def runs_of(cells: Mapping[Key, Cell], to_run: bool = False) -> list[Key]:
     """The chosen cells, one a run, in the table's order, seed by seed; those that need one."""
     keys = [key for key, cell in cells.items() if cell.chosen and (not to_run or cell.to_run())]
-    return list({cells[key].folder: key for key in reversed(keys)}.values())[::-1]
+    return list({cells[key].run.folder: key for key in reversed(keys)}.values())[::-1]
 
 
-def _refuse_changed(config: DictConfig, published: DictConfig, overrides: Sequence[str]) -> None:
+def _refuse_changed(run: Run, published: Run, overrides: Sequence[str]) -> None:
     """Under the paper's profile nothing may change what is computed: its cells get a verdict."""
-    same = config_hash(config) == config_hash(published)
-    if not same or wanted_protocols(config) != wanted_protocols(published):
+    if run.hash != published.hash or run.wanted != published.wanted:
         raise UserError(
             f"overrides: {list(overrides)} change what the published protocol computes; keep to "
             "keys such as logger or compute.compile, choose profile=short, or train the run by "
@@ -142,13 +107,15 @@ def _refuse_changed(config: DictConfig, published: DictConfig, overrides: Sequen
 
 def _chosen(name: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     for item in wanted or ():
-        check_choice(name, item, known, UserError)
+        if item not in known:
+            wanted = f"{name}: expected some of {', '.join(known)}"
+            raise UserError(f"{wanted}, got {item!r}{close_match(str(item), known)}")
     return list(wanted or known)
 
 
 def write_report(cfg: DictConfig, spec: TableSpec, cells: Mapping[Key, Cell]) -> None:
     """Write results/<profile>/<artefact>/ (table.md, table.csv, figures, records) and say where."""
-    hashes = {key: cell.hash for key, cell in cells.items()}
+    hashes = {key: cell.run.hash for key, cell in cells.items()}
     found = load_records(Path(cfg.run_root) / cfg.profile.name / spec.runs)
     records = without_stale(found, hashes, released=cfg.weights is not None)
     protocols = {key: cell.protocol for key, cell in cells.items()}

@@ -15,6 +15,7 @@ from surflow.evaluation.trained import Trained, run_measures
 from surflow.files import relative, write_json
 from surflow.metric import Metric
 from surflow.training.loggers import log_result
+from surflow.training.objective import scale_of
 from surflow.training.origin import commit
 from surflow.training.run import Run
 
@@ -31,6 +32,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, float]:
     run = Run(cfg)
     for name in cfg.only or ():
         check_choice("only", name, cfg.measures, UserError)
+    run.check_files()
     flow, path = run.load_flow(cfg.checkpoint)
     if cfg.iwbo_samples is not None and not flow.lower_bound:
         raise UserError("iwbo_samples: the likelihood of this model is no bound; leave it out")
@@ -59,9 +61,8 @@ def _show(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric])
         print(metric)
     floor = run.data.floor
     if floor is not None:
-        bits = floor.value / (math.prod(run.data.event_shape) * math.log(2))
-        value = f"{floor.value:.4f} nats" if trained.unit == "nats" else f"{bits:.4f} bpd"
-        print(f"floor = {value}  ({floor.source})")
+        value = floor.value * scale_of(trained.unit, math.prod(run.data.event_shape))
+        print(f"floor = {value:.4f} {trained.unit}  ({floor.source})")
 
 
 def _write(run: Run, trained: Trained, path: Path, metrics: Mapping[str, Metric]) -> None:

@@ -14,6 +14,7 @@ from surflow.cli.request import complete_request
 from surflow.errors import UserError
 from surflow.files import relative
 from surflow.reporting import Key
+from surflow.training.hardware import check_machine
 from surflow.training.launch import (
     Allotment,
     Job,
@@ -24,7 +25,6 @@ from surflow.training.launch import (
     share,
     visible_gpus,
 )
-from surflow.training.run import Run
 
 
 def reproduce(cfg: DictConfig) -> int:
@@ -32,8 +32,10 @@ def reproduce(cfg: DictConfig) -> int:
     spec = complete_request(cfg)
     cells = plan_cells(cfg, spec)
     for cell in cells.values():
-        Run(cell.config)  # its checks; reads no files
+        check_machine(cell.run.config["trainer"], cell.run.data.batch_size)
     runs, missing = runs_of(cells), runs_of(cells, to_run=True)
+    for run in {str(cells[key].run.config["measures"]): cells[key].run for key in missing}.values():
+        run.check_files()
     seeds = ",".join(map(str, cfg.seeds))
     print(
         f"{cfg.artefact}: profile {cfg.profile.name}, seeds {seeds}: {len(runs)} runs, "
@@ -77,9 +79,9 @@ def allot(cfg: DictConfig, num_runs: int) -> Allotment:
 
 
 def _job(cell: Cell, key: Key, allotment: Allotment, cpu: bool) -> Job:
-    fits = fitting(allotment, Run(cell.config).data.batch_size)
+    fits = fitting(allotment, cell.run.data.batch_size)
     command = [sys.executable, "-m", "surflow.cli.train", *cell.overrides, *fits.overrides(cpu)]
-    return Job(f"{key[0]} {cell.data} seed {key[2]}", command, cell.folder / "train.log", fits)
+    return Job(f"{key[0]} {cell.data} seed {key[2]}", command, cell.run.folder / "train.log", fits)
 
 
 def _main(cfg: DictConfig) -> None:

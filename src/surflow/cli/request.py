@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from surflow.config import PROFILES, conf_dir, project_root
-from surflow.errors import UserError, check_choice
+from surflow.errors import UserError, check_choice, is_whole
 from surflow.reporting import TableSpec, load_spec
 
 LAUNCHERS = ("local", "submitit", "submitit_local", "submitit_slurm")
@@ -31,24 +31,20 @@ def check_request(cfg: DictConfig) -> None:
         if not (OmegaConf.is_list(value) or (value is None and key in ("rows", "columns"))):
             raise UserError(f"{key}: expected a list, such as {key}=[{value}], got {value}")
     seeds = list(cfg.seeds)
-    if not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    if not seeds or not all(is_whole(s, 0) for s in seeds):
         raise UserError(f"seeds: expected whole numbers >= 0, such as [0,1,2], got {seeds}")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"seeds: expected each once, got {seeds}")
-    if cfg.workers != "auto" and not _positive(cfg.workers):
+    if cfg.workers != "auto" and not is_whole(cfg.workers):
         raise UserError(f"workers: expected a positive whole number or auto, got {cfg.workers}")
-    if cfg.devices is not None and not _positive(cfg.devices):
+    if cfg.devices is not None and not is_whole(cfg.devices):
         raise UserError(f"devices: expected a positive whole number or null, got {cfg.devices}")
-    if not _positive(cfg.nodes):
+    if not is_whole(cfg.nodes):
         raise UserError(f"nodes: expected a positive whole number, got {cfg.nodes}")
     if not (cfg.slurm is None or OmegaConf.is_dict(cfg.slurm)):
         raise UserError(f"slurm: expected a mapping, such as {{timeout_min: 60}}, got {cfg.slurm}")
     if cfg.weights_path is not None and cfg.weights is None:
         raise UserError("weights_path: of no effect without weights=official")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def table_spec(artefact: str) -> TableSpec:

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from surflow.cli.command import command
-from surflow.errors import UserError, is_whole
+from surflow.errors import UserError, check_whole
 from surflow.evaluation.sampling import SampleWriter
 from surflow.files import relative
 from surflow.training.run import Run
@@ -19,8 +19,7 @@ def sample_run(cfg: DictConfig) -> Path:
     The draws follow from checkpoint, ``n``, ``seed`` and ``temperature``; no batch size changes
     them. A folder that was begun is completed.
     """
-    if not is_whole(cfg.n):
-        raise UserError(f"n: expected a positive whole number, got {cfg.n}")
+    check_whole("n", cfg.n)
     if not isinstance(cfg.temperature, int | float) or not cfg.temperature > 0:
         raise UserError(f"temperature: expected a positive number, got {cfg.temperature}")
     run = Run(cfg)

@@ -24,6 +24,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         done = f"already complete ({summary(record.metrics)}); run.force=true repeats"
         print(f"{relative(run.folder)}: {done}")
         return {name: metric.value for name, metric in record.metrics.items()}
+    run.check_files()
     with run.held():
         if record is not None:
             record = run.add_measures(record) if first_process() else None

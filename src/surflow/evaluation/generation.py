@@ -22,11 +22,18 @@ from surflow.data.module import SPLITS, TensorDataModule
 from surflow.data.pixels import BrokenSamples, as_images, full_range
 from surflow.draws import device_of, full_float32
 from surflow.errors import UserError, check_choice, check_whole, is_whole
-from surflow.evaluation.inception import InceptionFeatures, Unavailable, load_inception_weights
+from surflow.evaluation.inception import (
+    INCEPTION_SHA256,
+    InceptionFeatures,
+    Unavailable,
+    inception_file,
+    load_inception_weights,
+)
 from surflow.evaluation.moments import FeaturePass
 from surflow.evaluation.random_features import RandomFeatures
 from surflow.evaluation.sampling import IMAGE_UNIT, draw_unit, num_units
 from surflow.evaluation.trained import Trained
+from surflow.files import sha256_of
 from surflow.flow import Flow, flow_sha256
 from surflow.metric import Metric
 from surflow.progress import Progress, shown_progress, silent
@@ -133,8 +140,7 @@ class Samples:
         n: images to draw; 0: no such scores. Other options: see :class:`GenerationProtocol`.
         weights: a file of Inception's weights; None: torch-fidelity's own download.
 
-    Raises ValueError for options out of range; UserError for a weights file that is missing or
-    damaged, before anything is trained.
+    Raises ValueError for options out of range.
     """
 
     runtime: ClassVar[frozenset[str]] = frozenset({"batch_size", "weights"})
@@ -157,8 +163,6 @@ class Samples:
         protocol = GenerationProtocol(n or 2, *options, batch_size=batch_size)
         self.protocol = protocol if n else None
         self.weights = weights
-        if n and extractor == InceptionFeatures.name and weights is not None:
-            load_inception_weights(weights)
 
     @property
     def wanted(self) -> dict[str, dict[str, Any]]:
@@ -179,6 +183,14 @@ class Samples:
         if self.protocol is not None and len(data.event_shape) != 3:
             why = f"scores of samples are for images, not data={data.name}"
             raise UserError(f"measures.samples.n: {why}")
+
+    def check_files(self) -> None:
+        """Raise UserError for a weights file that is missing or damaged."""
+        needed = self.protocol is not None and self.protocol.extractor == InceptionFeatures.name
+        if needed and self.weights is not None:
+            file = inception_file(self.weights)
+            if sha256_of(file) != INCEPTION_SHA256:
+                load_inception_weights(self.weights)
 
     def __call__(self, trained: Trained) -> list[Metric]:
         """The scores; the reasons of missing ones go to ``trained.missing``; see :meth:`check`."""

@@ -133,8 +133,8 @@ def coupling_flow(
 
     Source: Nielsen et al. 2020, arXiv 2007.02731, experiments on symmetric data.
     """
-    require_at_least("model", 0, num_couplings=num_couplings)
-    require_at_least("model", 2, features=features)
+    require_at_least("model.", 0, num_couplings=num_couplings)
+    require_at_least("model.", 2, features=features)
     if (rotation is not None or shear is not None) and (support == "unit_box" or features != 2):
         raise ValueError(
             "model.rotation, model.shear: for two features on the whole plane (support real_line "

@@ -80,8 +80,8 @@ def multi_scale_flow(
         ValueError: for sizes that are not positive, an image that cannot be halved so often, or,
             where there are steps, one channel in the first scale.
     """
-    require_at_least("model", 1, num_scales=num_scales)
-    require_at_least("model", 2, num_levels=num_levels)
+    require_at_least("model.", 1, num_scales=num_scales)
+    require_at_least("model.", 2, num_levels=num_levels)
     c, h, w = shape = image_shape(shape, num_scales, num_scales)
     layers: list[Transform] = [Dequantization(num_levels), Affine(shape, shift=-0.5)]
     for scale in range(num_scales):
@@ -146,7 +146,7 @@ def glow(
     >>> tuple(flow.encode(x).shape), tuple(flow.sample(5).shape)
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
-    require_at_least("model", 1, hidden_channels=hidden_channels)
+    require_at_least("model.", 1, hidden_channels=hidden_channels)
 
     def steps(channels: int) -> list[Transform]:
         layers: list[Transform] = []

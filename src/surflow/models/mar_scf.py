@@ -80,8 +80,8 @@ def mar_scf(
     ((2, 24, 2, 2), (5, 3, 8, 8))
     """
     check_choice("model.coupling", coupling, COUPLINGS)
-    require_at_least("model", 1, hidden_channels=hidden_channels)
-    require_at_least("model", 0, num_steps=num_steps)
+    require_at_least("model.", 1, hidden_channels=hidden_channels)
+    require_at_least("model.", 0, num_steps=num_steps)
 
     def affine(channels: int) -> Transform:
         return glow_coupling(channels, hidden_channels, standardise)

@@ -184,9 +184,9 @@ def pool_flow(
     ((2, 12, 2, 2), (5, 3, 8, 8))
     """
     shape = image_shape(shape, num_scales, 0)
-    require_at_least("model", 1, num_scales=num_scales)
-    require_at_least("model", 2, num_levels=num_levels)
-    require_at_least("model", 0, num_steps=num_steps, dequant_steps=dequant_steps)
+    require_at_least("model.", 1, num_scales=num_scales)
+    require_at_least("model.", 2, num_levels=num_levels)
+    require_at_least("model.", 0, num_steps=num_steps, dequant_steps=dequant_steps)
     now = _squeezed(shape)
     check_choice("model.dequantization", dequantization, DEQUANTIZATIONS)
     sizes = (mid_channels, depth, growth, gated, num_blocks)

@@ -354,9 +354,9 @@ def pronf(
     """
     shape = as_shape(shape)
     check_choice("model.chain", chain, CHAINS)
-    require_at_least("model", 2, num_levels=num_levels)
-    require_at_least("model", 1, hidden_channels=hidden_channels, embed_channels=embed_channels)
-    require_at_least("model", 0, num_steps=num_steps)
+    require_at_least("model.", 2, num_levels=num_levels)
+    require_at_least("model.", 1, hidden_channels=hidden_channels, embed_channels=embed_channels)
+    require_at_least("model.", 0, num_steps=num_steps)
     if not level_rates or min(level_rates) <= 0:
         raise ValueError(f"model.level_rates: expected positive numbers, got {list(level_rates)}")
     halvings = _halvings(shape, coarsest)

@@ -103,9 +103,9 @@ def realnvp(
     ((2, 6, 4, 4), (5, 3, 8, 8))
     """
     require_at_least(
-        "model", 1, num_scales=num_scales, mid_channels=mid_channels, num_blocks=num_blocks
+        "model.", 1, num_scales=num_scales, mid_channels=mid_channels, num_blocks=num_blocks
     )
-    require_at_least("model", 2, num_levels=num_levels)
+    require_at_least("model.", 2, num_levels=num_levels)
     if not 0 < alpha < 0.5:
         raise ValueError(f"model.alpha: expected a number in (0, 0.5), got {alpha}")
     check_choice("model.norm", norm, NORMS)

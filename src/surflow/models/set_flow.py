@@ -196,8 +196,8 @@ def set_flow(
     (False, True)
     """
     check_choice("model.order", order, ORDERS)
-    require_at_least("model", 2, num_points=num_points, num_features=num_features)
-    require_at_least("model", 1, num_flows=num_flows)
+    require_at_least("model.", 2, num_points=num_points, num_features=num_features)
+    require_at_least("model.", 1, num_flows=num_flows)
     for name, value in (("width", width), ("softness", softness)):
         if not value > 0:
             raise ValueError(f"model.{name}: expected a positive number, got {value}")

@@ -37,7 +37,7 @@ def vae_flow(
 
     Source: Kingma & Welling 2014, arXiv 1312.6114.
     """
-    require_at_least("model", 1, latent_features=latent_features)
+    require_at_least("model.", 1, latent_features=latent_features)
     first, _ = support_of(features, support, surjection, low, high)
     vae = VAE(
         encoder=DiagonalNormal(latent_features, net=net(features, 2 * latent_features)),

@@ -207,7 +207,7 @@ def vae_of_vectors(
     (torch.Size([5]), torch.Size([5, 6]), True)
     """
     require_at_least(
-        "model", 1, features=features, latent_features=latent_features, num_levels=num_levels
+        "model.", 1, features=features, latent_features=latent_features, num_levels=num_levels
     )
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
     grey, nets = GreyInput(embed, num_levels), (flow_hidden_features, flow_activation)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from surflow.errors import check_whole
 from surflow.training.module import FlowModule
 
 
@@ -115,8 +116,7 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float, every: int = 1) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"callbacks.ema.decay: expected a number in (0, 1), got {decay}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"callbacks.ema.every: expected a positive whole number, got {every}")
+        check_whole("callbacks.ema.every", every)
         # buffers are copied, not averaged: a mean of infinite edges is not a number
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay**every))
         self.every = every

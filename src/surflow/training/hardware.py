@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surflow.errors import UserError, check_choice, is_whole
+from surflow.errors import UserError, check_choice, check_whole, is_whole
 from surflow.memory import MODES
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -25,27 +25,39 @@ def device_of_accelerator(accelerator: str) -> torch.device:
     return torch.device(kind)
 
 
-def check_trainer(trainer: Mapping[str, Any], batch_size: int) -> None:
-    """Refuse a device, a precision or a number of processes that this machine cannot give.
-
-    Args:
-        trainer: Lightning's options.
-        batch_size: training rows a step, over all processes.
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Refuse one of Lightning's options that is out of range on any machine.
 
     Raises:
-        UserError: one line: the key, what is wrong, what would be right.
+        UserError, ValueError: one line: the key, what is wrong, what would be right.
     """
     for key in ("max_epochs", "accumulate_grad_batches", "num_nodes", "log_every_n_steps"):
-        value = trainer.get(key)
-        if not is_whole(value) and (value is not None or key == "max_epochs"):
-            raise UserError(f"trainer.{key}: expected a positive whole number, got {value}")
+        check_whole(f"trainer.{key}", trainer.get(key), null=key != "max_epochs")
     clip = trainer.get("gradient_clip_val")
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise UserError(
             f"trainer.gradient_clip_val: expected a positive number or null, got {clip}"
         )
+    check_choice("trainer.accelerator", trainer.get("accelerator", "auto"), ACCELERATORS, UserError)
+    check_choice("trainer.precision", trainer.get("precision", "32-true"), PRECISIONS, UserError)
+    devices = trainer.get("devices", 1)
+    if not (devices in ("auto", -1) or is_whole(devices)):
+        raise UserError(
+            f"trainer.devices: expected a positive whole number, -1 or auto, got {devices}"
+        )
+
+
+def check_machine(trainer: Mapping[str, Any], batch_size: int) -> None:
+    """Refuse a device, a precision or a number of processes that this machine cannot give.
+
+    Args:
+        trainer: Lightning's options, checked.
+        batch_size: training rows a step, over all processes.
+
+    Raises:
+        UserError: one line: the key, what is wrong, what would be right.
+    """
     accelerator = trainer.get("accelerator", "auto")
-    check_choice("trainer.accelerator", accelerator, ACCELERATORS, UserError)
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
             f"trainer.accelerator={accelerator}: no CUDA device on this machine; "
@@ -55,26 +67,16 @@ def check_trainer(trainer: Mapping[str, Any], batch_size: int) -> None:
         raise UserError(
             "trainer.accelerator=mps: not available on this machine; use trainer.accelerator=cpu"
         )
-    precision = str(trainer.get("precision", "32-true"))
-    check_choice("trainer.precision", precision, PRECISIONS, UserError)
     on_cpu = device_of_accelerator(accelerator).type == "cpu"
-    if precision == "16-mixed" and on_cpu:
+    if trainer.get("precision") == "16-mixed" and on_cpu:
         raise UserError(
             "trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true"
         )
-    _check_devices(trainer, on_cpu, batch_size)
-
-
-def _check_devices(trainer: Mapping[str, Any], on_cpu: bool, batch_size: int) -> None:
     devices = trainer.get("devices", 1)
     if on_cpu and devices == -1:
         raise UserError(
             "trainer.devices=-1: all devices, but there is no accelerator; on a CPU give the "
             "number of processes, such as trainer.devices=2"
-        )
-    if not (devices in ("auto", -1) or is_whole(devices)):
-        raise UserError(
-            f"trainer.devices: expected a positive whole number, -1 or auto, got {devices}"
         )
     there = torch.cuda.device_count()
     if is_whole(devices) and not on_cpu and there and devices > there:
@@ -91,11 +93,10 @@ def check_compute(compute: Mapping[str, Any]) -> None:
     """Refuse an option of the group ``compute`` that is out of range.
 
     Raises:
-        UserError: one line: the key, what is wrong, what would be right.
+        UserError, ValueError: one line: the key, what is wrong, what would be right.
     """
-    threads = compute["threads"]
-    if threads is not None and not is_whole(threads):
-        raise UserError(f"compute.threads: expected a positive whole number or null, got {threads}")
+    check_whole("compute.threads", compute["threads"], null=True)
+    check_whole("compute.finite_check_every", compute["finite_check_every"])
     if compute["compile"] not in ("auto", "nets", True, False):
         raise UserError(
             f"compute.compile: expected auto, nets, true or false, got {compute['compile']!r}"
@@ -104,11 +105,6 @@ def check_compute(compute: Mapping[str, Any]) -> None:
     if compute["channels_last"] not in ("auto", True, False):
         raise UserError(
             f"compute.channels_last: expected auto, true or false, got {compute['channels_last']}"
-        )
-    if not is_whole(compute["finite_check_every"]):
-        raise UserError(
-            "compute.finite_check_every: expected a positive whole number, got "
-            f"{compute['finite_check_every']}"
         )
 
 

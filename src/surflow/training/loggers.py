@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from surflow.files import write_text
 from surflow.flow import Ledger
+
+if TYPE_CHECKING:
+    from surflow.training.run import Run
 
 
 class CSVMetrics(Logger):
@@ -31,7 +34,6 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = ["step", "epoch", *columns]
-        self._pending: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
@@ -85,23 +87,8 @@ def run_name(config: Mapping[str, Any]) -> str:
     return row
 
 
-@dataclass(frozen=True)
-class RunName:
-    """What names a run in a dashboard.
-
-    Attributes:
-        folder: of the run.
-        config: resolved.
-        config_hash: of it.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    config_hash: str
-
-
 def wandb_logger(
-    run: RunName,
+    run: Run,
     project: str = "surflow",
     entity: str | None = None,
     offline: bool = True,
@@ -109,10 +96,11 @@ def wandb_logger(
 ) -> Any:
     """A W&B logger whose run name, group, job type and tags a dashboard can group by.
 
-    The id follows from the config, so that a resumed run continues its W&B run.
+    Its config has every option, also those at their defaults. Each run folder has an id of its own,
+    so that a resumed run continues its W&B run.
 
     Args:
-        run: names it; offline data go to wandb/ in its folder.
+        run: to be logged; offline data go to wandb/ in its folder.
         project, entity: of W&B.
         offline: keep the data here; no account, no network.
         images: log the run's pictures too.
@@ -122,20 +110,21 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = run.config
+    config = run.options
     row, surjection = run_name(config), config["surjection"]["name"]
+    profile = config["profile"]["name"]
     logger = WandbLogger(
         project=project,
         entity=entity,
         offline=offline,
         save_dir=str(run.folder),
-        id=f"{config['profile']['name']}-{run.config_hash}",
+        id=re.sub(r"[^\w.-]", "-", f"{profile}-{config['artefact']}-{row}-{run.hash}"),
         resume="allow",
         name=f"{row}-{config['data']['name']}-seed{config['seed']}",
         group=config["artefact"],
         job_type=row,
-        tags=[config["profile"]["name"], config["data"]["name"], surjection],
-        config=dict(config),
+        tags=[profile, config["data"]["name"], surjection],
+        config=config,
     )
     # Lightning always hands it on, and wandb warns of it
     vars(logger).get("_wandb_init", {}).pop("anonymous", None)
@@ -143,7 +132,7 @@ def wandb_logger(
     return logger
 
 
-def tensorboard_logger(run: RunName) -> Any:
+def tensorboard_logger(run: Run) -> Any:
     """A TensorBoard logger: event files in tensorboard/ of the run's folder."""
     from pytorch_lightning.loggers import TensorBoardLogger
 

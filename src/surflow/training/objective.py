@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from surflow.errors import check_choice, is_whole
+from surflow.errors import check_choice, check_whole, is_whole
 from surflow.flow import Flow
 from surflow.variational import ANNEALED, linear_warm_up
 
@@ -45,10 +45,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         for key in ("num_samples", "eval_samples"):
-            if not is_whole(getattr(self, key), 1):
-                raise ValueError(
-                    f"objective.{key}: expected a positive whole number, got {getattr(self, key)}"
-                )
+            check_whole(f"objective.{key}", getattr(self, key))
         if not is_whole(self.iwbo_samples, 0):
             raise ValueError(
                 "objective.iwbo_samples: expected 0 (no IWBO) or a positive whole number, got "

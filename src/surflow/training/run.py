@@ -24,6 +24,7 @@ from surflow.config import (
     resolved,
     run_dir,
     target_of,
+    with_defaults,
 )
 from surflow.data.module import TensorDataModule
 from surflow.errors import UserError, check_choice, is_whole, named_errors
@@ -39,8 +40,13 @@ from surflow.record import RECORD_NAME, Record, RecordError, lacking, load_recor
 from surflow.training.callbacks import Elapsed
 from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
 from surflow.training.fit import FILES, TRAINER_GIVEN, fit
-from surflow.training.hardware import check_compute, check_trainer, device_of_accelerator
-from surflow.training.loggers import RunName, log_result
+from surflow.training.hardware import (
+    check_compute,
+    check_machine,
+    check_trainer,
+    device_of_accelerator,
+)
+from surflow.training.loggers import log_result
 from surflow.training.objective import Objective
 from surflow.training.origin import commit, origin, peak_memory_mib
 
@@ -61,6 +67,7 @@ class Run:
 
     Args:
         cfg: of ``surflow-train``, or of a command that adds keys to it.
+        here: whether it is to be carried out on this machine, which then must be able to.
 
     Attributes:
         config: resolved, as plain containers.
@@ -76,15 +83,15 @@ class Run:
         UserError: for a config that cannot be meant, before a file is read.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, here: bool = True) -> None:
         self.times = Elapsed()
         self.config = resolved(cfg)
-        check_options(self.config, GIVEN | {"model": self.builder_takes.given})
+        check_options(self.config, self._given)
         self._check_plain_keys()
         self.seed: int = self.config["seed"]
         self.objective: Objective = build(self.config["objective"])
         self.data: TensorDataModule = build(self.config["data"], seed=self.seed)
-        check_trainer(self.config["trainer"], self.data.batch_size)
+        check_trainer(self.config["trainer"])
         check_compute(self.config["compute"])
         self.measures = {
             name: measure
@@ -99,10 +106,30 @@ class Run:
         self.hash = config_hash(self.config)
         self.folder = run_dir(cfg)
         self.device = device_of_accelerator(self.config["trainer"].get("accelerator", "auto"))
-        if self.config["compute"]["threads"] is not None:
-            torch.set_num_threads(self.config["compute"]["threads"])
+        if here:
+            check_machine(self.config["trainer"], self.data.batch_size)
+            if self.config["compute"]["threads"] is not None:
+                torch.set_num_threads(self.config["compute"]["threads"])
 
     # Checks -----------------------------------------------------------------------------------
+
+    @property
+    def _given(self) -> dict[str, tuple[str, ...]]:
+        return GIVEN | {"model": self.builder_takes.given}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The config with the options that it leaves at the defaults of their targets."""
+        return with_defaults(self.config, self._given)
+
+    def check_files(self) -> None:
+        """Look at the files that measures need, before anything is trained.
+
+        Raises:
+            UserError: for one that is missing or damaged.
+        """
+        for measure in self.measures.values():
+            getattr(measure, "check_files", lambda: None)()
 
     def _check_plain_keys(self) -> None:
         seed, weights = self.config["seed"], self.config["weights"]
@@ -200,20 +227,17 @@ class Run:
         if self.config["weights"]["source"] is not None:
             if checkpoint is not None:
                 raise UserError("checkpoint: not with weights.source; leave one of them out")
-            return self._released_flow()
-        path = Path(checkpoint) if checkpoint else self.folder / f"{self.objective.scored}.ckpt"
-        state = load_checkpoint(path)
-        check_same_run(state, self.hash, self.data_digest(), relative(path))
-        flow = self.build_flow()
-        flow.load_state_dict(flow_state(state))
-        return flow.to(self.device).eval(), path
-
-    def _released_flow(self) -> tuple[Flow, Path]:
-        path, flow = self.weights_file, self.build_flow()
-        try:
-            load_official(flow, read_tensors(path))
-        except ValueError as error:
-            raise UserError(f"weights.path: {relative(path)}: {error}") from error
+            path, flow = self.weights_file, self.build_flow()
+            try:
+                load_official(flow, read_tensors(path))
+            except ValueError as error:
+                raise UserError(f"weights.path: {relative(path)}: {error}") from error
+        else:
+            path = Path(checkpoint) if checkpoint else self.folder / f"{self.objective.scored}.ckpt"
+            state = load_checkpoint(path)
+            check_same_run(state, self.hash, self.data_digest(), relative(path))
+            flow = self.build_flow()
+            flow.load_state_dict(flow_state(state))
         return flow.to(self.device).eval(), path
 
     @property
@@ -232,17 +256,22 @@ class Run:
 
     # The record -------------------------------------------------------------------------------
 
+    def own_record(self) -> Record | None:
+        """The complete record of exactly this config; None if there is none."""
+        try:
+            record = load_record(self.folder)
+        except RecordError:
+            return None
+        return record if record.status == "complete" and record.config_hash == self.hash else None
+
     def complete_record(self) -> Record | None:
         """The record of this run, finished by an earlier process; None if there is none.
 
         Raises:
             UserError: where the data or the released weights are no longer those of the record.
         """
-        try:
-            record = load_record(self.folder)
-        except RecordError:
-            return None
-        if record.status != "complete" or record.config_hash != self.hash:
+        record = self.own_record()
+        if record is None:
             return None
         if self.config["weights"]["path"] is not None:
             if sha256_of(self.weights_file) != record.weights.get("sha256"):
@@ -269,6 +298,12 @@ class Run:
                 "run.force=true trains on what is there now, another run.root keeps both"
             )
 
+    @property
+    def wanted(self) -> dict[str, Mapping[str, Any]]:
+        """The protocol of every metric whose measure tells one, by name."""
+        told = [getattr(measure, "wanted", {}) for measure in self.measures.values()]
+        return {name: protocol for of_measure in told for name, protocol in of_measure.items()}
+
     def missing_measures(self, record: Record) -> dict[str, Any]:
         """The measures with a metric that a record lacks, or has by other options or under another
         protocol.
@@ -292,34 +327,30 @@ class Run:
         if not first_process():
             yield
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.folder / ".lock", wait=False)
-            lock.__enter__()
-        except BlockingIOError:
-            raise UserError(
-                f"{relative(self.folder)}: another process is training this run; wait for it, or "
-                "change seed or run.root"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"run.root: cannot write to {relative(self.folder)} ({error.strerror}); choose a "
-                "folder that can be written to: run.root=<folder>"
-            ) from None
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder / ".lock", wait=False))
+            except BlockingIOError:
+                raise UserError(
+                    f"{relative(self.folder)}: another process is training this run; wait for it, "
+                    "or change seed or run.root"
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"run.root: cannot write to {relative(self.folder)} ({error.strerror}); choose "
+                    "a folder that can be written to: run.root=<folder>"
+                ) from None
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     @cached_property
     def loggers(self) -> list[Any]:
         """The loggers that the config names; metrics.csv is written without them."""
-        name = RunName(self.folder, self.config, self.hash)
         made = []
         for node in (self.config["logger"] or {}).values():
             if node and "run" in options_of(target_of(node))[0]:
                 # not through Hydra, which would build the nodes of the config in it
-                made.append(build({**node, "_partial_": True})(run=name))
+                made.append(build({**node, "_partial_": True})(run=self))
             elif node:
                 made.append(build(node))
         return made
