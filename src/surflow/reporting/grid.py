@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surflow.reporting.spec import ColumnSpec, TableSpec
+from surflow.reporting.statistics import LEVEL
 from surflow.reporting.table import NO_SUCH_NUMBER, Cell, Table, column_floor, distinct, protocol_of
 from surflow.reporting.text import (
     bullets,
@@ -20,6 +21,7 @@ from surflow.reporting.text import (
     short_digests,
     titled,
 )
+from surflow.reporting.verdicts import FEWEST, ordering_verdict
 
 NUMBERS = ("published", "ours", "std", "delta", "floor")
 CSV_FIELDS = ("row", "column", "metric", "unit", "estimator", *NUMBERS)
@@ -27,32 +29,24 @@ CSV_FIELDS += ("verdict", "seeds", "profile", "commit")
 
 
 def ordering_lines(table: Table) -> list[str]:
-    """One line for each claimed ordering: does it hold, column by column?"""
+    """One line for each claimed ordering: does it hold, column by column? Each metric once."""
     labels = {row.name: row.label for row in table.spec.rows}
+    shown = {(column.metric, column.data): column for column in table.spec.columns}
     lines = []
     for ordering in table.spec.orderings:
-        parts, held, checked = [], 0, 0
-        for column in table.spec.columns:
-            better = table.cells[ordering.better, column.name].ours
-            worse = table.cells[ordering.worse, column.name].ours
-            if better is None or worse is None:
-                parts.append(f"{column.label} not checked")
-                continue
-            holds = column.worse_by(better, worse) < 0
-            checked, held = checked + 1, held + holds
-            sign = "<" if better < worse else ">" if better > worse else "="
-            word = "holds" if holds else "FAILS"
-            shown = f"{better:.{column.digits}f} {sign} {worse:.{column.digits}f}"
-            parts.append(f"{column.label} {word} ({shown})")
-        claim = f"{labels[ordering.better]} better than {labels[ordering.worse]}"
-        count = f"holds in {held} of {checked} checked columns" if checked else "not checked"
-        lines.append(f"{claim}: {count}. {'; '.join(parts)}.")
+        better, worse = ordering.better, ordering.worse
+        parts = [
+            f"{column.label} "
+            + ordering_verdict(table.cells[better, column.name], table.cells[worse, column.name])
+            for column in shown.values()
+        ]
+        lines.append(f"{labels[better]} better than {labels[worse]}: {'; '.join(parts)}.")
     return lines
 
 
 def _fields(table: Table, cell: Cell) -> dict[str, str]:
     """The fields of `CSV_FIELDS` for one cell, as text."""
-    digits = cell.column.digits
+    digits = cell.digits
     return {
         "row": cell.row.name,
         "column": cell.column.name,
@@ -78,7 +72,7 @@ def render_csv(table: Table) -> str:
 
 def cell_text(cell: Cell, wanted: int) -> str:
     """A cell as a person reads it: ours ± std (published)."""
-    digits = cell.column.digits
+    digits = cell.digits
     published = ""
     if cell.published is not None:
         published = f"({number(cell.published, cell.column.published_digits)})"
@@ -88,7 +82,7 @@ def cell_text(cell: Cell, wanted: int) -> str:
         text = cell.verdict.partition(":")[0]  # the reason stands in the long table
     else:
         text = number(cell.ours, digits)
-        text += "" if cell.std is None else f" ± {number(cell.std, digits)}"
+        text += "" if cell.spread is None else f" ± {number(cell.spread, digits)}"
         text += " bound" if cell.kind == "bound" else ""
         text += f" [{len(cell.seeds)} of {wanted} seeds]" if len(cell.seeds) < wanted else ""
     return f"{text} {published}".rstrip()
@@ -97,8 +91,11 @@ def cell_text(cell: Cell, wanted: int) -> str:
 def _first_lines(table: Table) -> list[str]:
     """What a reader must know of the profile before the first number."""
     seeds = " ".join(str(seed) for seed in table.seeds)
-    told = bool(table.spec.published)
-    full = "budgets and data as published" if told else "the full budget; nothing is published"
+    full = "budgets and data as published"
+    if not table.spec.published:
+        full = "the full budget; nothing is published"
+    elif any(setting.ours is not None for setting in table.spec.settings):
+        full = "the full budget; the settings below differ from the published ones"
     first = f"**Profile `{table.profile}`**" + (
         f": {full}. Seeds: {seeds}."
         if table.profile == "paper"
@@ -115,7 +112,9 @@ def _first_lines(table: Table) -> list[str]:
 def _legend(table: Table) -> list[str]:
     """What the cells show: one line, or a line a column where columns have metrics of their own."""
     spec = table.spec
-    spread = " ± sample standard deviation over the seeds" if len(table.seeds) > 1 else ""
+    spread = " ± sample standard deviation over the seeds"
+    if len(table.seeds) == 1:
+        spread = " ± standard error over test points, which is no spread of trainings"
     cell = f"Each cell: ours{spread} (published)."
     if spec.one_metric:
         return [f"`{spec.metric}` in {spec.unit}, {spec.direction} is better. {cell}"]
@@ -190,13 +189,18 @@ def _conditions(table: Table) -> list[str]:
     ]
 
 
+def _deviations(table: Table) -> list[str]:
+    """The settings of each row that are not the published ones; those that decide a number."""
+    lines = []
+    for row in table.spec.rows:
+        for setting in table.spec.deviations(row.name):
+            where = ", ".join(c.label for c in table.spec.columns if c.name in setting.columns)
+            place = f"{row.label}{f' ({where})' if where else ''}"
+            lines.append(f"{place}: {setting.text}{' (decides)' if setting.matters else ''}")
+    return lines
+
+
 def _every_cell(table: Table) -> list[str]:
-    spec = table.spec
-    tolerances = distinct(column.tolerance for column in spec.columns)
-    most = f"{tolerances[0]:.3f} {spec.unit} at most"
-    if not spec.one_metric or len(tolerances) > 1:
-        each = (f"{c.label} {c.tolerance:g}" for c in spec.columns)
-        most = f"its column's tolerance at most ({', '.join(each)})"
     long = []
     for cell in table.cells.values():
         digits = cell.column.published_digits
@@ -205,8 +209,10 @@ def _every_cell(table: Table) -> list[str]:
     flush = [CSV_FIELDS.index(field) for field in NUMBERS]
     return [
         "## Every cell",
-        f"`delta` is ours − published. `reproduced` allows ours to be worse by {most}; a quoted "
-        "value is never the basis of a verdict.",
+        f"`delta` is ours − published. `reproduced`: the published value lies in the {LEVEL:.0%} "
+        "prediction interval for one more run of ours (t, s √(1 + 1/n)), widened by the rounding "
+        f"of the published digits; fewer than {FEWEST} seeds decide nothing. A quoted value is "
+        "never the basis of a verdict.",
         markdown_grid([*CSV_FIELDS, "quoted"], long, flush),
         *_left_out(table),
     ]
@@ -263,7 +269,9 @@ def render_markdown(
     if spec.orderings:
         said = f" (profile {table.profile}: says nothing about the publication)"
         caution = "" if table.profile == "paper" else said
-        blocks += [f"Orderings{caution}:", bullets(ordering_lines(table))]
+        how = f"mean difference, paired by seed, and its {LEVEL:.0%} interval"
+        blocks += [f"Orderings ({how}){caution}:", bullets(ordering_lines(table))]
+    blocks += titled("Settings that are not the published ones:", _deviations(table))
     blocks += titled("Warnings:", table.warnings)
     blocks += [*figure_links(figures), *_every_cell(table), *_run_facts(table)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"

@@ -41,9 +41,9 @@ class RowSpec:
 class ColumnSpec:
     """One dataset, or one metric of it, and the overrides that select it.
 
-    `tolerance` is in `unit`; `unit` None takes that of the records. `digits` are the decimals of
-    our values, `published_digits` those of published ones. The column is there under `profiles`,
-    and is about `rows` alone where it names any: other models have no such number.
+    `unit` None takes that of the records. `digits` are the decimals of our values,
+    `published_digits` those of published ones. The column is there under `profiles`, and is about
+    `rows` alone where it names any: other models have no such number.
     """
 
     name: str
@@ -52,7 +52,6 @@ class ColumnSpec:
     metric: str = ""
     unit: str | None = None
     direction: str = "lower"
-    tolerance: float = 0.0
     digits: int = 3
     published_digits: int = 3
     profiles: tuple[str, ...] = PROFILES
@@ -101,11 +100,37 @@ class Ordering:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A published setting: a key of the config, or words, for some rows and columns (empty: all).
+
+    `ours` None says that ours is the same; else this is a deviation. One that `matters` decides the
+    number: it is then not compared with the published one.
+    """
+
+    setting: str
+    published: Any
+    ours: Any = None
+    matters: bool = False
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def applies(self, row: str, column: str | None = None) -> bool:
+        """Whether it is of a row, in a column or in any."""
+        here = column is None or not self.columns or column in self.columns
+        return here and (not self.rows or row in self.rows)
+
+    @property
+    def text(self) -> str:
+        """Both values, as a line under the table."""
+        return f"{self.setting}: published {self.published}, ours {self.ours}"
+
+
+@dataclass(frozen=True)
 class TableSpec:
     """The content of one `table.yaml`.
 
     Attributes:
-        metric, unit, direction, tolerance: what columns without their own take.
+        metric, unit, direction: what columns without their own take.
         runs: the artefact whose runs fill the cells: its own, or that of another table that reads
             other metrics of the same runs.
         layout: "grid" (a cell a number) or "bounds" (a row a model: bounds and the likelihood).
@@ -118,13 +143,13 @@ class TableSpec:
     metric: str | None
     unit: str | None
     direction: str | None
-    tolerance: float | None
     rows: tuple[RowSpec, ...]
     columns: tuple[ColumnSpec, ...]
     sources: dict[str, str]
     published: tuple[Quote, ...] = ()
     quoted: tuple[Quote, ...] = ()
     orderings: tuple[Ordering, ...] = ()
+    settings: tuple[Setting, ...] = ()
     notes: tuple[str, ...] = ()
     layout: str = "grid"
     runs: str = ""
@@ -134,6 +159,10 @@ class TableSpec:
     def one_metric(self) -> bool:
         """Whether every column shows the table's own metric."""
         return all(column.metric == self.metric for column in self.columns)
+
+    def deviations(self, row: str, column: str | None = None) -> tuple[Setting, ...]:
+        """The settings of a row, in a column or in any, that are not the published ones."""
+        return tuple(s for s in self.settings if s.ours is not None and s.applies(row, column))
 
     @property
     def own_data(self) -> bool:
@@ -178,7 +207,6 @@ _MEASURE = {
     "metric": lambda fields: fields.text("metric"),
     "unit": lambda fields: fields.text("unit"),
     "direction": lambda fields: fields.word("direction", DIRECTIONS),
-    "tolerance": lambda fields: fields.number("tolerance", least=0),
 }
 """What a column has of its own, or takes from the table."""
 
@@ -186,6 +214,7 @@ _TABLE_KEYS = tuple(f.name for f in dataclasses.fields(TableSpec) if f.name != "
 _ROW_KEYS = tuple(f.name for f in dataclasses.fields(RowSpec))
 _COLUMN_KEYS = tuple(f.name for f in dataclasses.fields(ColumnSpec))
 _QUOTE_KEYS = tuple(f.name for f in dataclasses.fields(Quote))
+_SETTING_KEYS = tuple(f.name for f in dataclasses.fields(Setting))
 _ORDERING_KEYS = tuple(f.name for f in dataclasses.fields(Ordering))
 
 
@@ -226,6 +255,7 @@ def load_spec(path: str | Path) -> TableSpec:
         published=_quotes(top, "published", names, sources),
         quoted=_quotes(top, "quoted", names, sources),
         orderings=_orderings(top, [row.name for row in rows if row.experiment]),
+        settings=_settings(top, names),
         notes=tuple(note.strip() for note in top.texts("notes")),
         layout=top.word("layout", LAYOUTS, TableSpec.layout),
         runs=top.text("runs", artefact),
@@ -331,6 +361,22 @@ def _quotes(
             raise fields.error(f"repeats cell {' / '.join(cell)}; give each cell once")
         found[cell] = quote
     return tuple(found.values())
+
+
+def _settings(top: Fields, names: dict[str, list[str]]) -> tuple[Setting, ...]:
+    settings = []
+    for fields in top.items("settings", _SETTING_KEYS):
+        if fields.content.get("published") is None:
+            raise fields.error("needs 'published', the published value")
+        if fields.flag("matters", False) and fields.content.get("ours") is None:
+            raise fields.error("'matters' needs 'ours', the value that differs")
+        places = {
+            f"{what}s": fields.texts(f"{what}s", known) if f"{what}s" in fields else ()
+            for what, known in names.items()
+        }
+        setting = fields.text("setting")
+        settings.append(Setting(**{**fields.content, "setting": setting, **places}))
+    return tuple(settings)
 
 
 def _orderings(top: Fields, rows: Sequence[str]) -> tuple[Ordering, ...]:

@@ -61,6 +61,18 @@ class Cell:
         return distinct(record.short_commit for record in self.records)
 
     @property
+    def digits(self) -> int:
+        """The decimals of `ours`: a mean of whole numbers is none itself."""
+        return max(self.column.digits, int(len(self.records) > 1))
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; of one seed, the standard error over test points."""
+        if len(self.records) == 1:
+            return self.metrics[0].standard_error
+        return self.std
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         """The column's metric of each record."""
         return tuple(record.metrics[self.column.metric] for record in self.records)

@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from surflow.record import Record, protocol_value
 from surflow.reporting.spec import ColumnSpec, RowSpec
+from surflow.reporting.statistics import Interval, of_one_more, paired_difference
 from surflow.reporting.table import Cell
 from surflow.reporting.text import describe
 
-_SLACK = 1e-9  # float noise allowed at the edge of a tolerance, in the unit of the metric
+_SLACK = 1e-9  # float noise allowed at the edge of an interval, in the unit of the metric
+
+FEWEST = 5
+"""Seeds that a verdict on a training needs."""
 
 
-def verdict_of(cell: Cell, profile: str, wanted: int) -> str:
-    """The verdict on a cell that has a number, from some of the `wanted` seeds."""
+def verdict_of(cell: Cell, profile: str, wanted: int, matters: Sequence[str] = ()) -> str:
+    """The verdict on a cell that has a number, from some of the `wanted` seeds.
+
+    Args:
+        matters: settings of the cell that differ from the published ones and decide the number.
+    """
     released = "released weights: " if any(record.weights for record in cell.records) else ""
     if profile != "paper":
         return f"{released}not a reproduction (profile {profile})"
     done = len(cell.records)
     seeds = "" if done == wanted else f"{done} of {wanted} seeds: "
-    return seeds + released + _comparison(cell)
+    if cell.published is None:
+        return seeds + released + _target(cell)
+    if matters and not released:
+        return f"{seeds}not comparable: {', '.join(matters)}"
+    return seeds + released + _comparison(cell, bool(released))
 
 
-def _comparison(cell: Cell) -> str:
-    """Our number against the published one, or, where a row has a target, against the floor."""
+def _comparison(cell: Cell, released: bool) -> str:
+    """The published number against the interval for one more run of ours.
+
+    Released weights have no spread of trainings: their interval is two standard errors wide.
+    """
+    column = cell.column
+    worse = column.worse_by(cell.ours, cell.published)
+    gap = f"{'worse' if worse > 0 else 'better'} by {abs(worse):.{column.digits}f}"
+    values = [metric.value for metric in cell.metrics]
+    interval = of_one_more(values)
+    if released:
+        error = 2 * max(metric.standard_error or 0.0 for metric in cell.metrics)
+        interval = Interval(cell.ours, cell.ours - error, cell.ours + error, len(values))
+    elif len(values) < FEWEST:
+        return f"too few seeds ({len(values)}): {gap}"
+    rounding = 0.5 * 10.0**-column.published_digits + _SLACK
+    if interval.low - rounding <= cell.published <= interval.high + rounding:
+        return "reproduced"
+    what = "within two standard errors" if released else "one more run"
+    return f"differs: {gap} ({what}: {interval.text(column.digits)})"
+
+
+def _target(cell: Cell) -> str:
+    """Our number against the floor, where a row has a target above it."""
     column, target = cell.column, cell.row.target_above_floor
-    if cell.published is not None:
-        worse = column.worse_by(cell.ours, cell.published)
-        if worse > column.tolerance + _SLACK:
-            return f"worse by {worse:.{column.digits}f}"
-        same = worse >= -column.tolerance - _SLACK
-        return "reproduced" if same else f"reproduced, better by {-worse:.{column.digits}f}"
     if target is None:
         return "published value not available"
     if cell.floor is None:
@@ -41,6 +69,28 @@ def _comparison(cell: Cell) -> str:
     if above <= target + _SLACK:
         return f"within {target:.{column.digits}f} of the floor"
     return f"{above:.{column.digits}f} above the floor, target {target:.{column.digits}f}"
+
+
+def ordering_verdict(better: Cell, worse: Cell) -> str:
+    """Whether one row beats another in a column: the difference, paired by seed.
+
+    Returns:
+        "holds" or "fails" where the interval leaves zero out, else "not decided", with the numbers.
+    """
+    column = better.column
+    one, other = (
+        {record.seed: metric.value for record, metric in zip(c.records, c.metrics, strict=True)}
+        for c in (better, worse)
+    )
+    interval = paired_difference(one, other)
+    if interval is None:
+        return "not checked"
+    shown = f"{interval.mean:+.{column.digits}f}"
+    if interval.count < 2:
+        return f"not decided ({shown}, one seed)"
+    low, high = sorted(column.worse_by(end, 0.0) for end in (interval.low, interval.high))
+    word = "holds" if high < 0 else "fails" if low > 0 else "not decided"
+    return f"{word} ({shown}, {interval.text(column.digits, sign=True)}, {interval.count} seeds)"
 
 
 @dataclass(frozen=True, order=True)
