@@ -29,7 +29,6 @@ title: Toy
 metric: test/true_nll_nats
 unit: nats
 direction: lower
-tolerance: 0.0
 layout: bounds
 rows:
   - {name: loose, label: Loose, experiment: toy/loose}

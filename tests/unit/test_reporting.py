@@ -2,14 +2,18 @@
 
 import csv
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
+import yaml
 
 from surflow.files import write_json, write_text
 from surflow.record import RecordError, find_records, load_record, load_records
@@ -19,6 +23,7 @@ from surflow.reporting.figures.layout import run_files
 from surflow.reporting.filling import build_table
 from surflow.reporting.grid import ordering_lines, render_csv, render_markdown
 from surflow.reporting.spec import load_spec
+from surflow.reporting.statistics import of_mean, of_one_more, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNTHETIC = ROOT / "experiments" / "synthetic" / "table.yaml"
@@ -221,18 +226,13 @@ def test_committed_table_holds_the_published_values():
     ]
     assert [row.target_above_floor for row in spec.rows] == [None, None, 0.01]
     assert [c.overrides for c in spec.columns] == [(f"data={c.name}",) for c in spec.columns]
-    assert (spec.metric, spec.unit, spec.direction, spec.tolerance) == (
-        METRIC,
-        "nats",
-        "lower",
-        0.03,
-    )
+    assert (spec.metric, spec.unit, spec.direction) == (METRIC, "nats", "lower")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tolerance: 0.03", "tolerence: 0.03\ntolerance: 0.03", "unknown key 'tolerence'"),
+        ("unit: nats", "units: nats\nunit: nats", "unknown key 'units'"),
         ("label: Flow,", "label: Flow, colour: red,", r"rows\[0\] unknown key 'colour'"),
         (
             "direction: lower",
@@ -240,9 +240,19 @@ def test_committed_table_holds_the_published_values():
             "field 'direction' must be one of lower, higher, got str 'down'",
         ),
         (
-            "tolerance: 0.03",
-            "tolerance: -1",
-            "field 'tolerance' must be a finite number, 0 or more, got int -1",
+            "orderings:",
+            "settings: [{setting: optimizer.lr}]\norderings:",
+            r"settings\[0\] needs 'published', the published value",
+        ),
+        (
+            "orderings:",
+            "settings: [{setting: optimizer.lr, published: 1, matters: true}]\norderings:",
+            r"settings\[0\] 'matters' needs 'ours', the value that differs",
+        ),
+        (
+            "orderings:",
+            "settings: [{setting: epochs, published: 1, ours: 2, rows: [nobody]}]\norderings:",
+            r"settings\[0\]\.rows' must be a list of some of flow, .*, got str 'nobody'",
         ),
         (
             "value: 3.19, source: paper",
@@ -284,21 +294,55 @@ def test_table_yaml_is_read_strictly(tmp_path, old, new, message):
 # ----------------------------------------------------------------------------------- verdicts
 
 
+SEEDS = tuple(range(5))
+NEAR = (-0.001, 0.0, 0.001, 0.0005, -0.0005)  # s = 7.906e-4, t = 2.776: one more run +- 0.0024
+
+
+def put_around(root, value, **changes):
+    for seed, gap in zip(SEEDS, NEAR, strict=True):
+        put(root, value + gap, seed=seed, **changes)
+
+
 @pytest.mark.parametrize(
     ("value", "verdict"),
     [
-        (3.22, "reproduced"),  # 3.22 - 3.19 is 0.03 and float noise
-        (3.16, "reproduced"),
-        (3.0, "reproduced, better by 0.190"),
-        (3.2201, "worse by 0.030"),
-        (3.23, "worse by 0.040"),
+        (3.19, "reproduced"),
+        (3.19 + 0.0024 + 0.0049, "reproduced"),  # the published digits are rounded by 0.005
+        (3.19 - 0.0024 - 0.0049, "reproduced"),
+        (3.19 + 0.0024 + 0.0055, "differs: worse by 0.008 (one more run: 3.195 to 3.200)"),
+        (3.25, "differs: worse by 0.060 (one more run: 3.248 to 3.252)"),
+        (3.0, "differs: better by 0.190 (one more run: 2.998 to 3.002)"),
     ],
 )
-def test_verdict_at_the_edge_of_the_tolerance(tmp_path, value, verdict):
-    put(tmp_path, value)
-    cell = corners(tmp_path)
+def test_a_verdict_is_a_prediction_interval(tmp_path, value, verdict):
+    put_around(tmp_path, value)
+    cell = corners(tmp_path, seeds=SEEDS)
     assert cell.verdict == verdict
     assert cell.delta == pytest.approx(value - 3.19)
+
+
+def test_the_interval_is_that_of_scipy():
+    values = [3.1, 3.2, 3.4, 3.3, 3.25]
+    interval = of_one_more(values)
+    wide = statistics.stdev(values) * math.sqrt(1.2)
+    expected = scipy.stats.t.interval(0.95, 4, loc=3.25, scale=wide)
+    assert (interval.low, interval.high) == pytest.approx(expected)
+    assert interval.low == pytest.approx(3.25 - 0.340043, abs=1e-6)
+    scale = statistics.stdev(values) / math.sqrt(5)
+    expected = scipy.stats.t.interval(0.95, 4, loc=3.25, scale=scale)
+    assert (of_mean(values).low, of_mean(values).high) == pytest.approx(expected)
+    assert (of_mean([1.0]).low, of_mean([1.0]).high) == (-math.inf, math.inf)
+    one, other = dict(enumerate(values)), {1: 3.1, 3: 3.1, 4: 3.1, 9: 0.0}
+    test = scipy.stats.ttest_rel([3.2, 3.3, 3.25], [3.1, 3.1, 3.1]).confidence_interval()
+    paired = paired_difference(one, other)
+    assert (paired.low, paired.high) == pytest.approx(tuple(test))
+    assert (paired.mean, paired.count) == (pytest.approx(0.15), 3)
+    assert paired_difference(one, {7: 1.0}) is None
+
+
+def test_few_seeds_decide_nothing(tmp_path):
+    put_around(tmp_path, 3.18)
+    assert corners(tmp_path, seeds=SEEDS[:4]).verdict == "too few seeds (4): better by 0.010"
 
 
 def test_verdict_where_higher_is_better(tmp_path):
@@ -307,12 +351,51 @@ def test_verdict_where_higher_is_better(tmp_path):
     path.write_text(text.replace("target_above_floor", "# target_above_floor"), encoding="utf-8")
     spec = load_spec(path)
     for value, verdict in (
-        (3.16, "reproduced"),
-        (3.15, "worse by 0.040"),
-        (4.0, "reproduced, better by 0.810"),
+        (3.19, "reproduced"),
+        (3.15, "differs: worse by 0.040 (one more run: 3.148 to 3.152)"),
+        (4.0, "differs: better by 0.810 (one more run: 3.998 to 4.002)"),
     ):
-        put(tmp_path, value)
-        assert corners(tmp_path, spec=spec).verdict == verdict
+        put_around(tmp_path, value)
+        assert corners(tmp_path, spec=spec, seeds=SEEDS).verdict == verdict
+
+
+def with_settings(tmp_path, *lines):
+    """The table of the 2-D data with other settings than its own."""
+    content = yaml.safe_load(SYNTHETIC.read_text(encoding="utf-8"))
+    content["settings"] = [yaml.safe_load(line) for line in lines]
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_spec(path)
+
+
+def test_settings_that_are_not_the_published_ones(tmp_path):
+    spec = with_settings(
+        tmp_path,
+        "{setting: optimizer.lr, published: 0.001}",
+        "{setting: trainer.max_epochs, published: 10, ours: 5, rows: [flow], columns: [corners],"
+        " matters: true}",
+        "{setting: clamp, published: 1.0e-6, ours: none, rows: [abs_flow]}",
+    )
+    put_around(tmp_path, 3.19)
+    put_around(tmp_path, 3.03, row="abs_flow")
+    put_around(tmp_path, 3.44, data="four_circles")
+    table = fill(tmp_path, seeds=SEEDS, spec=spec)
+    verdicts = {key: cell.verdict for key, cell in table.cells.items() if cell.records}
+    assert verdicts == {
+        ("flow", "corners"): "not comparable: trainer.max_epochs: published 10, ours 5",
+        ("flow", "four_circles"): "reproduced",
+        ("abs_flow", "corners"): "reproduced",
+    }
+    text = render_markdown(table, command="make")
+    assert (
+        "Settings that are not the published ones:\n\n"
+        "- Flow (Corners): trainer.max_epochs: published 10, ours 5 (decides)\n"
+        "- AbsFlow: clamp: published 1e-06, ours none\n"
+    ) in text
+    assert "as published" not in text
+    same = with_settings(tmp_path, "{setting: optimizer.lr, published: 0.001}")
+    text = render_markdown(fill(tmp_path, seeds=SEEDS, spec=same), command="make")
+    assert "budgets and data as published" in text and "not the published ones" not in text
 
 
 @pytest.mark.parametrize(
@@ -357,9 +440,14 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert cell.ours == pytest.approx(3.2333333, abs=1e-6)
     assert cell.std == pytest.approx(0.1527525, abs=1e-6)  # sample: divided by n - 1
     assert cell.seeds == (0, 1, 2)
-    assert cell.verdict == "worse by 0.043"
-    assert corners(tmp_path, seeds=(0,)).std is None
-    assert corners(tmp_path, seeds=(0, 7)).verdict == "1 of 2 seeds: reproduced, better by 0.090"
+    assert cell.spread == cell.std
+    assert cell.verdict == "too few seeds (3): worse by 0.043"
+    one = corners(tmp_path, seeds=(0,))
+    assert (one.std, one.spread) == (None, 0.003)  # of test points
+    text = render_markdown(fill(tmp_path), command="make")
+    assert "| 3.100 ± 0.003 (3.19) |" in text and "which is no spread of trainings" in text
+    found = corners(tmp_path, seeds=(0, 7)).verdict
+    assert found == "1 of 2 seeds: too few seeds (1): better by 0.090"
 
 
 # ----------------------------------------------------------------------------------- refusals
@@ -368,7 +456,7 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
 def test_cell_without_a_record_is_not_run(tmp_path):
     cell = corners(tmp_path)
     assert (cell.verdict, cell.ours, cell.published) == ("not run", None, 3.19)
-    assert "| not run (3.190) |" in render_markdown(fill(tmp_path), command="make")
+    assert "| not run (3.19) |" in render_markdown(fill(tmp_path), command="make")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +484,7 @@ def test_refusals_beside_good_records(tmp_path):
     put(tmp_path, 1.0, seed=2)  # not asked for
     cell = corners(tmp_path, seeds=(0, 1))
     assert cell.ours == 3.2
-    assert cell.verdict == "1 of 2 seeds: reproduced"
+    assert cell.verdict == "1 of 2 seeds: too few seeds (1): worse by 0.010"
     assert cell.refusals == ("seed 1: run failed, not complete",)
 
 
@@ -410,7 +498,7 @@ def test_broken_records_spare_the_rest_of_the_table(tmp_path):
     diverged.write_text(json.dumps(content(float("nan"), row="abs_flow")))
     assert [isinstance(item, RecordError) for item in load_records(tmp_path)] == [True, False, True]
     table = fill(tmp_path)
-    assert table.cells["flow", "corners"].verdict == "reproduced"
+    assert table.cells["flow", "corners"].verdict == "too few seeds (1): worse by 0.010"
     refused = table.cells["abs_flow", "corners"]
     assert refused.ours is None
     assert refused.verdict == (
@@ -434,7 +522,7 @@ def test_kinds_never_mix_in_one_cell(tmp_path):
         fill(tmp_path, seeds=(0, 1))
     table = fill(tmp_path, seeds=(1,))
     assert table.cells["flow", "corners"].estimator == "bound: ELBO, mean over 1000 test points"
-    assert "| 3.200 bound (3.190) |" in render_markdown(table, command="make")
+    assert "| 3.200 ± 0.003 bound (3.19) |" in render_markdown(table, command="make")
 
 
 def test_a_density_below_the_entropy_and_mixed_commits_are_warned_of(tmp_path):
@@ -447,14 +535,23 @@ def test_a_density_below_the_entropy_and_mixed_commits_are_warned_of(tmp_path):
 
 
 def test_orderings(tmp_path):
-    put(tmp_path, 3.2)
-    put(tmp_path, 3.0, row="abs_flow")
-    put(tmp_path, 3.0, data="four_circles")
-    put(tmp_path, 3.1, row="abs_flow", data="four_circles")
-    assert ordering_lines(fill(tmp_path)) == [
-        "AbsFlow better than Flow: holds in 1 of 2 checked columns. Checkerboard not checked; "
-        "Corners holds (3.000 < 3.200); Gaussians not checked; Circles FAILS (3.100 > 3.000)."
+    for seed in (0, 1, 2):
+        put(tmp_path, 3.2 + 0.1 * seed, seed=seed)
+        put(tmp_path, 3.0 + 0.1 * seed + 0.01 * (seed == 0), row="abs_flow", seed=seed)
+        put(tmp_path, 3.0, data="four_circles", seed=seed)
+        put(tmp_path, 3.1 + 0.01 * (seed == 0), row="abs_flow", data="four_circles", seed=seed)
+        put(tmp_path, 3.0, data="eight_gaussians", seed=seed)
+        put(tmp_path, 2.9 + 0.1 * seed, row="abs_flow", data="eight_gaussians", seed=seed)
+    gaps = scipy.stats.ttest_1samp([-0.19, -0.2, -0.2], 0).confidence_interval()
+    assert (gaps.low, gaps.high) == pytest.approx((-0.211, -0.1823), abs=1e-4)
+    assert ordering_lines(fill(tmp_path, seeds=(0, 1, 2))) == [
+        "AbsFlow better than Flow: Checkerboard not checked; "
+        "Corners holds (-0.197, -0.211 to -0.182, 3 seeds); "
+        "Gaussians not decided (+0.000, -0.248 to +0.248, 3 seeds); "
+        "Circles fails (+0.103, +0.089 to +0.118, 3 seeds)."
     ]
+    (line,) = ordering_lines(fill(tmp_path, seeds=(1,)))
+    assert "Corners not decided (-0.200, one seed)" in line
 
 
 # ------------------------------------------------------------------------------------ writers
@@ -475,12 +572,12 @@ def test_csv(tmp_path):
         "metric": METRIC,
         "unit": "nats",
         "estimator": "exact log-likelihood, mean over 1000 test points",
-        "published": "3.190",
+        "published": "3.19",
         "ours": "3.205",
         "std": "0.007",
         "delta": "+0.015",
         "floor": "2.9470",
-        "verdict": "reproduced",
+        "verdict": "too few seeds (2): worse by 0.015",
         "seeds": "0 1",
         "profile": "paper",
         "commit": "abababababab abababababab+dirty",
@@ -498,9 +595,9 @@ def test_markdown(tmp_path):
     )
     assert text.startswith(f"# {table.spec.title}\n\n**Profile `paper`**")
     for part in (
-        "| Flow | not run (3.650) | 3.205 ± 0.007 (3.190) | not run (3.010) |",
+        "| Flow | not run (3.65) | 3.205 ± 0.007 (3.19) | not run (3.01) |",
         "| entropy (floor) |  | 2.9470 |  |  |",
-        "3.244 (rerun)",
+        "3.24 (rerun)",
         "![Densities](density.png)",
         "| Flow |  | 61 s |  |  |",
         "python 3.11.7, torch 2.6.0",

@@ -267,7 +267,6 @@ artefact: deep
 title: Depths
 unit: nats
 direction: lower
-tolerance: 0.5
 rows:
   - {name: vae, label: VAE, experiment: deep/vae, depth: 0}
   - {name: p8, label: "Planar, 8", experiment: deep/p8, family: Planar, depth: 8}
