@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from surflow.cli.request import make_command, results_folder, shared_overrides
-from surflow.config import compose
+from surflow.config import compose, conf_dir
 from surflow.errors import UserError, close_match
 from surflow.files import relative
 from surflow.record import lacking, load_records
@@ -113,6 +114,13 @@ def _chosen(name: str, wanted: Sequence[str] | None, known: Sequence[str]) -> li
     return list(wanted or known)
 
 
+def cost_of(experiment: str) -> str:
+    """What an experiment takes, as the head of its file says; empty where it does not."""
+    head = (Path(conf_dir()) / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"^# Cost: +(.*(?:\n# {2,}.*)*)", head, re.M)
+    return " ".join(found[1].replace("\n#", " ").split()) if found else ""
+
+
 def write_report(cfg: DictConfig, spec: TableSpec, cells: Mapping[Key, Cell]) -> None:
     """Write results/<profile>/<artefact>/ (table.md, table.csv, figures, records) and say where."""
     hashes = {key: cell.run.hash for key, cell in cells.items()}
@@ -121,6 +129,8 @@ def write_report(cfg: DictConfig, spec: TableSpec, cells: Mapping[Key, Cell]) ->
     protocols = {key: cell.protocol for key, cell in cells.items()}
     seeds = [int(seed) for seed in cfg.seeds]
     table = build_table(spec, records, hashes, cfg.profile.name, seeds, protocols)
+    costs = {row.name: cost_of(row.experiment) for row in spec.rows if row.experiment}
+    table = replace(table, costs=costs)
     folder = results_folder(cfg)
     figures = write_table(table, folder, make_command(cfg))
     shown = ", ".join(figures.values()) or "no figures"

@@ -159,6 +159,19 @@ def _header(spec: TableSpec) -> list[str]:
     return ["", *(column.label for column in spec.columns)]
 
 
+def _not_run(table: Table, shown: Table) -> list[str]:
+    """One line for the rows that were never run and have no published value."""
+    rows = [row for row in table.spec.rows if row not in shown.spec.rows]
+    if not rows:
+        return []
+    told = (
+        f"{row.label} ({cost.rstrip('.')})" if (cost := table.costs.get(row.name)) else row.label
+        for row in rows
+    )
+    names = ",".join(row.name for row in rows)
+    return [f"Not run: {'; '.join(told)}. `ROWS={names}` after the command below runs them."]
+
+
 def _conditions(table: Table) -> list[str]:
     """What the numbers depend on besides the models: protocols of scores, data, weights."""
     protocols = distinct(
@@ -263,9 +276,9 @@ def render_markdown(
     table: Table, *, command: str, figures: Mapping[str, str | Path] | None = None
 ) -> str:
     """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
-    spec = table.spec
-    blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(table)]
-    blocks += _conditions(table)
+    spec, shown = table.spec, table.without_empty_rows()
+    blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(shown)]
+    blocks += [*_not_run(table, shown), *_conditions(table)]
     if spec.orderings:
         said = f" (profile {table.profile}: says nothing about the publication)"
         caution = "" if table.profile == "paper" else said
@@ -273,7 +286,7 @@ def render_markdown(
         blocks += [f"Orderings ({how}){caution}:", bullets(ordering_lines(table))]
     blocks += titled("Settings that are not the published ones:", _deviations(table))
     blocks += titled("Warnings:", table.warnings)
-    blocks += [*figure_links(figures), *_every_cell(table), *_run_facts(table)]
+    blocks += [*figure_links(figures), *_every_cell(shown), *_run_facts(shown)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"
 
 

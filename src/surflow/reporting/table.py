@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surflow.metric import Metric
@@ -80,7 +80,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A filled table. `problems` are unreadable records of no known cell."""
+    """A filled table. `problems` are unreadable records of no known cell, `costs` what the runs of
+    a row take, in words."""
 
     spec: TableSpec
     profile: str
@@ -88,6 +89,7 @@ class Table:
     cells: Mapping[tuple[str, str], Cell]
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    costs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> tuple[Record, ...]:
