@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +449,22 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert "| 3.100 ± 0.003 (3.19) |" in text and "which is no spread of trainings" in text
     found = corners(tmp_path, seeds=(0, 7)).verdict
     assert found == "1 of 2 seeds: too few seeds (1): better by 0.090"
+
+
+def test_rows_never_run_are_one_line_with_their_cost(tmp_path):
+    put(tmp_path, 3.2)
+    spec = load_spec(SYNTHETIC)
+    more = (
+        replace(spec.rows[2], name=name, label=label)
+        for name, label in (("a", "A"), ("b", "B"), ("c", "C"))
+    )
+    table = fill(tmp_path, spec=replace(spec, rows=(*spec.rows[:2], *more)))
+    table = replace(table, costs={"a": "An hour.", "b": "An hour.", "c": "A day."})
+    text = render_markdown(table, command="make")
+    line = "Not run: A / B (An hour); C (A day). `ROWS=a,b,c` after the command below runs them."
+    assert line in text.split("\n")
+    assert "| A |" not in text and "| c | corners |" not in text
+    assert "| AbsFlow | not run (3.49) |" in text  # published values are shown
 
 
 # ----------------------------------------------------------------------------------- refusals

@@ -164,10 +164,10 @@ def _not_run(table: Table, shown: Table) -> list[str]:
     rows = [row for row in table.spec.rows if row not in shown.spec.rows]
     if not rows:
         return []
-    told = (
-        f"{row.label} ({cost.rstrip('.')})" if (cost := table.costs.get(row.name)) else row.label
-        for row in rows
-    )
+    of_cost: dict[str, list[str]] = {}
+    for row in rows:
+        of_cost.setdefault(table.costs.get(row.name, "").rstrip("."), []).append(row.label)
+    told = (" / ".join(labels) + (cost and f" ({cost})") for cost, labels in of_cost.items())
     names = ",".join(row.name for row in rows)
     return [f"Not run: {'; '.join(told)}. `ROWS={names}` after the command below runs them."]
 
