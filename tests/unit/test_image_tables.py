@@ -18,6 +18,7 @@ from surflow.reporting.figures.grids import image_caption, image_figure
 from surflow.reporting.figures.layout import run_files
 from surflow.reporting.figures.published import published_figure, published_legend, published_panel
 from surflow.reporting.grid import cell_text, render_csv, render_markdown
+from surflow.reporting.verdicts import verdict_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HASH = "0123456789abcdef"
@@ -237,7 +238,9 @@ def test_two_columns_of_one_run(tmp_path):
 )
 def test_each_column_has_its_direction(tmp_path, column, value, verdict):
     put(tmp_path, metrics={f"sample/{column}": score(value)})
-    assert fill(tmp_path, "table5").cells["slice", column].verdict == verdict
+    cell = fill(tmp_path, "table5").cells["slice", column]
+    assert verdict_of(cell, "paper", 1) == verdict
+    assert cell.verdict == "not comparable: samples, and images they are compared with"
 
 
 def test_orderings_honour_the_direction(tmp_path):
@@ -287,7 +290,7 @@ def test_missing_for_one_seed_only(tmp_path):
     put(tmp_path, metrics={"sample/fid": score(50.0)})
     put(tmp_path, seed=1, metrics={}, missing={"sample/fid": "samples are not finite"})
     cell = fill(tmp_path, "table5", seeds=(0, 1)).cells["slice", "fid"]
-    assert cell.verdict == "1 of 2 seeds: too few seeds (1): worse by 0.44"
+    assert verdict_of(cell, "paper", 2) == "1 of 2 seeds: too few seeds (1): worse by 0.44"
     assert cell.missing == ("seed 1: samples are not finite",)
 
 

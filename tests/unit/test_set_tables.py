@@ -16,6 +16,7 @@ from surflow.reporting.figures.curves import set_curve_figure, set_curve_label
 from surflow.reporting.figures.published import published_figure
 from surflow.reporting.figures.sets import cloud_panel, clouds_figure, set_figure
 from surflow.reporting.grid import cell_text, render_csv, render_markdown
+from surflow.reporting.verdicts import verdict_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "experiments" / "pointcloud" / "table.yaml"
@@ -112,7 +113,9 @@ def test_exact_values_and_bounds_have_columns_of_their_own(table):
     assert cell_text(cells["permute", "mnist_elbo"], 1) == "-5.340 ± 0.010 bound"
     assert cell_text(cells["permute", "mnist_iwbo"], 1) == "-5.310 ± 0.010 bound (-5.30)"
     assert cell_text(cells["bruno", "mnist_exact"], 1) == "(-5.68)"
-    assert cells["sort", "mnist_exact"].verdict == "reproduced"
+    assert cells["sort", "mnist_exact"].verdict == (
+        "not comparable: layer between the sort and the couplings"
+    )
     for cell in (cells["sort", "mnist_iwbo"], cells["permute", "mnist_exact"]):
         assert (cell.verdict, cell_text(cell, 1)) == ("no such number", "–")
         assert cell.refusals == () and cell.missing == ()
@@ -123,8 +126,9 @@ def test_higher_is_better(tmp_path):
     put(tmp_path, "sort", {EXACT: metric(-5.70)})
     put(tmp_path, "permute", {ELBO: metric(-5.1, "bound"), IWBO: metric(-5.05, "bound")})
     cells = fill(tmp_path).cells
-    assert cells["sort", "mnist_exact"].verdict == "worse by 0.170"
-    assert cells["permute", "mnist_iwbo"].verdict == "reproduced, better by 0.250"
+    sort = verdict_of(cells["sort", "mnist_exact"], "paper", 1)
+    assert sort == "too few seeds (1): worse by 0.170"
+    assert cells["permute", "mnist_iwbo"].verdict == "too few seeds (1): better by 0.250"
 
 
 def test_the_page(table):

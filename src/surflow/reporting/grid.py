@@ -284,7 +284,8 @@ def render_markdown(
         caution = "" if table.profile == "paper" else said
         how = f"mean difference, paired by seed, and its {LEVEL:.0%} interval"
         blocks += [f"Orderings ({how}){caution}:", bullets(ordering_lines(table))]
-    blocks += titled("Settings that are not the published ones:", _deviations(table))
+    if table.profile == "paper":  # the others differ by their budgets alone
+        blocks += titled("Settings that are not the published ones:", _deviations(table))
     blocks += titled("Warnings:", table.warnings)
     blocks += [*figure_links(figures), *_every_cell(shown), *_run_facts(shown)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"
