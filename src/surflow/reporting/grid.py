@@ -203,13 +203,15 @@ def _conditions(table: Table) -> list[str]:
 
 
 def _deviations(table: Table) -> list[str]:
-    """The settings of each row that are not the published ones; those that decide a number."""
+    """A line a setting that is not the published one, with the rows and columns it is of."""
     lines = []
-    for row in table.spec.rows:
-        for setting in table.spec.deviations(row.name):
-            where = ", ".join(c.label for c in table.spec.columns if c.name in setting.columns)
-            place = f"{row.label}{f' ({where})' if where else ''}"
-            lines.append(f"{place}: {setting.text}{' (decides)' if setting.matters else ''}")
+    for setting in table.spec.settings:
+        rows = [row.label for row in table.spec.rows if setting in table.spec.deviations(row.name)]
+        columns = [c.label for c in table.spec.columns if c.name in setting.columns]
+        if rows and (columns or not setting.columns):
+            where = f" ({', '.join(columns)})" if columns else ""
+            decides = " (decides)" if setting.matters else ""
+            lines.append(f"{' / '.join(rows)}{where}: {setting.text}{decides}")
     return lines
 
 
