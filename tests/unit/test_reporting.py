@@ -217,7 +217,21 @@ def test_atomic_text_leaves_the_old_file_when_the_disk_fails(tmp_path, monkeypat
 def test_committed_table_holds_the_published_values():
     spec = load_spec(SYNTHETIC)
     assert {(q.row, q.column): q.value for q in spec.published} == PUBLISHED
-    assert {(q.row, q.column): q.value for q in spec.quoted} == RERUN
+    quoted = {
+        source: {(q.row, q.column): q for q in spec.quoted if q.source == source}
+        for source in ("rerun", "official", "reproduction")
+    }
+    assert {key: q.value for key, q in quoted["rerun"].items()} == RERUN
+    official = json.loads((ROOT / "tests/fixtures/toy_official.json").read_text())["cells"]
+    assert {"/".join(key) for key in quoted["official"]} == set(official)
+    for (row, column), quote in quoted["official"].items():
+        values = official[f"{row}/{column}"]
+        assert quote.seeds == len(values) == 16
+        assert quote.value == round(statistics.fmean(values), 3)
+        assert quote.std == round(statistics.stdev(values), 3)
+    circles = quoted["official"]["abs_flow", "four_circles"]
+    assert circles.text == "3.028 ± 0.045 (official, 16 seeds)"
+    assert quoted["reproduction"]["abs_flow", "four_circles"].text == "3.03 (reproduction)"
     assert {q.source for q in spec.published} == {"paper"}
     assert "2007.02731" in spec.sources["paper"]
     assert [row.experiment for row in spec.rows] == [
@@ -614,7 +628,7 @@ def test_markdown(tmp_path):
     for part in (
         "| Flow | not run (3.65) | 3.205 ± 0.007 (3.19) | not run (3.01) |",
         "| entropy (floor) |  | 2.9470 |  |  |",
-        "3.24 (rerun)",
+        "3.244 (rerun)",
         "![Densities](density.png)",
         "| Flow |  | 61 s |  |  |",
         "python 3.11.7, torch 2.6.0",

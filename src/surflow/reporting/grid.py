@@ -218,9 +218,8 @@ def _deviations(table: Table) -> list[str]:
 def _every_cell(table: Table) -> list[str]:
     long = []
     for cell in table.cells.values():
-        digits = cell.column.published_digits
-        quoted = (f"{number(quote.value, digits)} ({quote.source})" for quote in cell.quoted)
-        long.append([*_fields(table, cell).values(), "; ".join(quoted)])
+        quoted = "; ".join(quote.text for quote in cell.quoted)
+        long.append([*_fields(table, cell).values(), quoted])
     flush = [CSV_FIELDS.index(field) for field in NUMBERS]
     return [
         "## Every cell",

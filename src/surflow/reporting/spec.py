@@ -83,12 +83,24 @@ class ColumnSpec:
 
 @dataclass(frozen=True)
 class Quote:
-    """A number of somebody else's for one cell; `source` is a key of `TableSpec.sources`."""
+    """A number of somebody else's for one cell; `source` is a key of `TableSpec.sources`.
+
+    Where they ran several `seeds`, `value` is the mean and `std` the sample standard deviation.
+    """
 
     row: str
     column: str
     value: float
     source: str
+    std: float | None = None
+    seeds: int | None = None
+
+    @property
+    def text(self) -> str:
+        """As in "3.694 ± 0.036 (official, 16 seeds)"."""
+        spread = "" if self.std is None else f" ± {self.std:g}"
+        seeds = "" if self.seeds is None else f", {self.seeds} seeds"
+        return f"{self.value:g}{spread} ({self.source}{seeds})"
 
 
 @dataclass(frozen=True)
@@ -349,7 +361,12 @@ def _quotes(
     found: dict[tuple, Quote] = {}
     for fields in top.items(key, _QUOTE_KEYS):
         quote = Quote(
-            fields.text("row"), fields.text("column"), fields.number("value"), fields.text("source")
+            fields.text("row"),
+            fields.text("column"),
+            fields.number("value"),
+            fields.text("source"),
+            fields.number("std", None, least=0),
+            fields.whole("seeds", None),
         )
         for what, known in (*names.items(), ("source", sources)):
             found_name = getattr(quote, what)
