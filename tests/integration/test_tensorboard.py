@@ -17,14 +17,15 @@ def scalars(folder):
     """
     from tensorboardX.proto.event_pb2 import Event
 
-    (path,) = folder.glob("events.out.tfevents.*")
-    data, place, found = path.read_bytes(), 0, defaultdict(dict)
-    while place < len(data):
-        (length,) = struct.unpack("<Q", data[place : place + 8])
-        event = Event.FromString(data[place + 12 : place + 12 + length])
-        place += 12 + length + 4
-        for value in event.summary.value:
-            found[value.tag][event.step] = value.simple_value
+    found = defaultdict(dict)
+    for path in folder.glob("events.out.tfevents.*"):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack("<Q", data[place : place + 8])
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            place += 12 + length + 4
+            for value in event.summary.value:
+                found[value.tag][event.step] = value.simple_value
     return found
 
 

@@ -134,9 +134,9 @@ def wandb_logger(
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard event files in tensorboard/ of the run's folder.
+    """TensorBoard event files in tensorboard/ of the run's folder: training, then final numbers.
 
-    The file stays open after training: the final numbers go to the same one.
+    A file is named by the second in which it is opened, so the second one has a suffix.
     """
 
     def __init__(self, run: Run) -> None:
@@ -144,7 +144,9 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.experiment.flush()
+        super().finalize(status)
+        self._experiment = None
+        self._kwargs["filename_suffix"] = ".final"
 
 
 def log_result(
@@ -165,7 +167,7 @@ def log_result(
         run = getattr(logger.experiment, "summary", None)  # only W&B has one
         if run is None:
             logger.log_metrics(dict(values))
-            logger.save()
+            logger.finalize("success")
             continue
         import wandb
 
