@@ -2,9 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
+
+from forked import forked, module
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -40,19 +45,33 @@ class Page:
         return folder
 
 
-def run(
-    language: str, body: str, folder: Path, timeout: float = 240
-) -> subprocess.CompletedProcess:
-    """One block in a process of its own; nothing of the environment but the interpreter's place."""
+def run(language: str, body: str, folder: Path, timeout: int = 240) -> CompletedProcess:
+    """One block in a process of its own; nothing of the environment but the interpreter's place.
+
+    Our commands and Python run in a fork of this process; other lines of a shell in a shell.
+    """
     quiet = {
         k: v for k, v in os.environ.items() if not k.startswith(("SURFLOW_", "WANDB_", "PYTHON"))
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{quiet.get('PATH', '')}"
-    line = ["bash", "-e", "-c", body] if language == "bash" else [sys.executable, "-c", body]
+    environment = {**quiet, "PATH": path, "OMP_NUM_THREADS": "1"}
+    if language == "python":
+        act = partial(exec, compile(body, "<page>", "exec"), {"__name__": "__main__"})
+        return forked(act, folder, environment, timeout)
+    lines = [shlex.split(line, comments=True) for line in body.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line]
+    if all(line[:2] == ["python", "-m"] for line in lines):
+        done = [CompletedProcess("", 0, "", "")]
+        for _, _, name, *arguments in lines:
+            done.append(forked(module(name, *arguments), folder, environment, timeout))
+            if done[-1].returncode:
+                break
+        texts = ("".join(getattr(d, stream) for d in done) for stream in ("stdout", "stderr"))
+        return CompletedProcess(body, done[-1].returncode, *texts)
     return subprocess.run(
-        line,
+        ["bash", "-e", "-c", body],
         cwd=folder,
-        env={**quiet, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from forked import forked, module
 
 TINY = (
     "data.train_size=640",
@@ -122,13 +123,12 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def command(start):
-    """A command in a process of its own, to its end."""
+def command(tmp_path):
+    """A command in a fork of this process, to its end."""
 
-    def run(name: str, *arguments: str, timeout: float = 240) -> Outcome:
-        process = start(name, *arguments)
-        out, err = process.communicate(timeout=timeout)
-        return Outcome(process.returncode, out, err)
+    def run(name: str, *arguments: str) -> Outcome:
+        done = forked(module(f"surflow.cli.{name}", *arguments), tmp_path, environment())
+        return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
 

@@ -360,7 +360,7 @@ def test_two_processes_train_what_one_does(command, tiny, config, train, tmp_pat
     extra = ("model.actnorm=true", "trainer.max_epochs=3")
     ddp = (*extra, "trainer.strategy=ddp", "trainer.devices=2", f"run.root={tmp_path / 'ddp'}")
     _, single, metrics = train(*extra)
-    done = command("train", *tiny(*ddp), timeout=120)
+    done = command("train", *tiny(*ddp))
     assert done.code == 0, done.err
     folder = run_dir(config(*ddp))
     assert folder.name == single.name

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.loggers.tensorboard import TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from surflow.files import write_text
@@ -132,11 +133,20 @@ def wandb_logger(
     return logger
 
 
-def tensorboard_logger(run: Run) -> Any:
-    """A TensorBoard logger: event files in tensorboard/ of the run's folder."""
-    from pytorch_lightning.loggers import TensorBoardLogger
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard event files in tensorboard/ of the run's folder: training, then final numbers.
 
-    return TensorBoardLogger(str(run.folder), name="tensorboard", version="")
+    A file is named by the second in which it is opened, so the second one has a suffix.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(str(run.folder), name="tensorboard", version="")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self._experiment = None
+        self._kwargs["filename_suffix"] = ".final"
 
 
 def log_result(
@@ -157,6 +167,7 @@ def log_result(
         run = getattr(logger.experiment, "summary", None)  # only W&B has one
         if run is None:
             logger.log_metrics(dict(values))
+            logger.finalize("success")
             continue
         import wandb
 
