@@ -1,5 +1,7 @@
 """Densities: bases of flows, and conditionals inside stochastic layers."""
 
+import inspect
+
 from surflow.distributions.autoregressive import AutoregressiveBernoulli
 from surflow.distributions.base import Distribution
 from surflow.distributions.channel_autoregressive import ChannelAutoregressive
@@ -19,24 +21,5 @@ from surflow.distributions.uniform import Uniform
 from surflow.distributions.unit_interval import LogitLogistic
 
 __all__ = [
-    "AutoregressiveBernoulli",
-    "Bernoulli",
-    "Categorical",
-    "ChannelAutoregressive",
-    "DiagonalNormal",
-    "DiagonalNormalMixture",
-    "Distribution",
-    "Exponential",
-    "Gumbel",
-    "HalfNormal",
-    "LocationScale",
-    "Logistic",
-    "LogitLogistic",
-    "Mixture",
-    "OrderStatistics",
-    "PlackettLuce",
-    "StandardNormal",
-    "TruncatedNormal",
-    "Uniform",
-    "ZeroInflated",
+    name for name, value in list(vars().items()) if name[0] != "_" and not inspect.ismodule(value)
 ]

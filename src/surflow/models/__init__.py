@@ -1,5 +1,7 @@
 """The papers' architectures."""
 
+import inspect
+
 from surflow.models.autoregressive_flow import autoregressive_flow
 from surflow.models.contract import takes
 from surflow.models.coupling_flow import coupling_flow, coupling_net
@@ -18,32 +20,5 @@ from surflow.models.vae import vae_flow
 from surflow.models.vae_studies import vae_of_images, vae_of_vectors
 
 __all__ = [
-    "ORDERS",
-    "POSTERIORS",
-    "PRIORS",
-    "PyramidFlow",
-    "VampPrior",
-    "all_latents",
-    "autoregressive_flow",
-    "coupling_flow",
-    "coupling_net",
-    "flow_noise",
-    "flow_posterior",
-    "from_latents",
-    "glow",
-    "latent_interpolation",
-    "load_official",
-    "mar_scf",
-    "official_flow",
-    "pool_flow",
-    "pronf",
-    "read_tensors",
-    "realnvp",
-    "set_flow",
-    "symmetry",
-    "takes",
-    "vae_flow",
-    "vae_of_images",
-    "vae_of_vectors",
-    "with_net",
+    name for name, value in list(vars().items()) if name[0] != "_" and not inspect.ismodule(value)
 ]

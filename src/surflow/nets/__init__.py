@@ -1,5 +1,7 @@
 """Neural nets; nothing probabilistic in here."""
 
+import inspect
+
 from surflow.nets.conv_lstm import ConvLSTM
 from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder, PlainBlock
 from surflow.nets.densenet import DenseBlock, DenseLayer, DenseNet, GatedConv2d, ImageEmbedding
@@ -14,35 +16,5 @@ from surflow.nets.resnet import ResidualBlock, ResNet, TanhScale, WeightNormConv
 from surflow.nets.transformer import SelfAttention, SetTransformer, TransformerBlock
 
 __all__ = [
-    "ACTIVATIONS",
-    "MADE",
-    "MLP",
-    "ConvAttentionBlock",
-    "ConvAttentionNet",
-    "ConvLSTM",
-    "DenseBlock",
-    "DenseLayer",
-    "DenseNet",
-    "FourierFeatures",
-    "GatedConv2d",
-    "GlowNet",
-    "ImageDecoder",
-    "ImageEmbedding",
-    "ImageEncoder",
-    "LipschitzMLP",
-    "LocalPixelCNN",
-    "MaskedConv2d",
-    "MaskedLinear",
-    "Maxout",
-    "PlainBlock",
-    "ResNet",
-    "ResidualBlock",
-    "SelfAttention",
-    "SetTransformer",
-    "StandardisedConv2d",
-    "TanhScale",
-    "TransformerBlock",
-    "WeightNormConv2d",
-    "ZeroConv2d",
-    "make_activation",
+    name for name, value in list(vars().items()) if name[0] != "_" and not inspect.ismodule(value)
 ]

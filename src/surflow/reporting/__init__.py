@@ -3,20 +3,13 @@
 `figures` needs matplotlib and is imported by name only.
 """
 
+import inspect
+
 from surflow.reporting.filling import build_table, without_stale
 from surflow.reporting.spec import ColumnSpec, TableSpec, load_spec
 from surflow.reporting.table import Cell, Key, Table
 from surflow.reporting.write import print_table, write_table
 
 __all__ = [
-    "Cell",
-    "ColumnSpec",
-    "Key",
-    "Table",
-    "TableSpec",
-    "build_table",
-    "load_spec",
-    "print_table",
-    "without_stale",
-    "write_table",
+    name for name, value in list(vars().items()) if name[0] != "_" and not inspect.ismodule(value)
 ]

@@ -1,7 +1,5 @@
 """Transforms: bijections, surjections and stochastic layers under one contract."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil
@@ -74,90 +72,6 @@ from surflow.transforms.surjections.rounding import Dequantization, Rounding
 from surflow.transforms.surjections.slicing import Augment, Slice
 from surflow.transforms.surjections.sort import SortGenerative, SortInference
 
-__all__ = [
-    "VAE",
-    "AbsGenerative",
-    "AbsInference",
-    "ActNorm",
-    "AdditiveCoupling",
-    "AdditiveMap",
-    "Affine",
-    "AffineCoupling",
-    "AffineMap",
-    "ArgmaxGenerative",
-    "ArgmaxInference",
-    "Augment",
-    "Autoregressive",
-    "BatchNorm",
-    "Bijection",
-    "BinaryArgmaxGenerative",
-    "BinaryArgmaxInference",
-    "BoxToReal",
-    "Continuous",
-    "Conv1x1",
-    "Coupling",
-    "Dequantization",
-    "DihedralFold",
-    "DiscretelyIndexed",
-    "Elementwise",
-    "ElementwiseMap",
-    "Example",
-    "Exp",
-    "FullLinear",
-    "GumbelArgmaxGenerative",
-    "GumbelArgmaxInference",
-    "Haar",
-    "HouseholderLinear",
-    "IntervalFold",
-    "Inverse",
-    "LeakyReLU",
-    "Log",
-    "LogisticMixtureCoupling",
-    "LogisticMixtureMap",
-    "Logit",
-    "MaskedAffineAutoregressive",
-    "MaskedLogisticMixtureAutoregressive",
-    "MaskedSplineAutoregressive",
-    "MaxGenerative",
-    "MaxInference",
-    "MaxPool2d",
-    "MaxPool2dGenerative",
-    "OrderedToReal",
-    "PLULinear",
-    "PeriodicConv2d",
-    "Permute",
-    "Planar",
-    "QRLinear",
-    "Radial",
-    "RationalQuadraticSpline",
-    "RationalQuadraticSplineCoupling",
-    "ReLUGenerative",
-    "ReLUInference",
-    "Residual",
-    "Reverse",
-    "Rotation",
-    "Rounding",
-    "RunningMaxToReal",
-    "Sequential",
-    "Sigmoid",
-    "Slice",
-    "Softplus",
-    "SoftplusInverse",
-    "SortGenerative",
-    "SortInference",
-    "Squeeze",
-    "StochasticPermutation",
-    "Surjection",
-    "Sylvester",
-    "Tanh",
-    "Transform",
-    "Unsqueeze",
-    "catalogue",
-    "channel_mask",
-    "check_values",
-    "checkerboard_mask",
-]
-
 
 def catalogue() -> list[type[Transform]]:
     """Every concrete transform under ``surflow.transforms``, found by itself, by name."""
@@ -174,3 +88,8 @@ def catalogue() -> list[type[Transform]]:
             ):
                 found[name] = cls
     return [found[name] for name in sorted(found)]
+
+
+__all__ = [
+    name for name, value in list(vars().items()) if name[0] != "_" and not inspect.ismodule(value)
+]
