@@ -11,24 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from surflow.reporting.figures.layout import (
-    GREY,
-    INK,
-    LINES,
-    Cells,
-    any_file,
-    caution_of,
-    existing,
-    legend_below,
-    not_run,
-    plot_axes,
-    record_of,
-    run_files,
-    save,
-    say,
-    sheet_of,
-    warn,
-)
+from surflow.reporting.figures import layout
+from surflow.reporting.figures.layout import GREY, INK, LINES, Cells
 from surflow.reporting.table import Table
 
 CURVE_WORDS = {"nll": "NLL", "elbo": "negative ELBO", "iwbo": "negative IWBO"}
@@ -41,8 +25,8 @@ FLOOR = "entropy (floor)"
 
 def learning_curves(table: Table, folder: Path) -> dict[str, str]:
     """The learning curves of the validation metric that most runs have logged."""
-    files = run_files(table, "metrics.csv")
-    if table.spec.layout != "grid" or not any_file(files):
+    files = layout.run_files(table, "metrics.csv")
+    if table.spec.layout != "grid" or not layout.any_file(files):
         return {}
     path = folder / "learning_curves.png"
     if any(column.metric.startswith("test/point_") for column in table.spec.columns):
@@ -116,10 +100,10 @@ def set_curve_figure(table: Table, path: str | Path) -> Path | None:
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, Path | None]] = {}
     points = set()
-    for row, found in run_files(table, "metrics.csv").items():
+    for row, found in layout.run_files(table, "metrics.csv").items():
         file = next(filter(None, found.values()), None)
         column = next(iter(validation_columns(file)), None) if file else None
-        record = record_of(file)
+        record = layout.record_of(file)
         if column is None or record is None:
             continue
         label = f"{row}: {set_curve_label(column)}"
@@ -158,16 +142,16 @@ def learning_curve_figure(
     """
     label = curve_label(column) if label is None else label
     of_model = column if isinstance(column, Mapping) else dict.fromkeys(cells, column)
-    files = existing(cells)
-    records = {m: {d: record_of(f) for d, f in row.items()} for m, row in files.items()}
-    caution = caution_of([r for row in records.values() for r in row.values()])
+    files = layout.existing(cells)
+    records = {m: {d: layout.record_of(f) for d, f in row.items()} for m, row in files.items()}
+    caution = layout.caution_of([r for row in records.values() for r in row.values()])
     models, datasets = list(files), list(next(iter(files.values())))
     across = min(len(datasets), 2)
     down = math.ceil(len(datasets) / across)
     legend_columns = (1 if max(map(len, models)) > LONG_LABEL else 2) * across
     legend_rows = math.ceil((len(models) + 1) / legend_columns)  # a line more: the floor
     height = 2.7 * down + 0.3 + 0.2 * legend_rows + (0.25 if caution else 0)
-    figure, panels = sheet_of(down, across, len(datasets), (4.3 * across, height))
+    figure, panels = layout.sheet_of(down, across, len(datasets), (4.3 * across, height))
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     handles: dict[str, object] = {}
     for axes, dataset in zip(panels, datasets, strict=True):
@@ -179,7 +163,7 @@ def learning_curve_figure(
                 if len(values):
                     curves[model] = (epochs, scale * values)
         if not curves:
-            not_run(axes)
+            layout.not_run(axes)
             continue
         found = [records[model][dataset] for model in models]
         floor = next((r.floor[metric].value for r in found if r and metric in r.floor), None)
@@ -187,9 +171,9 @@ def learning_curve_figure(
         axes.set_ylabel(label, fontsize=9, color=INK)
     order = [handles[name] for name in (*models, FLOOR) if name in handles]
     if order:
-        legend_below(figure, order, min(len(order), legend_columns), 9)
-    warn(figure, caution)
-    return save(figure, path)
+        layout.legend_below(figure, order, min(len(order), legend_columns), 9)
+    layout.warn(figure, caution)
+    return layout.save(figure, path)
 
 
 def _curve_panel(
@@ -231,8 +215,8 @@ def _curve_panel(
     axes.margins(x=0.02)
     missing = "\n".join(f"{model}: not run" for model in models if model not in curves)
     if missing:
-        say(axes, missing, 0.98, 0.95, ha="right", va="top", size=8)
-    plot_axes(axes)
+        layout.say(axes, missing, 0.98, 0.95, ha="right", va="top", size=8)
+    layout.plot_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("epoch", fontsize=9, color=INK)
     for spine in axes.spines.values():

@@ -12,25 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from surflow.record import Record, load_record
-from surflow.reporting.figures.layout import (
-    CAUTION,
-    COLORMAP,
-    INK,
-    Cells,
-    Sheet,
-    any_file,
-    caution_of,
-    existing,
-    extent_of,
-    load_picture,
-    not_run,
-    record_of,
-    run_files,
-    save,
-    say,
-    show_density,
-    show_dots,
-)
+from surflow.reporting.figures import layout
+from surflow.reporting.figures.layout import CAUTION, COLORMAP, INK, Cells, Sheet
 from surflow.reporting.table import Table
 
 FEW = 20_000
@@ -42,8 +25,8 @@ Panel = tuple[Axes, Mapping[str, np.ndarray], np.ndarray]
 
 def compared(table: Table, folder: Path) -> dict[str, str]:
     """Data and models side by side, where the columns choose the data."""
-    files = run_files(table, "picture.npz")
-    if table.spec.own_data or not any_file(files):
+    files = layout.run_files(table, "picture.npz")
+    if table.spec.own_data or not layout.any_file(files):
         return {}
     density_figure(files, folder / "density.png", metric=table.spec.metric)
     sample_figure(files, folder / "samples.png", metric=table.spec.metric)
@@ -53,7 +36,7 @@ def compared(table: Table, folder: Path) -> dict[str, str]:
 def one_by_one(table: Table, folder: Path) -> dict[str, str]:
     """A figure for every model, where the rows have data of their own."""
     pictures = {}
-    files = run_files(table, "picture.npz") if table.spec.own_data else {}
+    files = layout.run_files(table, "picture.npz") if table.spec.own_data else {}
     for row, found in files.items():
         for file in filter(None, found.values()):
             name = f"{load_record(file.parent).row}.png"
@@ -89,24 +72,24 @@ def _compare(
     show: Callable[[Sheet, int, Sequence[Panel]], None],
 ) -> Path:
     """A row of panels a dataset; `arrays` are those of a model and of the data."""
-    files = existing(cells)
-    records = {m: {d: record_of(f) for d, f in row.items()} for m, row in files.items()}
-    sheet = Sheet(files, caution_of([r for row in records.values() for r in row.values()]))
+    files = layout.existing(cells)
+    records = {m: {d: layout.record_of(f) for d, f in row.items()} for m, row in files.items()}
+    sheet = Sheet(files, layout.caution_of([r for row in records.values() for r in row.values()]))
     for i, dataset in enumerate(sheet.datasets):
         found = [files[model][dataset] for model in sheet.models]
-        pictures = [None if file is None else load_picture(file, *arrays) for file in found]
+        pictures = [None if file is None else layout.load_picture(file, *arrays) for file in found]
         first = next((picture for picture in pictures if picture is not None), None)
         shown = [(first, arrays[1]), *((picture, arrays[0]) for picture in pictures)]
         panels = []
         for axes, (picture, name) in zip(sheet.panels[i], shown, strict=True):
             if picture is None:
-                not_run(axes)
+                layout.not_run(axes)
             else:
                 panels.append((axes, picture, picture[name]))
         if panels:
             show(sheet, i, panels)
         _captions(sheet, i, [records[model][dataset] for model in sheet.models], metric)
-    return save(sheet.figure, path)
+    return layout.save(sheet.figure, path)
 
 
 def _captions(sheet: Sheet, i: int, records: Sequence[Record | None], metric: str) -> None:
@@ -126,7 +109,9 @@ def _show_densities(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
     clipped = False
     for axes, picture, density in panels:
         clipped |= bool(np.ma.masked_invalid(density).max() > 1.02 * top)
-        image = show_density(axes, density, extent_of(picture), vmin=0.0, vmax=top, aspect="auto")
+        image = layout.show_density(
+            axes, density, layout.extent_of(picture), vmin=0.0, vmax=top, aspect="auto"
+        )
     sheet.scale(i, image, clipped)
 
 
@@ -135,10 +120,10 @@ def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
     bins = int(np.clip(math.sqrt(smallest / 12), 32, 112)) // 16 * 16  # edges on grid lines
     top, image, clipped = 0.0, None, False
     for axes, picture, points in panels:
-        left, right, low, high = extent = extent_of(picture)
+        left, right, low, high = extent = layout.extent_of(picture)
         inside = (points >= (left, low)).all(1) & (points <= (right, high)).all(1)
         if smallest < FEW:
-            show_dots(axes, points[inside])
+            layout.show_dots(axes, points[inside])
             axes.set_xlim(left, right)
             axes.set_ylim(low, high)
         else:
@@ -148,12 +133,14 @@ def _show_samples(sheet: Sheet, i: int, panels: Sequence[Panel]) -> None:
             density = counts / (max(len(points), 1) * area)  # (bins, bins), per unit of area
             top = top or float(np.quantile(density, 0.999)) or 1.0
             clipped |= bool(density.max() > top)
-            image = show_density(axes, density, extent, vmin=0.0, vmax=top, aspect="auto")
+            image = layout.show_density(axes, density, extent, vmin=0.0, vmax=top, aspect="auto")
         outside = 1 - inside.mean() if len(points) else 0.0
         if outside >= 0.001:
             text = f"{100 * outside:.1f} % outside"
             box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
-            say(axes, text, 0.97, 0.03, ha="right", va="bottom", size=7.5, color=INK, bbox=box)
+            layout.say(
+                axes, text, 0.97, 0.03, ha="right", va="bottom", size=7.5, color=INK, bbox=box
+            )
     if image is not None:
         sheet.scale(i, image, clipped)
 
@@ -169,7 +156,7 @@ def scatter_figure(samples: np.ndarray, path: str | Path, low: float, high: floa
         axes.scatter(samples[:, 0], samples[:, 1], s=2, alpha=0.5, linewidths=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="x₁", ylabel="x₂")
     axes.set_title(f"{len(samples)} samples")
-    return save(figure, path)
+    return layout.save(figure, path)
 
 
 def model_figure(
@@ -179,27 +166,27 @@ def model_figure(
 
     The metric of its record, with kind and unit, stands under the title.
     """
-    picture = load_picture(Path(file), "density", "true_density", "samples", "data_samples")
-    record = record_of(file)
+    picture = layout.load_picture(Path(file), "density", "true_density", "samples", "data_samples")
+    record = layout.record_of(file)
     figure = Figure(figsize=(6.4, 6.9), dpi=120, layout="constrained")
     figure.suptitle("\n".join([title, *_score_lines(record, metric)]), fontsize=10)
-    caution = caution_of([record])
+    caution = layout.caution_of([record])
     if caution:
         figure.supxlabel(caution, fontsize=8, color=CAUTION)
     panels = figure.subplots(2, 2)
-    left, right, low, high = extent = extent_of(picture)
+    left, right, low, high = extent = layout.extent_of(picture)
     top = float(np.nanmax(picture["true_density"])) or 1.0
     names = (("Data", "true_density", "data_samples"), ("Model", "density", "samples"))
     for (upper, lower), (whose, density, samples) in zip(panels.T, names, strict=True):
-        show_density(upper, picture[density], extent, cmap=COLORMAP, vmin=0.0, vmax=top)
+        layout.show_density(upper, picture[density], extent, cmap=COLORMAP, vmin=0.0, vmax=top)
         upper.set_title(f"{whose}, density", fontsize=9)
-        show_dots(lower, picture[samples])
+        layout.show_dots(lower, picture[samples])
         lower.set_title(f"{whose}, samples", fontsize=9)
         lower.set_aspect("equal")
     for axes in panels.flat:
         axes.set(xlim=(left, right), ylim=(low, high))
         axes.tick_params(labelsize=7)
-    return save(figure, path)
+    return layout.save(figure, path)
 
 
 def _score_lines(record: Record | None, metric: str) -> list[str]:

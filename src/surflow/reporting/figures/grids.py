@@ -7,17 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from surflow.reporting.figures import layout
 from surflow.reporting.figures.images import tile
-from surflow.reporting.figures.layout import (
-    Sheet,
-    caution_of,
-    columns_of,
-    load_arrays,
-    not_run,
-    record_of,
-    run_files,
-    save,
-)
+from surflow.reporting.figures.layout import Sheet
 from surflow.reporting.spec import ColumnSpec
 from surflow.reporting.table import Table
 
@@ -50,7 +42,7 @@ def pyramid_figure(table: Table, path: Path) -> Path:
     A row of a panel is a test image of every resolution, and several finest images given the
     coarsest one (super_resolution) or unconditional draws coarse to fine (levels).
     """
-    files = run_files(table, "pyramid.npz")
+    files = layout.run_files(table, "pyramid.npz")
     first = next(file for row in files.values() for file in row.values() if file)
     with np.load(first) as arrays:
         columns = int(arrays["columns"])
@@ -62,21 +54,21 @@ def _plot_grids(
     table: Table, path: str | Path, name: str, array: str, data: str, columns: int = 8
 ) -> Path:
     """A row of panels a dataset: `data` of the runs' file `name`, then `array` of each model."""
-    files = run_files(table, name)
+    files = layout.run_files(table, name)
     there = [file for row in files.values() for file in row.values() if file]
-    found = {file: load_arrays(file, (array, "data")) for file in there}
-    lines = 2 + max(len(shown) for shown in columns_of(table).values())
+    found = {file: layout.load_arrays(file, (array, "data")) for file in there}
+    lines = 2 + max(len(shown) for shown in layout.columns_of(table).values())
     lines += any("shown" in grid for grid in found.values())
-    caution = caution_of(table.records)
+    caution = layout.caution_of(table.records)
     sheet = Sheet(files, caution, IMAGE_PANEL, lines, right=0.12, most=MOST_ACROSS)
     rows = [row for row in table.spec.rows if row.experiment is not None]
-    for i, (label, shown) in enumerate(columns_of(table).items()):
+    for i, (label, shown) in enumerate(layout.columns_of(table).items()):
         of_models = [files[model][label] for model in sheet.models]
         first = next(filter(None, of_models), None)
         panels = [(first, "data"), *((file, array) for file in of_models)]
         for axes, (file, which) in zip(sheet.panels[i], panels, strict=True):
             if file is None:
-                not_run(axes)
+                layout.not_run(axes)
                 continue
             grid = found[file]
             pixels = tile(grid[which], columns, gap=1, num_levels=_levels(grid, file))
@@ -87,14 +79,14 @@ def _plot_grids(
             if file is not None:
                 said = [str(found[file]["shown"])] if "shown" in found[file] else []
                 sheet.caption(i, j, "\n".join([image_caption(table, row.name, shown), *said]))
-    return save(sheet.figure, path)
+    return layout.save(sheet.figure, path)
 
 
 def _levels(grid: Mapping[str, np.ndarray], file: Path) -> int:
     """The levels of a run's images: as their file says, else as the run's config does."""
     if "num_levels" in grid:
         return int(grid["num_levels"])
-    record = record_of(file)
+    record = layout.record_of(file)
     return record.config["data"]["num_levels"] if record and "data" in record.config else 256
 
 

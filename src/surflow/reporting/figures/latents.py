@@ -15,22 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from surflow.record import Record
-from surflow.reporting.figures.layout import (
-    DOTS,
-    GREY,
-    INK,
-    caution_of,
-    color_bar,
-    extent_of,
-    frame,
-    load_picture,
-    not_run,
-    record_of,
-    run_files,
-    save,
-    show_density,
-    warn,
-)
+from surflow.reporting.figures import layout
+from surflow.reporting.figures.layout import DOTS, GREY, INK
 from surflow.reporting.table import Table
 
 LATENT_PANEL = 2.5  # inches
@@ -49,12 +35,16 @@ def latent_figure(table: Table, path: str | Path) -> Path:
     Rows without such a file are left out. Returns the path. Raises ValueError where no run has one,
     or one is damaged.
     """
-    files = {r: found for r, found in run_files(table, "latent.npz").items() if any(found.values())}
+    files = {
+        r: found
+        for r, found in layout.run_files(table, "latent.npz").items()
+        if any(found.values())
+    }
     if not files:
         raise ValueError("latent_figure: expected a run with latent.npz, got none")
     datasets = list(next(iter(files.values())))
     across, down = 2 * len(datasets), len(files)
-    caution = caution_of(table.records)
+    caution = layout.caution_of(table.records)
     size = (0.5 + (LATENT_PANEL + 0.25) * across, (LATENT_PANEL + 0.35) * down + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
@@ -62,21 +52,23 @@ def latent_figure(table: Table, path: str | Path) -> Path:
         for k, file in enumerate(found.values()):
             pair = line[2 * k : 2 * k + 2]
             if file is not None:
-                _latent_pair(figure, pair, load_picture(file, *LATENT_ARRAYS), record_of(file))
+                _latent_pair(
+                    figure, pair, layout.load_picture(file, *LATENT_ARRAYS), layout.record_of(file)
+                )
                 continue
             for axes in pair:
-                not_run(axes)
+                layout.not_run(axes)
         line[0].set_ylabel("\n".join(textwrap.wrap(row, 28)), fontsize=9.5, color=INK)
     for k, dataset in enumerate(datasets):
         for axes, what in zip(panels[0, 2 * k :], ("aggregated posterior", "prior"), strict=False):
             axes.set_title(f"{dataset}: {what}" if len(datasets) > 1 else what, fontsize=10)
-    warn(figure, caution)
-    return save(figure, path)
+    layout.warn(figure, caution)
+    return layout.save(figure, path)
 
 
 def _latent_frame(axes: Axes) -> None:
     """A thin frame with few ticks: the scale of a latent is the model's own choice."""
-    frame(axes)
+    layout.frame(axes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(labelsize=6.5, length=2, width=0.5, color=GREY, labelcolor=GREY, pad=1.5)
@@ -91,12 +83,12 @@ def _latent_pair(
     for axes, density in zip(pair, densities, strict=True):
         _latent_frame(axes)
         norm = PowerNorm(SHADE, vmin=0.0, vmax=top)
-        image = show_density(axes, density, extent_of(picture), norm=norm)
+        image = layout.show_density(axes, density, layout.extent_of(picture), norm=norm)
     for axes in pair:
         axes.set(**dict(zip(("xlim", "ylim"), _window(picture), strict=True)), facecolor="black")
     clipped = any(float(np.nanmax(density)) > 1.02 * top for density in densities)
     slim = pair[1].inset_axes((1.04, 0.0, 0.035, 1.0))  # as high as the panels
-    color_bar(figure, image, slim, clipped)
+    layout.color_bar(figure, image, slim, clipped)
     if record is not None:
         said = f"{record.data}, seed {record.seed}, {record.profile}"
         pair[0].set_xlabel(said, fontsize=8, color=INK)
@@ -108,7 +100,7 @@ def _latent_pair(
 
 def _window(picture: Mapping[str, np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
     """The limits of z1 and z2 between which nearly all mass lies: a square on the grid."""
-    left, right, low, high = extent_of(picture)
+    left, right, low, high = layout.extent_of(picture)
     limits = []
     for axis, (start, end) in enumerate(((left, right), (low, high))):
         found = []
@@ -138,10 +130,10 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
 
     Returns the path.
     """
-    picture = load_picture(Path(file), *LATENT_ARRAYS)
+    picture = layout.load_picture(Path(file), *LATENT_ARRAYS)
     figure = Figure(figsize=(3 * LATENT_PANEL + 1.4, LATENT_PANEL + 0.75), layout="constrained")
     panels = figure.subplots(1, 3)
-    _latent_pair(figure, panels[:2], picture, record_of(file))
+    _latent_pair(figure, panels[:2], picture, layout.record_of(file))
     titles = ("aggregated posterior", "prior", "posterior means")
     for axes, text in zip(panels, titles, strict=True):
         axes.set_title(text, fontsize=10, color=INK)
@@ -163,4 +155,4 @@ def latent_run_figure(file: str | Path, path: str | Path, title: str = "") -> Pa
     axes.set_xlabel(f"{len(points)} test points", fontsize=8, color=INK)
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
-    return save(figure, path)
+    return layout.save(figure, path)

@@ -11,20 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from surflow.reporting.figures.layout import (
-    CAUTION,
-    GREY,
-    HOLLOW,
-    INK,
-    LINES,
-    caution_of,
-    legend_below,
-    plot_axes,
-    save,
-    say,
-    sheet_of,
-    warn,
-)
+from surflow.reporting.figures import layout
+from surflow.reporting.figures.layout import CAUTION, GREY, HOLLOW, INK, LINES
 from surflow.reporting.spec import ColumnSpec
 from surflow.reporting.table import Cell, Table, distinct
 
@@ -62,12 +50,12 @@ def published_figure(table: Table, path: str | Path) -> Path:
     down = math.ceil(len(spec.columns) / across)
     height = down * (0.34 * len(spec.rows) + 1.0) + 0.8
     size = (1.6 + 3.1 * across, height)
-    figure, panels = sheet_of(down, across, len(spec.columns), size)
+    figure, panels = layout.sheet_of(down, across, len(spec.columns), size)
     for index, (axes, column) in enumerate(zip(panels, spec.columns, strict=True)):
         published_panel(axes, table, column)
         axes.set_yticks(range(len(spec.rows)))
         axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
-    caution = caution_of(table.records)
+    caution = layout.caution_of(table.records)
     cells = table.cells.values()
     ours = any(cell.ours is not None for cell in cells)
     both = "Published values and ours" if ours else "Published values; none of ours is there"
@@ -75,8 +63,8 @@ def published_figure(table: Table, path: str | Path) -> Path:
     title = both if theirs else "Ours; nothing is published"
     title += f"; {caution}" if caution else ""
     figure.suptitle(title, fontsize=9.5, color=CAUTION if caution else INK)
-    legend_below(figure, published_legend(table), 3, 8)
-    return save(figure, path)
+    layout.legend_below(figure, published_legend(table), 3, 8)
+    return layout.save(figure, path)
 
 
 def published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
@@ -101,10 +89,10 @@ def published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.margins(x=0.12)
-    plot_axes(axes)
+    layout.plot_axes(axes)
     if not seen:
         axes.set_xticks([])
-        say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)
+        layout.say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)
 
 
 def spread(cell: Cell) -> float | None:
@@ -164,10 +152,10 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     columns = [c for c in table.spec.columns if _is_likelihood(table, c)] or table.spec.columns[:1]
     across = min(len(columns), 2)
     down = math.ceil(len(columns) / across)
-    caution = caution_of(table.records)
+    caution = layout.caution_of(table.records)
     names = list(depth_points(table, columns[0]))
     height = 3.0 * down + 0.5 + 0.2 * math.ceil((len(names) + 3) / 3 / across)
-    figure, panels = sheet_of(down, across, len(columns), (4.9 * across, height))
+    figure, panels = layout.sheet_of(down, across, len(columns), (4.9 * across, height))
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     for axes, column in zip(panels, columns, strict=True):
         _depth_panel(axes, table, column)
@@ -179,9 +167,9 @@ def depth_figure(table: Table, path: str | Path) -> Path:
     marks = published_legend(table, [cell for cell in cells if cell.row.depth is not None])
     for mark in marks:  # the colours are those of the families here
         mark.set(color=INK, mfc="white" if mark.get_mfc() == "white" else INK)
-    legend_below(figure, [*lines, *marks], 3 if across == 2 else 2, 8)
-    warn(figure, caution)
-    return save(figure, path)
+    layout.legend_below(figure, [*lines, *marks], 3 if across == 2 else 2, 8)
+    layout.warn(figure, caution)
+    return layout.save(figure, path)
 
 
 def _is_likelihood(table: Table, column: ColumnSpec) -> bool:
@@ -224,7 +212,7 @@ def _depth_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
     axes.set_ylabel(f"{name}\n{column.direction} is better", fontsize=8, color=INK)
     axes.set_xticks(sorted(seen))
     axes.margins(x=0.06, y=0.12)
-    plot_axes(axes)
+    layout.plot_axes(axes)
     if not seen:
         axes.set_yticks([])
-        say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)
+        layout.say(axes, "not run", 0.5, 0.5, ha="center", va="center", size=10)

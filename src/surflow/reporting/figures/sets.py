@@ -11,18 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from surflow.record import Record
-from surflow.reporting.figures.layout import (
-    INK,
-    LINES,
-    caution_of,
-    load_arrays,
-    not_run,
-    record_of,
-    run_files,
-    save,
-    say,
-    warn,
-)
+from surflow.reporting.figures import layout
+from surflow.reporting.figures.layout import INK, LINES
 from surflow.reporting.table import Table
 
 CLOUDS = 25
@@ -67,7 +57,7 @@ def clouds_figure(
             _below(axes, f"{left_out} of {sets.shape[0] * sets.shape[1]} points outside")
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
-    return save(figure, path)
+    return layout.save(figure, path)
 
 
 def set_figure(table: Table, path: str | Path) -> Path:
@@ -76,7 +66,7 @@ def set_figure(table: Table, path: str | Path) -> Path:
     From `points.npz` of the cells' first runs; under a panel stand its run and its scores a point.
     Returns the path. Raises ValueError where no run has such a file, or one is damaged.
     """
-    files = run_files(table, "points.npz")
+    files = layout.run_files(table, "points.npz")
     datasets = [d for d in next(iter(files.values())) if any(row[d] for row in files.values())]
     if not datasets:
         raise ValueError("set_figure: expected a run with points.npz, got none")
@@ -87,24 +77,24 @@ def set_figure(table: Table, path: str | Path) -> Path:
     panels = figure.subplots(len(datasets), across, squeeze=False)
     for line, dataset in zip(panels, datasets, strict=True):
         found = {row: files[row][dataset] for row in rows}
-        first = load_arrays(next(filter(None, found.values())), ARRAYS)
+        first = layout.load_arrays(next(filter(None, found.values())), ARRAYS)
         cloud_panel(line[0], first["data"][:CLOUDS], float(first["width"]), INK)
         line[0].set_title(f"data: {dataset}", fontsize=10, color=INK)
         for index, (axes, row) in enumerate(zip(line[1:], rows, strict=True)):
             axes.set_title("\n".join(textwrap.wrap(row, 34)), fontsize=10, color=INK)
             if found[row] is None:
-                not_run(axes)
+                layout.not_run(axes)
                 continue
-            arrays = load_arrays(found[row], ARRAYS)
+            arrays = layout.load_arrays(found[row], ARRAYS)
             shown = arrays["samples"][:CLOUDS]
             color = LINES[index % len(LINES)]
             left_out = cloud_panel(axes, shown, float(arrays["width"]), color)
-            said = _said(record_of(found[row]))
+            said = _said(layout.record_of(found[row]))
             if left_out:
                 said.append(f"{left_out} of {shown.shape[0] * shown.shape[1]} points outside")
             _below(axes, "\n".join(said))
-    warn(figure, caution_of(table.records))
-    return save(figure, path)
+    layout.warn(figure, layout.caution_of(table.records))
+    return layout.save(figure, path)
 
 
 ARRAYS = ("samples", "data", "width")
@@ -125,4 +115,4 @@ def _said(record: Record | None) -> list[str]:
 
 
 def _below(axes: Axes, text: str) -> None:
-    say(axes, text, 0.5, -0.02, ha="center", va="top", size=7.5)
+    layout.say(axes, text, 0.5, -0.02, ha="center", va="top", size=7.5)
