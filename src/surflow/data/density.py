@@ -94,8 +94,12 @@ class SyntheticDataset2d(ABC):
     @property
     def entropy(self) -> float:
         """H[p] = -∫ p(x) log p(x) dx, in nats; see ``entropy_method``. Cached per class."""
-        closed = self.closed_entropy
-        return _entropy_by_quadrature(type(self)) if closed is None else closed
+        return self._quadrature() if self.closed_entropy is None else self.closed_entropy
+
+    @classmethod
+    @cache
+    def _quadrature(cls) -> float:
+        return grid_entropy(cls()._log_prob, cls.extent, cls.step)
 
     @property
     def entropy_method(self) -> str:
@@ -155,11 +159,6 @@ def grid_entropy(log_prob: Callable[[Tensor], Tensor], half_width: float, step: 
         p = log_prob(x).exp()
         total -= torch.xlogy(p, p).sum().item()
     return total * h**2
-
-
-@cache
-def _entropy_by_quadrature(cls: type[SyntheticDataset2d]) -> float:
-    return grid_entropy(cls()._log_prob, cls.extent, cls.step)
 
 
 # Families

@@ -308,10 +308,11 @@ class Pinwheel(SyntheticDataset2d):
         f = x / 2
         return self._unwarped_log_prob(rotate(f, -self._twist(f))) - math.log(4)
 
-    @property
-    def entropy(self) -> float:
-        """H = H[unwarped mixture] + ln 4, in nats, by quadrature."""
-        return _pinwheel_entropy()
+    @classmethod
+    @cache
+    def _quadrature(cls) -> float:
+        """H = H[unwarped mixture] + ln 4, in nats."""
+        return grid_entropy(cls()._unwarped_log_prob, 2.8, 0.04) + math.log(4)
 
     def _twist(self, f: Tensor) -> Tensor:
         return torch.linalg.vector_norm(f, dim=-1).exp() / 4
@@ -323,11 +324,6 @@ class Pinwheel(SyntheticDataset2d):
         d = (f - constant((1.0, 0.0), f.device)) / constant(self.scales, f.device)
         log_p = -LOG_2PI - math.log(math.prod(self.scales)) - 0.5 * d.square().sum(-1)
         return torch.logsumexp(log_p, -1) - math.log(self.arms)
-
-
-@cache
-def _pinwheel_entropy() -> float:
-    return grid_entropy(Pinwheel()._unwarped_log_prob, 2.8, 0.04) + math.log(4)
 
 
 class Sinusoid(Conditional):

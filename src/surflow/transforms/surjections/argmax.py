@@ -84,9 +84,9 @@ class _Categories(Surjection):
         """(B, C, ...) -> (B, C * K, ...), in the dtype of the parameters."""
         return self._chosen(z).flatten(1, 2).to(self.unit.dtype)
 
-    @abstractmethod
     def _category(self, x: Tensor) -> Tensor:
-        """Scores (B, C, width, ...) to categories (B, C, ...), int64."""
+        """Scores (B, C, width, ...) to categories (B, C, ...), int64: the greatest."""
+        return x.argmax(2)
 
     @abstractmethod
     def _score(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
@@ -220,9 +220,6 @@ class ArgmaxInference(_FromNoise):
     ) -> None:
         super().__init__(latent_shape, num_classes, num_classes, noise, context_features)
 
-    def _category(self, x: Tensor) -> Tensor:
-        return x.argmax(2)
-
     def _thresholded(self, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         chosen, threshold = self._chosen(z), v.gather(2, z.unsqueeze(2))
         gap = torch.where(chosen, 0.0, threshold - v)
@@ -336,9 +333,6 @@ class GumbelArgmaxInference(_Categories):
             phi = self._split(require_output(run_net(self.net, self._one_hot(z), context), shape))
         phi = at_least_float32(phi)
         return phi.expand(z.shape[0], *phi.shape[-len(self.latent_shape) - 1 :])
-
-    def _category(self, x: Tensor) -> Tensor:
-        return x.argmax(2)
 
     def _score(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         phi = self._phi(z, context)
