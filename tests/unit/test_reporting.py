@@ -479,6 +479,9 @@ def test_rows_never_run_are_one_line_with_their_cost(tmp_path):
     assert line in text.split("\n")
     assert "| A |" not in text and "| c | corners |" not in text
     assert "| AbsFlow | not run (3.49) |" in text  # published values are shown
+    put(tmp_path, 2.95, row="abs_spline_flow", status="failed")
+    refused = render_markdown(fill(tmp_path), command="make")
+    assert "Not run" not in refused and "abs_spline_flow / corners, seed 0: run failed" in refused
 
 
 # ----------------------------------------------------------------------------------- refusals

@@ -112,9 +112,13 @@ class Table:
         return any(record.floor for record in self.records)
 
     def without_empty_rows(self) -> Table:
-        """The same table without the rows that have neither a value nor a run."""
-        cells = self.cells.values()
-        told = {c.row.name for c in cells if c.records or c.quoted or c.published is not None}
+        """The same table without the rows that have neither a value nor a run, refused ones too."""
+        silent = (NOT_RUN, NO_SUCH_NUMBER)
+        told = {
+            cell.row.name
+            for cell in self.cells.values()
+            if cell.quoted or cell.published is not None or cell.verdict not in silent
+        }
         rows = tuple(row for row in self.spec.rows if row.name in told)
         cells = {key: cell for key, cell in self.cells.items() if cell.row.name in told}
         return replace(self, spec=replace(self.spec, rows=rows), cells=cells)
