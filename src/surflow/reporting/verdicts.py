@@ -31,8 +31,8 @@ def verdict_of(cell: Cell, profile: str, wanted: int, matters: Sequence[str] = (
     seeds = "" if done == wanted else f"{done} of {wanted} seeds: "
     if cell.published is None:
         return seeds + released + _target(cell)
-    if matters and not released:
-        return f"{seeds}not comparable: {', '.join(matters)}"
+    if matters:
+        return f"{seeds}{released}not comparable: {', '.join(matters)}"
     return seeds + released + _comparison(cell, bool(released))
 
 
