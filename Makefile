@@ -53,7 +53,7 @@ format: $(STAMP)  ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(STAMP)  ## Run the tests (about 10 minutes on two cores)
+test: $(STAMP)  ## Run the tests (19 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP)  ## Run the tests, slow ones included
