@@ -313,7 +313,11 @@ def _same(value: Any, default: Any) -> bool:
     return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
-def run_dir(cfg: DictConfig) -> Path:
-    """runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>: it follows from the config."""
-    name = f"seed{cfg.seed}-{config_hash(cfg)[:8]}"
+def run_dir(cfg: DictConfig, known: str | None = None) -> Path:
+    """runs/<profile>/<artefact>/<row>/<data>/seed<seed>-<hash>: it follows from the config.
+
+    Args:
+        known: the hash of the config, where it is known.
+    """
+    name = f"seed{cfg.seed}-{(known or config_hash(cfg))[:8]}"
     return Path(cfg.run.root) / cfg.profile.name / cfg.artefact / cfg.row / cfg.data.name / name

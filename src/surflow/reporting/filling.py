@@ -254,5 +254,5 @@ def _fill_cell(
         wall_time_s=statistics.fmean(times) if times else None,
         records=tuple(used),
     )
-    matters = [d.setting for d in spec.deviations(*place) if d.matters]
+    matters = [d.setting for d in spec.deviations if d.matters and d.applies(*place)]
     return replace(cell, verdict=verdict_of(cell, profile, wanted, matters))

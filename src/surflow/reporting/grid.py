@@ -94,7 +94,7 @@ def _first_lines(table: Table) -> list[str]:
     full = "budgets and data as published"
     if not table.spec.published:
         full = "the full budget; nothing is published"
-    elif any(setting.ours is not None for setting in table.spec.settings):
+    elif table.spec.deviations:
         full = "the full budget; the settings below differ from the published ones"
     first = f"**Profile `{table.profile}`**" + (
         f": {full}. Seeds: {seeds}."
@@ -205,8 +205,8 @@ def _conditions(table: Table) -> list[str]:
 def _deviations(table: Table) -> list[str]:
     """A line a setting that is not the published one, with the rows and columns it is of."""
     lines = []
-    for setting in table.spec.settings:
-        rows = [row.label for row in table.spec.rows if setting in table.spec.deviations(row.name)]
+    for setting in table.spec.deviations:
+        rows = [row.label for row in table.spec.rows if setting.applies(row.name)]
         columns = [c.label for c in table.spec.columns if c.name in setting.columns]
         if rows and (columns or not setting.columns):
             where = f" ({', '.join(columns)})" if columns else ""

@@ -172,9 +172,10 @@ class TableSpec:
         """Whether every column shows the table's own metric."""
         return all(column.metric == self.metric for column in self.columns)
 
-    def deviations(self, row: str, column: str | None = None) -> tuple[Setting, ...]:
-        """The settings of a row, in a column or in any, that are not the published ones."""
-        return tuple(s for s in self.settings if s.ours is not None and s.applies(row, column))
+    @property
+    def deviations(self) -> tuple[Setting, ...]:
+        """The settings that are not the published ones."""
+        return tuple(setting for setting in self.settings if setting.ours is not None)
 
     @property
     def own_data(self) -> bool:

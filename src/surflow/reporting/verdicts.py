@@ -45,12 +45,13 @@ def _comparison(cell: Cell, released: bool) -> str:
     worse = column.worse_by(cell.ours, cell.published)
     gap = f"{'worse' if worse > 0 else 'better'} by {abs(worse):.{column.digits}f}"
     values = [metric.value for metric in cell.metrics]
-    interval = of_one_more(values)
     if released:
         error = 2 * max(metric.standard_error or 0.0 for metric in cell.metrics)
         interval = Interval(cell.ours, cell.ours - error, cell.ours + error, len(values))
     elif len(values) < FEWEST:
         return f"too few seeds ({len(values)}): {gap}"
+    else:
+        interval = of_one_more(values)
     rounding = 0.5 * 10.0**-column.published_digits + _SLACK
     if interval.low - rounding <= cell.published <= interval.high + rounding:
         return "reproduced"

@@ -104,7 +104,7 @@ class Run:
             getattr(measure, "check", lambda data: None)(self.data)
         self._check_surjection()
         self.hash = config_hash(self.config)
-        self.folder = run_dir(cfg)
+        self.folder = run_dir(cfg, self.hash)
         self.device = device_of_accelerator(self.config["trainer"].get("accelerator", "auto"))
         if here:
             check_machine(self.config["trainer"], self.data.batch_size)
