@@ -13,6 +13,7 @@ from surflow.reading import Fields, shown
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
+SCORES_NAME = "scores.npz"
 
 
 class RecordError(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,6 +66,8 @@ class TensorDataModule(pl.LightningDataModule):
         image_shape: (C, H, W) that a row is drawn in, flat or not; None: rows are no images.
         symmetry: of a 2-D density: symmetric, antisymmetric or None.
         floor: the lowest negative log-likelihood there is; None: unknown.
+        log_prob: log density of rows that the data come from, (N, *event) -> (N,), nats, float64;
+            None: unknown.
         file: a cache of whole splits; None: there is none.
 
     Raises:
@@ -84,6 +86,7 @@ class TensorDataModule(pl.LightningDataModule):
     image_shape: tuple[int, int, int] | None = None
     symmetry: str | None = None
     floor: Floor | None = None
+    log_prob: Callable[[Tensor], Tensor] | None = None
     file: Path | None = None
 
     def __init__(

@@ -64,6 +64,9 @@ class SyntheticData(TensorDataModule):
     def floor(self) -> Floor:  # type: ignore[override]
         return Floor(self.dataset.entropy, f"entropy of the data, {self.dataset.entropy_method}")
 
+    def log_prob(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.dataset.log_prob(x.double())
+
     @property
     def box(self) -> tuple[list[float], list[float]]:
         """Edges that hold the whole support, infinite where there are none."""
@@ -126,6 +129,9 @@ class QuantizedData(SyntheticData):
         p = self.probabilities
         entropy = -torch.special.xlogy(p, p).sum().item()
         return Floor(entropy, "entropy of the quantized data, quadrature in every cell")
+
+    def log_prob(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.probabilities[x[:, 0], x[:, 1]].log()
 
     @property
     def box(self) -> tuple[list[float], list[float]]:

@@ -29,10 +29,11 @@ POINT_NAMES = {"nll": "log_likelihood", "elbo": "elbo", "iwbo": "iwbo"}
 
 
 def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
-    """Every score of the split: the likelihood, or ELBO and IWBO; of sets also a point.
+    """Every score of the split: the likelihood, or ELBO and IWBO; of sets also a point; where the
+    density of the data is known, also the :func:`excess` over it.
 
     What is done is kept in :func:`unfinished` of the run's folder, and a second call resumes from
-    it; delete it with :func:`forget` once the numbers are written. Sets ``trained.ledger``.
+    it; delete it with :func:`forget` once the numbers are written. Sets ``trained.ledger`` and ``trained.scores``.
     """
     data = trained.data
     with shown_progress("draws") as progress:
@@ -48,10 +49,39 @@ def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
             progress=progress,
             resume=unfinished(trained.folder, trained.split),
             tf32=tf32,
+            scores=trained.scores,
         )
     if data.kind == "set":
         found |= per_point(found, data.num_points)
+    best = min(found.values(), key=lambda metric: metric.value)
+    if data.log_prob is not None and trained.unit == "nats":
+        true = data.log_prob(trained.rows).cpu()
+        found["excess"] = excess(best, trained.scores[best.name], true)
     return list(found.values())
+
+
+def excess(metric: Metric, scores: Tensor, log_prob: Tensor) -> Metric:
+    r"""How far a score lies above what the density of the data has on the same rows, in nats.
+
+    .. math:: \frac1N \sum_n \left[\log p(x_n) - \mathcal L(x_n)\right]
+
+    Its expectation is KL(data || model), or an upper bound of it. Both terms are of the same rows,
+    so that the noise of the test draw, most of which they share, leaves it.
+
+    Args:
+        metric: the mean of ``scores``.
+        scores: negated log-likelihoods, or bounds, of the rows, (N,), nats.
+        log_prob: of the rows under the density of the data, (N,), nats.
+    """
+    values = scores + log_prob
+    return replace(
+        metric,
+        name=f"{metric.name.partition('/')[0]}/excess_nats",
+        value=values.mean().item(),
+        kind="score",
+        estimator=f"{metric.estimator}, less that of the data's own density",
+        standard_error=standard_error(values),
+    )
 
 
 def unfinished(folder: Path, split: str) -> Path:
@@ -76,6 +106,7 @@ def evaluate(
     progress: Progress = silent,
     resume: Path | None = None,
     tf32: bool = False,
+    scores: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Metric], Ledger]:
     r"""Score every row of ``data``.
 
@@ -103,6 +134,7 @@ def evaluate(
             estimators the evaluation resumes; any other is replaced. The caller deletes it.
         tf32: whether a GPU may round the factors of convolutions and matrix products to TF32, a few
             times as fast; the estimator's text then says so.
+        scores: is given the score of every row, (N,), float64, by the name of its metric.
 
     Returns:
         metrics by name, such as ``test/nll_nats``, and the ledger over all rows, from one draw.
@@ -140,6 +172,8 @@ def evaluate(
     found = {}
     for key, values in work.values().items():
         values, name = -values * scale, f"{split}/{key}_{unit}"
+        if scores is not None:
+            scores[name] = values
         found[name] = Metric(
             name=name,
             value=values.mean().item(),

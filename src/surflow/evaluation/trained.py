@@ -32,6 +32,7 @@ class Trained:
         folder: of the run: pictures, and what an interrupted measure resumes from.
         cache: a folder that several runs share.
         ledger: the likelihood layer by layer; set by the measure ``likelihood``.
+        scores: of every row, (N,), by the name of the metric; set by the measure ``likelihood``.
         details: further fields of the record, by name.
         missing: why a metric could not be computed, by its name.
     """
@@ -46,6 +47,7 @@ class Trained:
     folder: Path
     cache: Path
     ledger: Ledger | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 

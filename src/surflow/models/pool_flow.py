@@ -8,6 +8,7 @@ import torch
 
 from surflow.checks import require_at_least
 from surflow.distributions.base import Distribution
+from surflow.draws import apart
 from surflow.errors import check_choice
 from surflow.flow import Flow, FlowDistribution
 from surflow.models.contract import SurjectionError, takes
@@ -117,7 +118,8 @@ def _between_scales(
 ) -> tuple[list[Transform], Shape]:
     """The layers between two scales, and the shape of what comes out of them."""
     try:
-        made = downsampling(shape)
+        with apart():
+            made = downsampling(shape)
     except ValueError as error:
         raise ValueError(
             f"model.shape: expected a height and width for {where}: {error}"

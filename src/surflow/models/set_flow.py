@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
+from surflow.draws import apart
 from surflow.errors import check_choice
 from surflow.flow import Flow
 from surflow.models.contract import takes
@@ -212,7 +213,8 @@ def set_flow(
     )
     points = Points(num_points, num_features, width, softness * width)
     how = ORDERS[order]
-    layers = how.front(points, net)
+    with apart():
+        layers = how.front(points, net)
     for index in range(num_flows):
         layers += [*how.step(index, points, net), ActNorm(num_features, dim=2)]
     return Flow(StandardNormal((num_points, num_features)), layers)

@@ -13,12 +13,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surflow.checks import require_at_least
 from surflow.distributions import Bernoulli, Categorical, DiagonalNormal, Distribution
 from surflow.distributions.autoregressive import AutoregressiveBernoulli
+from surflow.draws import apart
 from surflow.errors import check_choice, check_whole
 from surflow.flow import Flow
 from surflow.models.contract import takes
@@ -118,8 +118,7 @@ class VAEFlow(Flow):
         posterior_rate: factor of the learning rate of the layers after the encoder's draw, with
             the maps of h to their parameters.
         posterior_start: the optimizer step from which they learn, until which layers that start as
-            the identity are one; :func:`vae_of_vectors` then starts the nets from a seed alike
-            whatever the layers are.
+            the identity are one.
 
     Raises:
         ValueError: for a rate that is not positive, or a negative start.
@@ -212,7 +211,7 @@ def vae_of_vectors(
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
     grey, nets = GreyInput(embed, num_levels), (flow_hidden_features, flow_activation)
     after = (posterior, num_layers, amortised, *nets)
-    with torch.random.fork_rng(devices=[], enabled=posterior_start > 0):  # see VAEFlow
+    with apart():
         encoder = flow_posterior(latent_features, grey, hidden_features[-1], *after)
 
     def net(outputs: int) -> nn.Module:
@@ -303,7 +302,8 @@ def vae_of_images(
     grey = GreyInput(ImageEncoder(shape, embed_features, channels, num_blocks), num_levels)
     nets = (flow_hidden_features, flow_activation)
     after = (posterior, num_layers, amortised, *nets)
-    encoder = flow_posterior(latent_features, grey, embed_features, *after)
+    with apart():
+        encoder = flow_posterior(latent_features, grey, embed_features, *after)
 
     def net(outputs: int) -> nn.Module:
         return ImageDecoder(latent_features, shape, outputs, embed_features, channels, num_blocks)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, WeightAveraging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -130,6 +131,20 @@ class EMA(WeightAveraging):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         if self._latest_update_step == 0:
             self._average_model.module.load_state_dict(module.state_dict())
+
+
+class GradientNorm(Callback):
+    """Log the largest norm of a gradient, before clipping, since the last line of the loss."""
+
+    runtime = "all"  # it changes no result
+    watched = ("train/gradient_norm_max",)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, module: FlowModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norm, (key,) = torch.nn.utils.get_total_norm(gradients), self.watched
+        module.watched[key] = torch.maximum(norm, module.watched.get(key, norm))
 
 
 class TimedCheckpoint(Checkpoint):

@@ -35,6 +35,7 @@ FILES = (
     "last.ckpt",
     "best.ckpt",
     "record.json",
+    "scores.npz",
     "metrics.csv",
     "picture.npz",
     "images.npz",
@@ -72,7 +73,9 @@ def fit(run: Run, times: Elapsed) -> Flow | None:
     """
     quiet_lightning()
     module = flow_module(run)
-    csv = CSVMetrics(run.folder / "metrics.csv", [module.train_key, module.val_key, "lr"])
+    watched = [key for callback in run.callbacks for key in getattr(callback, "watched", ())]
+    columns = [module.train_key, module.val_key, "lr", *watched]
+    csv = CSVMetrics(run.folder / "metrics.csv", columns)
     last = run.folder / "last.ckpt"
     csv.start(_resumed_step(run, last))
     trainer = make_trainer(run, module, times, csv)

@@ -95,6 +95,7 @@ class FlowModule(pl.LightningModule):
         self._loss = torch.compile(self._eager_loss, dynamic=False) if compile else self._eager_loss
         self.train_mean = RunningMean()  # since the last log line
         self.val_mean = RunningMean(torch.float64)
+        self.watched: dict[str, Tensor] = {}  # of callbacks: logged with the loss, then forgotten
         self._checked_values = False
         self.last_train: float | None = None
         self.last_val: float | None = None
@@ -210,7 +211,9 @@ class FlowModule(pl.LightningModule):
         if self.train_mean.update_called:
             self.last_train = self.train_mean.compute() * self.scale
             lr = self.optimizers().param_groups[0]["lr"]
-            self._log({self.train_key: self.last_train, "lr": lr}, step)
+            watched = {key: value.item() for key, value in self.watched.items()}
+            self._log({self.train_key: self.last_train, "lr": lr, **watched}, step)
+        self.watched.clear()
         self.train_mean.reset()
 
     def _log(self, values: dict[str, float], step: int) -> None:

@@ -27,16 +27,17 @@ from surflow.config import (
     with_defaults,
 )
 from surflow.data.module import TensorDataModule
+from surflow.draws import apart
 from surflow.errors import UserError, check_choice, is_whole, named_errors
 from surflow.evaluation.likelihood import forget
 from surflow.evaluation.pictures import draw_pictures
 from surflow.evaluation.trained import Trained, run_measures
-from surflow.files import locked, relative, sha256_of, write_json
+from surflow.files import locked, relative, sha256_of, write_json, write_npz
 from surflow.flow import Flow, Ledger
 from surflow.metric import Metric
 from surflow.models.contract import SurjectionError, Takes
 from surflow.models.official import find_checkpoint, load_official, read_tensors
-from surflow.record import RECORD_NAME, Record, RecordError, lacking, load_record
+from surflow.record import RECORD_NAME, SCORES_NAME, Record, RecordError, lacking, load_record
 from surflow.training.callbacks import Elapsed
 from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
 from surflow.training.fit import FILES, TRAINER_GIVEN, fit
@@ -201,11 +202,12 @@ class Run:
         builder = build(self.config["model"], _partial_=True)
         facts = takes.of(self.data)
         if takes.surjection is not None:
-            surjection = build(self.config["surjection"])
-            made = surjection is None or isinstance(surjection, torch.nn.Module)
-            if not made and not takes.between:
-                with named_errors("surjection"):
-                    surjection = surjection(self.data.event_shape)
+            with apart():
+                surjection = build(self.config["surjection"])
+                made = surjection is None or isinstance(surjection, torch.nn.Module)
+                if not made and not takes.between:
+                    with named_errors("surjection"):
+                        surjection = surjection(self.data.event_shape)
             facts[takes.surjection] = surjection
         try:
             with named_errors("model"):
@@ -392,9 +394,14 @@ class Run:
         )
 
     def finish(self, flow: Flow) -> Record:
-        """Measure the flow on test, draw its pictures, write the record last."""
+        """Measure the flow on test, draw its pictures, write the record last.
+
+        The scores of the rows are in ``scores.npz``, float32, by the names of their metrics.
+        """
         trained = self.trained(flow)
         metrics = run_measures(trained, self.measures)
+        scores = {name: values.float().numpy() for name, values in trained.scores.items()}
+        write_npz(self.folder / SCORES_NAME, **scores)
         pictures = {}
         if self.config["run"]["pictures"]:
             pictures = draw_pictures(trained, self.config["row"])
