@@ -19,7 +19,7 @@ from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.errors import check_choice
-from surflow.flow import Flow
+from surflow.flow import Flow, FlowDistribution
 from surflow.numeric import repeat_rows
 from surflow.score_function import close_tape, open_tape
 from surflow.transforms import VAE, Transform
@@ -35,12 +35,16 @@ class Terms:
         log_prior: log p(z): everything after the first VAE layer, (B,).
         divergence: (B, G), log q - log p(z) of each of G groups: one a latent dimension where
             posterior and prior are both factorised, else one in all.
+        layers: of log q, what the layers of a flow posterior add, -log |det|, (B,).
+        num_latents: L, latent dimensions of the first VAE layer.
     """
 
     reconstruction: Tensor
     log_q: Tensor
     log_prior: Tensor
     divergence: Tensor
+    layers: Tensor
+    num_latents: int
 
     @property
     def bound(self) -> Tensor:
@@ -85,15 +89,23 @@ def prior_flow(flow: Flow) -> Flow:
     return Flow(flow.base, split_at_vae(flow, "prior_flow")[2])
 
 
-def _draw(layer: VAE, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z, log q(z|x) and, of a factorised q, its parts by dimension, (B, L)."""
+def _draw(
+    layer: VAE, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """z, log q(z|x), the share of its layers and, of a factorised q, its parts by dimension,
+    (B, L)."""
     given = layer._given(x, context)
     if not layer.encoder.factorised:
-        return *layer.encoder.sample_and_log_prob(context=given), None
+        if isinstance(layer.encoder, FlowDistribution):
+            z, log_q, layers = layer.encoder.draw(None, given)
+            return z, log_q + layers, layers, None
+        z, log_q = layer.encoder.sample_and_log_prob(context=given)
+        return z, log_q, torch.zeros_like(log_q), None
     loc, log_scale = layer.encoder.normal_parameters(given)
     eps = torch.randn(loc.shape, device=loc.device, dtype=loc.dtype)
     by_dimension = (-0.5 * eps.square() - HALF_LOG_TWO_PI - log_scale).flatten(1)
-    return loc + torch.exp(log_scale) * eps, by_dimension.sum(1), by_dimension
+    z, log_q = loc + torch.exp(log_scale) * eps, by_dimension.sum(1)
+    return z, log_q, torch.zeros_like(log_q), by_dimension
 
 
 def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int = 1) -> Terms:
@@ -120,6 +132,8 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
     reconstruction: list[Tensor] = []
     log_q: list[Tensor] = []
     log_prior: list[Tensor] = []
+    of_layers: list[Tensor] = []
+    num_latents = 0
     by_dimension: Tensor | None = None
     for layer in [*before, vae, *after]:
         found = log_prior if log_q else reconstruction
@@ -127,9 +141,11 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
             v, part = layer(v, context)
             found.append(part)
             continue
-        z, score, by_dimension = _draw(layer, v, context)
+        z, score, of_flow, by_dimension = _draw(layer, v, context)
         found.append(layer.decoder.log_prob(v, layer._given(z, context)))
         log_q.append(score)
+        of_layers.append(of_flow)
+        num_latents = num_latents or z[0].numel()
         v = z
     log_prior.append(flow.base.log_prob(v, context))
     total_q, total_prior = sum(log_q), sum(log_prior)
@@ -139,7 +155,14 @@ def terms(flow: Flow, x: Tensor, context: Tensor | None = None, num_samples: int
         divergence = by_dimension - prior.flatten(1)
     else:
         divergence = (total_q - total_prior).unsqueeze(1)
-    return Terms(sum(reconstruction), total_q, total_prior, divergence)
+    return Terms(
+        reconstruction=sum(reconstruction),
+        log_q=total_q,
+        log_prior=total_prior,
+        divergence=divergence,
+        layers=sum(of_layers),
+        num_latents=num_latents,
+    )
 
 
 # Annealing
@@ -155,10 +178,22 @@ def joint(t: Terms, beta: float | Tensor, costs: Tensor) -> Tensor:
     return beta * (t.reconstruction + t.log_prior) - (t.log_prior + costs)
 
 
+def latent_mean(t: Terms, beta: float | Tensor, costs: Tensor) -> Tensor:
+    """log p(x|z) + log |det| - β (log q_0(z_0|x) - log p(z)) / L: no bound at any β.
+
+    It is what a program trains that adds L columns of log-densities to a single one of log p(x|z),
+    and takes the mean: Kong & Li, github.com/blisc/CSC412-Project.
+    """
+    return t.reconstruction - t.layers - beta * (costs - t.layers) / t.num_latents
+
+
 ANNEALED: dict[str, Callable[[Terms, float | Tensor, Tensor], Tensor]] = {
     "divergence": divergence,
     "joint": joint,
+    "latent_mean": latent_mean,
 }
+NEVER_A_BOUND = ("latent_mean",)
+"""Of these, those that are no bound at β = 1 either."""
 
 
 def linear_warm_up(step: int, start: float = 1.0, steps: int = 0) -> float:
@@ -198,7 +233,8 @@ def annealed_elbo(
     .. math:: \log p(x|z) - \beta \sum_g \max\big(\lambda,\ \overline{\log q_g - \log p_g}\big)
               \quad\text{or}\quad \beta \log p(x, z) - \log q(z|x)
 
-    At β = 1 and λ = 0 it is :func:`surflow.objectives.elbo`, draw for draw. Otherwise it is no
+    At β = 1 and λ = 0 these are :func:`surflow.objectives.elbo`, draw for draw. Otherwise, and with
+    :func:`latent_mean`, it is no
     bound on the likelihood, and never to be reported as one.
 
     Args:
@@ -209,7 +245,7 @@ def annealed_elbo(
         free_bits: λ in nats, for each group of latents (:class:`Terms`): a group whose mean over
             the batch (the bar above) is less costs λ, without a gradient.
         num_samples: S, draws averaged per row.
-        annealed: what β is a factor of: divergence or joint.
+        annealed: what β is a factor of: divergence, joint or latent_mean.
 
     Returns:
         (B,), nats.

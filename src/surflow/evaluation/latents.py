@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
 
 from surflow import variational
 from surflow.draws import evaluating, seed_draws
 from surflow.errors import UserError
+from surflow.evaluation.likelihood import standard_error
 from surflow.evaluation.trained import Trained, evenly_spaced
 from surflow.metric import Metric
 from surflow.models import PyramidFlow
@@ -38,6 +42,47 @@ def active_units(trained: Trained, rows: int = 4096) -> list[Metric]:
             protocol={"of": used.of, "threshold": used.threshold, "rows": len(x)},
         )
     ]
+
+
+def as_printed(
+    trained: Trained,
+    formula: str,
+    factor: float = 1.0,
+    splits: Sequence[str] = ("train", "test"),
+    num_samples: int = 10,
+    rows: int = 1024,
+) -> list[Metric]:
+    """What another program prints for a VAE where that is no bound: of kind score.
+
+    Args:
+        formula: of :data:`surflow.variational.ANNEALED`, at β = 1, negated.
+        factor: of the mean, where a program divides by another number than it sums.
+        splits: to be scored.
+        num_samples: draws an image.
+        rows: images at a time, which set the draws.
+    """
+    found = []
+    for split in splits:
+        data, values = trained.data.splits[split], []
+        for block, x in enumerate(data.split(rows)):
+            x = trained.on_device(x)
+            seed_draws(x.device, trained.seed, block)
+            how = {"num_samples": num_samples, "annealed": formula}
+            values.append(-variational.annealed_elbo(trained.flow, x, **how).double().cpu())
+        scores = factor * torch.cat(values)
+        of_what = f"{formula} of {num_samples} draws an image, times {factor:g}"
+        found.append(
+            Metric(
+                name=f"{split}/as_printed_nats",
+                value=scores.mean().item(),
+                unit="nats",
+                kind="score",
+                estimator=f"no bound: {of_what}, mean over {len(scores)} {split} points",
+                standard_error=standard_error(scores),
+                count=len(scores),
+            )
+        )
+    return found
 
 
 def levels(trained: Trained) -> list[Metric]:

@@ -60,6 +60,14 @@ def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
     return list(found.values())
 
 
+def on_split(trained: Trained, split: str, iwbo_samples: int = 0) -> list[Metric]:
+    """The scores of another split, such as train: :func:`likelihood` of it."""
+    other = replace(trained, split=split, iwbo_samples=iwbo_samples, scores={})
+    found = likelihood(other)
+    forget(trained.folder, split)
+    return found
+
+
 def excess(metric: Metric, scores: Tensor, log_prob: Tensor) -> Metric:
     r"""How far a score lies above what the density of the data has on the same rows, in nats.
 

@@ -140,6 +140,28 @@ POSTERIORS: dict[str, Callable[[Layers], list[Transform]]] = {
 }
 
 
+class TanhHeads(nn.Module):
+    """tanh of L means and of L logarithms, the latter times a share: 1 where they are of a standard
+    deviation, 1/2 where they are of a variance."""
+
+    def __init__(self, features: int, share: float) -> None:
+        super().__init__()
+        scale = torch.cat([torch.ones(features), torch.full((features,), share)])
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return torch.tanh(raw) * self.scale
+
+
+HEADS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "linear": lambda features: [],
+    "tanh_deviation": lambda features: [TanhHeads(features, 1.0)],
+    "tanh_variance": lambda features: [TanhHeads(features, 0.5)],
+}
+"""What follows the linear map to mean and log-scale: nothing; tanh of the mean and of log σ, or of
+log σ²."""
+
+
 def flow_posterior(
     latent_features: int,
     embed: nn.Module,
@@ -149,6 +171,7 @@ def flow_posterior(
     amortised: bool = True,
     hidden_features: Sequence[int] = (320,),
     activation: str = "relu",
+    heads: str = "linear",
 ) -> FlowDistribution:
     r"""A diagonal normal whose draws go through layers of a flow, all from one net of x.
 
@@ -168,9 +191,10 @@ def flow_posterior(
         amortised: whether the layers' parameters follow from h (planar, radial, sylvester: by a
             linear map a layer; couplings and masked layers: h enters their nets), or are free.
         hidden_features, activation: of the nets of couplings and masked layers.
+        heads: of mean and scale: linear, tanh_deviation or tanh_variance; see ``HEADS``.
 
     Raises:
-        ValueError: for an unknown posterior, a number of layers that does not fit, or a latent too
+        ValueError: for an unknown posterior or head, a number of layers that does not fit, or a latent too
             small for it.
 
     Source: Rezende & Mohamed 2015, arXiv 1505.05770 (planar, radial); van den Berg et al. 2018,
@@ -179,7 +203,10 @@ def flow_posterior(
     """
     check_choice("model.posterior", posterior, POSTERIORS)
     check_whole("model.num_layers", num_layers, least=0)
-    base = DiagonalNormal(latent_features, net=nn.Linear(embed_features, 2 * latent_features))
+    check_choice("model.heads", heads, HEADS)
+    linear = nn.Linear(embed_features, 2 * latent_features)
+    after = HEADS[heads](latent_features)
+    base = DiagonalNormal(latent_features, net=nn.Sequential(linear, *after) if after else linear)
     context = embed_features if amortised else 0
     of = Layers(latent_features, num_layers, context, hidden_features, activation)
     layers = POSTERIORS[posterior](of) if num_layers else []

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surflow.checks import require_at_least
@@ -29,7 +30,7 @@ from surflow.nets.conv_resnet import ImageDecoder, ImageEncoder
 from surflow.nets.masked_conv import LocalPixelCNN
 from surflow.nets.maxout import Maxout
 from surflow.nets.mlp import Linear
-from surflow.transforms import VAE, Transform
+from surflow.transforms import VAE, Planar, Transform
 
 LocalNet = Callable[[int], LocalPixelCNN]
 """``local(channels)`` makes the net of a local decoder."""
@@ -149,6 +150,26 @@ class VAEFlow(Flow):
         return [{"params": nets, "lr": lr}, late]
 
 
+def xavier_normal(flow: Flow) -> None:
+    """Weights of linear layers and free directions of planar ones from a normal of variance
+    2 / (inputs + outputs), biases zero (Glorot & Bengio 2010)."""
+    for layer in flow.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, Planar) and layer.net is None:
+            with torch.no_grad():
+                rows = layer.params.view(layer.num_layers, -1)
+                rows[:, :-1].normal_(std=(2 / (layer.features + 1)) ** 0.5)
+                rows[:, -1].zero_()
+
+
+STARTS: dict[str, Callable[[Flow], None]] = {
+    "default": lambda flow: None,
+    "xavier_normal": xavier_normal,
+}
+
+
 @takes("points", "table", "image", facts=("features", "num_levels"))
 def vae_of_vectors(
     features: int,
@@ -168,6 +189,8 @@ def vae_of_vectors(
     flow_activation: str = "relu",
     posterior_rate: float = 1.0,
     posterior_start: int = 0,
+    heads: str = "linear",
+    start: str = "default",
 ) -> VAEFlow:
     r"""VAE layer with a flow as its posterior -> a flow as its prior -> base.
 
@@ -191,6 +214,8 @@ def vae_of_vectors(
         hidden_features, activation: of encoder and decoder; see :func:`hidden_layers`.
         flow_hidden_features, flow_activation: of the nets of couplings and masked layers.
         posterior_rate, posterior_start: see :class:`VAEFlow`.
+        heads: see :func:`~surflow.models.posteriors.flow_posterior`.
+        start: initial weights: default (torch's) or :func:`xavier_normal`.
 
     Raises:
         ValueError: for an unknown name, or numbers that do not fit.
@@ -208,11 +233,12 @@ def vae_of_vectors(
     require_at_least(
         "model.", 1, features=features, latent_features=latent_features, num_levels=num_levels
     )
+    check_choice("model.start", start, STARTS)
     embed = nn.Sequential(*hidden_layers(features, hidden_features, activation))
     grey, nets = GreyInput(embed, num_levels), (flow_hidden_features, flow_activation)
     after = (posterior, num_layers, amortised, *nets)
     with apart():
-        encoder = flow_posterior(latent_features, grey, hidden_features[-1], *after)
+        encoder = flow_posterior(latent_features, grey, hidden_features[-1], *after, heads)
 
     def net(outputs: int) -> nn.Module:
         body = hidden_layers(latent_features, hidden_features[::-1], activation)
@@ -221,7 +247,9 @@ def vae_of_vectors(
     decoder = likelihood_of(likelihood, (features,), num_levels, net)
     wanted = Wanted(encoder, (features,), num_components, spread, prior_layers, *nets)
     base, layers = prior_of(prior, wanted)
-    return VAEFlow(base, [VAE(encoder, decoder), *layers], posterior_rate, posterior_start)
+    flow = VAEFlow(base, [VAE(encoder, decoder), *layers], posterior_rate, posterior_start)
+    STARTS[start](flow)
+    return flow
 
 
 def independent(

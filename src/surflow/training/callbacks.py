@@ -142,7 +142,8 @@ class GradientNorm(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: FlowModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm, (key,) = torch.nn.utils.get_total_norm(gradients), self.watched
         module.watched[key] = torch.maximum(norm, module.watched.get(key, norm))
 

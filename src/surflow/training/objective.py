@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from surflow.errors import check_choice, check_whole, is_whole
 from surflow.flow import Flow
-from surflow.variational import ANNEALED, linear_warm_up
+from surflow.variational import ANNEALED, NEVER_A_BOUND, linear_warm_up
 
 UNITS = ("nats", "bpd")
 SCORED = ("last", "best")
@@ -23,7 +23,8 @@ class Objective:
         eval_samples: draws a point averaged in the reported ELBO.
         iwbo_samples: K of the reported IWBO where the model is a bound; 0 leaves it out.
         unit: nats (per data point) or bpd (bits a dimension); None: the data's own.
-        annealed: of models with a VAE layer: beta times the divergence, or the joint log p(x, z).
+        annealed: of models with a VAE layer: beta times the divergence, or the joint log p(x, z);
+            latent_mean, which is no bound at any beta: :func:`surflow.variational.latent_mean`.
         beta_start: beta of the first step.
         beta_steps: optimizer steps in which beta grows to 1; 0: no annealing.
         free_bits: nats that each latent dimension, or a divergence without parts, costs nothing.
@@ -81,7 +82,7 @@ class Objective:
     @property
     def anneals(self) -> bool:
         """Whether the training loss differs from the bound; validation has the bound itself."""
-        return bool(self.beta_steps or self.free_bits)
+        return bool(self.beta_steps or self.free_bits or self.annealed in NEVER_A_BOUND)
 
     def beta(self, step: int) -> float:
         """Beta at an optimizer step; see :func:`surflow.variational.annealed_elbo`."""
