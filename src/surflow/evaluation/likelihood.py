@@ -33,7 +33,8 @@ def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
     density of the data is known, also the :func:`excess` over it.
 
     What is done is kept in :func:`unfinished` of the run's folder, and a second call resumes from
-    it; delete it with :func:`forget` once the numbers are written. Sets ``trained.ledger`` and ``trained.scores``.
+    it; delete it with :func:`forget` once the numbers are written. Sets ``trained.ledger`` and
+    ``trained.scores``.
     """
     data = trained.data
     with shown_progress("draws") as progress:

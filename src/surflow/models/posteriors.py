@@ -194,8 +194,8 @@ def flow_posterior(
         heads: of mean and scale: linear, tanh_deviation or tanh_variance; see ``HEADS``.
 
     Raises:
-        ValueError: for an unknown posterior or head, a number of layers that does not fit, or a latent too
-            small for it.
+        ValueError: for an unknown posterior or head, a number of layers that does not fit, or a
+            latent too small for it.
 
     Source: Rezende & Mohamed 2015, arXiv 1505.05770 (planar, radial); van den Berg et al. 2018,
     arXiv 1803.05649 (Sylvester); Kingma et al. 2016, arXiv 1606.04934 (IAF); Dinh et al. 2017,
