@@ -145,6 +145,56 @@ def test_the_posteriors_layers_are_a_group_of_their_own():
         assert group["lr"] == 0.1 and "start" not in group
 
 
+@pytest.mark.parametrize(
+    ("heads", "log_scale"),
+    [
+        ("linear", lambda raw: raw),
+        ("tanh_deviation", torch.tanh),
+        ("tanh_variance", lambda raw: 0.5 * torch.tanh(raw)),  # log σ = (log σ²) / 2
+    ],
+)
+def test_heads_of_mean_and_scale(heads, log_scale):
+    torch.manual_seed(0)
+    flow = vae_of_vectors(6, 3, "planar", 2, amortised=False, hidden_features=[8], heads=heads)
+    q, x = flow.transforms[0].encoder, pixels().float()
+    linear = next(m for m in q.flow.base.modules() if isinstance(m, torch.nn.Linear))
+    raw_loc, raw_scale = (4 * linear(q.net(x))).unflatten(1, (3, 2)).unbind(2)
+    with torch.no_grad():
+        linear.weight.mul_(4)
+        linear.bias.mul_(4)
+    loc, scale = q.flow.base.parameters_of(q.net(x))
+    torch.testing.assert_close(loc, raw_loc if heads == "linear" else torch.tanh(raw_loc))
+    torch.testing.assert_close(scale, log_scale(raw_scale))
+
+
+def test_the_start_of_glorot_and_bengio():
+    torch.manual_seed(0)
+    how = dict(amortised=False, hidden_features=[300], start="xavier_normal")
+    flow = vae_of_vectors(200, 100, "planar", 40, **how)
+    for layer in flow.modules():
+        if isinstance(layer, torch.nn.Linear):
+            wanted = (2 / sum(layer.weight.shape)) ** 0.5
+            assert layer.weight.std().item() == pytest.approx(wanted, rel=0.03)
+            assert layer.bias.abs().max() == 0
+    (planar,) = (m for m in flow.modules() if isinstance(m, Planar))
+    rows = planar.params.view(40, 201)
+    for part in rows[:, :200].chunk(2, 1):  # u and w, 100 inputs and one output each
+        assert part.std().item() == pytest.approx((2 / 101) ** 0.5, rel=0.05)
+    assert rows[:, 200].abs().max() == 0
+
+
+def test_the_decoder_starts_alike_whatever_the_posterior_and_the_prior():
+    def weights(*args, **how):
+        torch.manual_seed(3)
+        flow = vae_of_vectors(6, 2, *args, hidden_features=[8], **how)
+        vae = flow.transforms[0]
+        return [*vae.encoder.net.parameters(), *vae.decoder.parameters()]
+
+    plain = weights()
+    for other in (weights("iaf", 3), weights("planar", 8), weights(prior="realnvp")):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 @pytest.mark.parametrize("posterior", list(POSTERIORS))
 def test_depth_zero_is_the_diagonal_posterior(posterior):
     x, values = pixels().float(), []

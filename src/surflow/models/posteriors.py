@@ -141,12 +141,12 @@ POSTERIORS: dict[str, Callable[[Layers], list[Transform]]] = {
 
 
 class TanhHeads(nn.Module):
-    """tanh of L means and of L logarithms, the latter times a share: 1 where they are of a standard
-    deviation, 1/2 where they are of a variance."""
+    """tanh of L pairs of a mean and a logarithm, the latter times a share: 1 where it is that of a
+    standard deviation, 1/2 where it is that of a variance."""
 
     def __init__(self, features: int, share: float) -> None:
         super().__init__()
-        scale = torch.cat([torch.ones(features), torch.full((features,), share)])
+        scale = torch.tensor([1.0, share]).repeat(features)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
