@@ -5,6 +5,7 @@ import math
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,43 @@ def test_record_and_rows(train, rows):
     assert [int(r["step"]) for r in table if r["train/nll_nats"]] == [2, 4, 5, 7, 9, 10]
     assert {float(r["lr"]) for r in table if r["lr"]} == {1e-3}
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_scores_a_point_and_what_they_exceed(train):
+    """The checkerboard's density is 1/32 on its squares: the entropy of every draw is log 32."""
+    _, folder, metrics = train()
+    with np.load(folder / "scores.npz") as file:
+        scores = {name: file[name] for name in file.files}
+    assert list(scores) == ["test/nll_nats"]
+    assert scores["test/nll_nats"].dtype == np.float32 and len(scores["test/nll_nats"]) == 500
+    assert scores["test/nll_nats"].mean() == pytest.approx(metrics["test/nll_nats"], abs=1e-5)
+    excess = metrics["test/nll_nats"] - math.log(32)
+    assert metrics["test/excess_nats"] == pytest.approx(excess, abs=1e-6)
+
+
+def test_the_logged_gradient_norm_is_the_largest_since_the_last_line(config, rows):
+    """Against autograd, step by step, with the same optimizer; the clipping comes after it."""
+    from surflow.cli.train import train
+
+    watched = ("callbacks=gradient_norm", "trainer.gradient_clip_val=0.5", "trainer.max_epochs=1")
+    cfg = config(*watched, "data.train_size=512")
+    train(cfg)
+    run = Run(cfg)
+    flow = run.build_flow()
+    how = {"seed": 0, "epoch": lambda: 0, "drop_last": True, "rank": 0, "world_size": 1}
+    data = run.data.batches("train", 128, **how)
+    adam = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    norms = []
+    for x in data:
+        adam.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        norms.append(sum(p.grad.square().sum() for p in flow.parameters()).sqrt().item())
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.5)
+        adam.step()
+    logged = [row["train/gradient_norm_max"] for row in rows(run_dir(cfg))]
+    found = [float(value) for value in logged if value]
+    assert found == pytest.approx([norms[0], max(norms[1:3])], rel=1e-4)
+    assert min(found) > 0.5 and norms[1] > norms[2]
 
 
 def test_last_checkpoint_is_the_last_epoch_also_where_it_is_not_the_best(train):

@@ -7,9 +7,11 @@ import torch
 
 import surflow.training.module as training
 from surflow.config import compose, config_hash
+from surflow.objectives import elbo
 from surflow.training.hardware import can_compile
 from surflow.training.objective import Objective
 from surflow.training.run import Run
+from surflow.variational import annealed_elbo
 
 VAE = (
     "data=digits_binary",
@@ -77,6 +79,32 @@ def test_without_annealing_the_loss_is_the_bound(train, rows, losses):
     overrides = [f"objective.{option}" for option in plain]
     assert config_hash(compose([*VAE, *overrides])) == config_hash(cfg)
     assert config_hash(compose([*VAE, "objective.beta_steps=9"])) != config_hash(cfg)
+
+
+def test_kong_and_li_as_executed_and_as_written(train, rows):
+    """The recipes differ in the training loss alone, and the numbers of both are in the record."""
+    for recipe, loss in (("as_executed", "annealed_elbo"), ("as_written", "elbo")):
+        how = (f"recipe=kong_li/{recipe}", "model.posterior=planar", "model.num_layers=2")
+        cfg, folder, metrics = train(*how)
+        assert f"train/{loss}_nats" in rows(folder)[0]
+        run = Run(cfg)
+        flow = run.load_flow()[0]
+        record = json.loads((folder / "record.json").read_text())["metrics"]
+        for split, x in run.data.splits.items():
+            if split == "valid":
+                continue
+            torch.manual_seed(1)
+            many = annealed_elbo(flow, x, num_samples=400, annealed="latent_mean")
+            bound = elbo(flow, x, num_samples=400)
+            found, score = record[f"{split}/elbo_nats"], record[f"{split}/as_printed_nats"]
+            # the noise of one and of ten draws an image, about a nat a draw
+            assert found["value"] == pytest.approx(-bound.mean().item(), abs=0.4)
+            assert score["value"] == pytest.approx(-0.9984 * many.mean().item(), abs=0.15)
+            assert (found["kind"], score["kind"]) == ("bound", "score")
+            assert score["estimator"].startswith("no bound: latent_mean")
+            assert score["value"] < found["value"] - 0.5
+        assert not list(folder.glob("*.partial.npz"))
+        assert metrics["train/as_printed_nats"] == record["train/as_printed_nats"]["value"]
 
 
 def test_an_annealed_step_is_the_gradient_of_its_formula(config):

@@ -16,7 +16,7 @@ from surflow.distributions import (
 )
 from surflow.evaluation import blocks, likelihood
 from surflow.evaluation.blocks import block_size
-from surflow.evaluation.likelihood import evaluate
+from surflow.evaluation.likelihood import evaluate, excess
 from surflow.flow import Flow, FlowDistribution, flow_sha256
 from surflow.memory import set_memory
 from surflow.models.pool_flow import pool_flow
@@ -717,3 +717,21 @@ def test_logit_noise_of_a_flow_is_scored_as_drawn(double):
     close(log_q, q.log_prob(u, repeated(seen, 5)))
     torch.manual_seed(1)
     close(u, q.sample_and_log_prob(context=repeated(seen, 5))[0])
+
+
+def test_the_excess_is_the_divergence_from_the_data():
+    """N(0, I) under N(0, 1.5² I): KL = 2 (log 1.5 + 1 / (2 · 2.25) - 1 / 2), paired row by row."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 2, dtype=torch.float64)
+    flow = Flow(StandardNormal(2), [Affine(2, scale=1 / 1.5)]).double()
+    scores: dict[str, torch.Tensor] = {}
+    found, _ = evaluate(flow, x, 1024, scores=scores)
+    nll = found["test/nll_nats"]
+    own = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    metric = excess(nll, scores["test/nll_nats"], own)
+    divergence = 2 * (math.log(1.5) + 1 / 4.5 - 0.5)
+    assert abs(metric.value - divergence) < 4 * metric.standard_error
+    assert metric.value == pytest.approx(nll.value + own.mean().item())
+    # log p - log q is (1 - 1 / 2.25) |x|² / 2 up to a constant: 5/4 of the scores' own spread
+    assert metric.standard_error == pytest.approx(1.25 * nll.standard_error, rel=1e-6)
+    assert (metric.name, metric.unit, metric.kind) == ("test/excess_nats", "nats", "score")

@@ -134,7 +134,8 @@ class EMA(WeightAveraging):
 
 
 class GradientNorm(Callback):
-    """Log the largest norm of a gradient, before clipping, since the last line of the loss."""
+    """Log the largest norm of a gradient, before clipping, of the steps since the last line of the
+    loss; that of the line's own batch is in the next one."""
 
     runtime = "all"  # it changes no result
     watched = ("train/gradient_norm_max",)

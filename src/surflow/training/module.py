@@ -213,7 +213,7 @@ class FlowModule(pl.LightningModule):
             lr = self.optimizers().param_groups[0]["lr"]
             watched = {key: value.item() for key, value in self.watched.items()}
             self._log({self.train_key: self.last_train, "lr": lr, **watched}, step)
-        self.watched.clear()
+            self.watched.clear()
         self.train_mean.reset()
 
     def _log(self, values: dict[str, float], step: int) -> None:
