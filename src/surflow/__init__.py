@@ -12,6 +12,10 @@ False
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from surflow.portable import fix_kernels, portable
+
+if portable():
+    fix_kernels()
 try:
     __version__ = version("surflow")
 except PackageNotFoundError:  # a source tree that was never installed

@@ -11,6 +11,7 @@ import torch
 
 from surflow.errors import UserError, check_choice, check_whole, is_whole
 from surflow.memory import MODES
+from surflow.portable import portable
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -109,7 +110,7 @@ def check_compute(compute: Mapping[str, Any]) -> None:
 
 
 def what_to_compile(compute: Mapping[str, Any], dims: int) -> str | None:
-    """The whole "loss", only the couplings' "nets", or None.
+    """The whole "loss", only the couplings' "nets", or None; nothing where it is to be portable.
 
     Of images and sets, and where stretches are inverted on the way back, it is the nets: they are
     what is heavy there, those of equal shape are compiled once, and the whole loss takes minutes.
@@ -119,7 +120,7 @@ def what_to_compile(compute: Mapping[str, Any], dims: int) -> str | None:
         dims: dimensions of a row of the data.
     """
     wanted = compute["compile"]
-    if wanted is False:
+    if wanted is False or portable():
         return None
     if not can_compile():
         if wanted == "auto":

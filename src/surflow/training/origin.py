@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from surflow.config import project_root
+from surflow.portable import portable
 
 PACKAGES = (
     "surflow",
@@ -81,6 +82,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "kernels": "portable" if portable() else torch.backends.cpu.get_cpu_capability(),
     }
     try:
         import psutil

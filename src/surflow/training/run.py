@@ -37,6 +37,7 @@ from surflow.flow import Flow, Ledger
 from surflow.metric import Metric
 from surflow.models.contract import SurjectionError, Takes
 from surflow.models.official import find_checkpoint, load_official, read_tensors
+from surflow.portable import portable
 from surflow.record import RECORD_NAME, SCORES_NAME, Record, RecordError, lacking, load_record
 from surflow.training.callbacks import Elapsed
 from surflow.training.checkpoint import check_same_run, flow_state, load_checkpoint
@@ -109,8 +110,9 @@ class Run:
         self.device = device_of_accelerator(self.config["trainer"].get("accelerator", "auto"))
         if here:
             check_machine(self.config["trainer"], self.data.batch_size)
-            if self.config["compute"]["threads"] is not None:
-                torch.set_num_threads(self.config["compute"]["threads"])
+            threads = 1 if portable() else self.config["compute"]["threads"]
+            if threads is not None:
+                torch.set_num_threads(threads)
 
     # Checks -----------------------------------------------------------------------------------
 
