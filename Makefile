@@ -62,8 +62,9 @@ test-all: $(STAMP)  ## Run the tests, slow ones included
 verify: $(STAMP)  ## Prove every layer: round trip, log-det, mass, gradients, compile-clean; a table
 	$(RUN).verify workers=$(WORKERS) output=results/verify
 
-docs: $(STAMP)  ## Write docs/layers.md from the docstrings
+docs: $(STAMP)  ## Write docs/layers.md from the docstrings, and the tables that pages repeat from results/
 	$(BIN)/python docs/write_layers.py
+	$(BIN)/python docs/write_tables.py
 
 # The libraries of pyproject.toml's group `bench`, in a folder of their own that only the benchmark
 # reads: they are in no lock file, and nothing else sees them. Without a network it goes on without.

@@ -1,6 +1,5 @@
-"""Committed results belong to the configs there are, and the README quotes them rightly."""
+"""Committed results belong to the configs there are."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from surflow.config import compose, config_hash
-from surflow.reporting import load_spec
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted((ROOT / "results").glob("*/*/records/*.json"))
@@ -42,18 +40,3 @@ def test_records_are_of_the_experiments(profile, artefact):
             ]
         )
         assert config_hash(now) == record["config_hash"], path.name
-
-
-def test_readme_quotes_the_table():
-    spec = load_spec(ROOT / "experiments/synthetic/table.yaml")
-    with open(ROOT / "results/paper/synthetic/table.csv", newline="") as file:
-        cells = {(c["row"], c["column"]): c for c in csv.DictReader(file)}
-    lines = (ROOT / "README.md").read_text().splitlines()
-    for row in spec.rows:
-        (line,) = [text for text in lines if text.startswith(f"| {row.label} |")]
-        shown = [part.strip() for part in line.strip("|").split("|")][1:]
-        for column, text in zip(spec.columns, shown, strict=True):
-            cell = cells[row.name, column.name]
-            assert text.startswith(f"{cell['ours']} ± {cell['std']}")
-            if cell["published"]:
-                assert float(text.split("(")[1].rstrip(")")) == float(cell["published"])
