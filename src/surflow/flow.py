@@ -341,6 +341,10 @@ class Flow(nn.Module):
             yield row
         yield f"base.{type(self.base).__name__}", self.base, z, self.base.log_prob(z, context)
 
+    def at_step(self, step: int) -> None:
+        """Called in training before a batch, with the number of optimizer steps done: parts that
+        join later begin here."""
+
     def layers(self) -> Iterator[tuple[str, Transform | Distribution]]:
         """Name and layer in the order of :meth:`trace`."""
         yield from self.transforms.layers()
@@ -425,6 +429,7 @@ class FlowDistribution(Distribution):
                 raise ValueError("FlowDistribution: the flow takes any shape: give event_shape")
         super().__init__(event_shape, net=embed)
         self.flow = flow
+        self.resting = False  # whether draws leave the layers out
 
     @property
     def conditional(self) -> bool:
@@ -442,7 +447,7 @@ class FlowDistribution(Distribution):
     @property
     def factorised(self) -> bool:  # type: ignore[override]
         base = self.flow.base
-        flat = self.net is not None and len(self.flow.transforms) == 0
+        flat = self.net is not None and (len(self.flow.transforms) == 0 or self.resting)
         return flat and base.normal and base.conditional
 
     def normal_parameters(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,5 +479,7 @@ class FlowDistribution(Distribution):
         n, context = self._rows(n, context)
         context = repeat_rows(self._embed(context), num_samples)  # embedded once a row
         z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)
+        if self.resting:
+            return z, log_p, torch.zeros_like(log_p)
         x, ldj = self.flow.transforms.inverse_and_ldj(z, context)
         return x, log_p, ldj

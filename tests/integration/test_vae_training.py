@@ -211,14 +211,14 @@ def test_a_posterior_that_begins_later(train, weights):
 
 
 def test_until_then_every_depth_is_the_same_model(train, rows):
-    """The diagonal posterior, and any number of layers that stand still, of one seed."""
+    """The diagonal posterior, and any number of layers that begin later, of one seed: bit by bit."""
     curves = []
     for posterior, layers in (("diagonal", 0), ("planar", 1), ("planar", 5), ("iaf", 2)):
         how = (f"model.posterior={posterior}", f"model.num_layers={layers}")
         _, folder, _ = train(*how, "model.posterior_start=4")  # the second of two epochs
         curves.append([float(r["val/elbo_nats"]) for r in rows(folder) if r["val/elbo_nats"]])
     for curve in curves[1:]:
-        assert curve[0] == pytest.approx(curves[0][0], rel=1e-5)
+        assert curve[0] == curves[0][0]
         assert curve[1] != curves[0][1]
 
 

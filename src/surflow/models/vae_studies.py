@@ -118,8 +118,8 @@ class VAEFlow(Flow):
             encoder is a :class:`~surflow.flow.FlowDistribution`.
         posterior_rate: factor of the learning rate of the layers after the encoder's draw, with
             the maps of h to their parameters.
-        posterior_start: the optimizer step from which they learn, until which layers that start as
-            the identity are one.
+        posterior_start: the optimizer step from which they are there and learn. Until then the
+            model is that of a diagonal posterior, bit by bit.
 
     Raises:
         ValueError: for a rate that is not positive, or a negative start.
@@ -138,6 +138,9 @@ class VAEFlow(Flow):
         check_whole("model.posterior_start", posterior_start, least=0)
         self.posterior_rate = posterior_rate
         self.posterior_start = posterior_start
+
+    def at_step(self, step: int) -> None:
+        self.transforms[0].encoder.resting = step < self.posterior_start
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """For an optimizer: the nets, and the posterior's layers where they learn apart."""

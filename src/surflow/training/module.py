@@ -190,6 +190,9 @@ class FlowModule(pl.LightningModule):
         first = batch_idx - batch_idx % group
         return group / min(group, self.trainer.num_training_batches - first)
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self.flow.at_step(self.global_step)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         batch = self._laid_out(batch)
         if not self._checked_values:
