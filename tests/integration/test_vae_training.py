@@ -211,7 +211,7 @@ def test_a_posterior_that_begins_later(train, weights):
 
 
 def test_until_then_every_depth_is_the_same_model(train, rows):
-    """The diagonal posterior, and any number of layers that begin later, of one seed: bit by bit."""
+    """The diagonal posterior and any number of layers that begin later, of one seed, bit by bit."""
     curves = []
     for posterior, layers in (("diagonal", 0), ("planar", 1), ("planar", 5), ("iaf", 2)):
         how = (f"model.posterior={posterior}", f"model.num_layers={layers}")

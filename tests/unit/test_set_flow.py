@@ -92,7 +92,25 @@ def test_layers_in_the_published_order():
     assert [c.dim for c in couplings] == [2, 1, 2, 1]
     assert all(c.map.scale == "softplus" for c in couplings)
     kinds = [type(layer).__name__ for layer in set_flow(order="sort", num_flows=1).transforms]
-    assert kinds == ["SortInference", "RunningMaxToReal", "Affine", *step[:3], "Permute", "ActNorm"]
+    rest = ["Affine", *step[:3], "Permute", "ActNorm"]
+    assert kinds == ["SortInference", "RunningMaxToReal", *rest]
+    published = set_flow(order="sort", softness=None, num_flows=1)
+    assert [type(layer).__name__ for layer in published.transforms] == ["SortInference", *rest]
+
+
+def test_the_published_sort_flow_gives_one_term_of_its_density():
+    """Its samples are draws of the couplings in a random order, so that their density is the mean
+    over orders of the couplings'; what it gives is the sorted order's share of it."""
+    flow, x = small("sort", softness=None), sets(40)
+    couplings = Flow(flow.base, list(flow.transforms)[1:])
+    orders = [list(order) for order in itertools.permutations(range(3))]
+    with torch.no_grad():
+        terms = torch.stack([couplings.log_prob(x[:, order]) for order in orders])
+        lost = torch.logsumexp(terms, 0) - math.log(6) - flow.log_prob(x)
+        by_sort = torch.stack([row[row[:, 0].argsort()] for row in x])
+        share = couplings.log_prob(by_sort) - math.log(6)
+    assert torch.allclose(flow.log_prob(x), share, rtol=0, atol=1e-10)
+    assert lost.min() > 0 and lost.mean() > 0.05
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -59,7 +59,7 @@ class Points:
     number: int
     features: int
     width: float
-    softness: float
+    softness: float | None
 
     def scaled(self) -> Affine:
         """[0, width] to [-1/2, 1/2]."""
@@ -97,7 +97,8 @@ class Order:
 
 def _sorted(points: Points, net: NetOf) -> list[Transform]:
     sort = SortInference((points.number, points.features))
-    return [sort, RunningMaxToReal(points.softness), points.scaled()]
+    onto = [] if points.softness is None else [RunningMaxToReal(points.softness)]
+    return [sort, *onto, points.scaled()]
 
 
 def _permuted(points: Points, net: NetOf) -> list[Transform]:
@@ -137,7 +138,7 @@ def set_flow(
     num_features: int = 2,
     order: str = "sort",
     width: float = 28.0,
-    softness: float = 0.1,
+    softness: float | None = 0.1,
     num_flows: int = 32,
     features: int = 64,
     num_heads: int = 8,
@@ -158,7 +159,8 @@ def set_flow(
     - ``sort`` (SortFlow): the points are sorted by their first feature, and one of N! orders is
       drawn to generate: exact. Length-wise nets know places, and permutations are fixed.
       :class:`~surflow.transforms.RunningMaxToReal` gives unsorted latents sorted points, so that
-      the density is normalised; the authors' code has no such layer, and loses that mass.
+      the density is normalised. The authors' code has no such layer (``softness=None``): what
+      it gives of a set is a lower bound on the log-density of its samples.
     - ``permute`` (PermuteFlow): an order is drawn uniformly before and after every length-wise
       coupling, in both directions: a bound, V = 0 in each.
     - ``plackett_luce``: an order is drawn first, q(order | x) being Plackett-Luce with logits from
@@ -175,7 +177,7 @@ def set_flow(
         num_features: C, at least 2; coordinates of a point.
         order: sort, permute, plackett_luce or none.
         width: data lie in [0, width] along each coordinate.
-        softness: of the running maximum of ``sort``, as a share of the width; see
+        softness: of the running maximum of ``sort``, as a share of the width; None for none; see
             docs/pointcloud.md.
         num_flows: number of flows.
         features, num_heads, num_layers, feedforward_features, activation, dropout: of the nets, see
@@ -200,7 +202,7 @@ def set_flow(
     require_at_least("model.", 2, num_points=num_points, num_features=num_features)
     require_at_least("model.", 1, num_flows=num_flows)
     for name, value in (("width", width), ("softness", softness)):
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"model.{name}: expected a positive number, got {value}")
     net = partial(
         SetTransformer,
@@ -211,7 +213,8 @@ def set_flow(
         activation=activation,
         dropout=dropout,
     )
-    points = Points(num_points, num_features, width, softness * width)
+    softness = None if softness is None else softness * width
+    points = Points(num_points, num_features, width, softness)
     how = ORDERS[order]
     with apart():
         layers = how.front(points, net)

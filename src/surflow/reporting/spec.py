@@ -384,7 +384,7 @@ def _quotes(
 def _settings(top: Fields, names: dict[str, list[str]]) -> tuple[Setting, ...]:
     settings = []
     for fields in top.items("settings", _SETTING_KEYS):
-        if fields.content.get("published") is None:
+        if "published" not in fields:
             raise fields.error("needs 'published', the published value")
         if fields.flag("matters", False) and fields.content.get("ours") is None:
             raise fields.error("'matters' needs 'ours', the value that differs")
