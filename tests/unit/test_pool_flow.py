@@ -252,6 +252,19 @@ def test_any_downsampling_fits(name, double):
     assert sample.min() >= 0 and sample.max() <= 255
 
 
+def test_the_nets_start_alike_whatever_lies_between_the_scales():
+    starts = []
+    for name, (downsampling, factor) in EVERY.items():
+        if factor == 2 and name != "several":
+            torch.manual_seed(5)
+            nets = [m for m in pool_flow((3, 8, 8), downsampling, **SMALL).modules()]
+            nets = [m for m in nets if isinstance(m, DenseNet)]
+            starts.append([p for net in nets for p in net.parameters()])
+    assert len(starts) > 3 and len(starts[0]) > 20
+    for other in starts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(starts[0], other, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("k", [2, 4])
 def test_pooling_by_its_formula(k, double):
