@@ -32,13 +32,13 @@ def learning_curves(table: Table, folder: Path) -> dict[str, str]:
     if any(column.metric.startswith("test/point_") for column in table.spec.columns):
         shown = set_curve_figure(table, path)
         return {} if shown is None else {"Learning curves": path.name}
-    logged = {f: logged(f) for row in files.values() for f in row.values() if f}
-    names = [name for columns in logged.values() for name in columns]
+    columns = {f: logged(f) for row in files.values() for f in row.values() if f}
+    names = [name for found in columns.values() for name in found]
     if not names:
         return {}
     column = max(dict.fromkeys(names), key=names.count)
     cells = {
-        row: {label: f if f and column in logged[f] else None for label, f in of_row.items()}
+        row: {label: f if f and column in columns[f] else None for label, f in of_row.items()}
         for row, of_row in files.items()
     }
     metric = table.spec.metric or table.spec.columns[0].metric

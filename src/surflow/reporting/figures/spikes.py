@@ -21,9 +21,12 @@ from surflow.reporting.spec import ColumnSpec
 from surflow.reporting.table import Table
 
 NORM = "train/gradient_norm_max"
-BEFORE = 10  # lines of the log, whose median a later loss is compared with
-START = END = 0.1  # of the training: the start has large norms, the end decides the final number
+BEFORE = 10  # lines of the log, whose median loss the next ones are compared with
+AROUND = 2  # epochs on each side, whose median loss that of an epoch is compared with
+START = 0.1  # of the training, where norms are large and the loss falls: left out
+FEWEST = 3  # lines that a median needs
 
+Pairs = tuple[np.ndarray, np.ndarray]
 Traces = Mapping[str, Sequence["Trace"]]
 """The runs of each row on one dataset, by the row's label."""
 
@@ -33,7 +36,7 @@ class Trace:
     """What a run has logged, and its `final` number.
 
     `epochs` (N,) are fractions; `norms` (N,) are the largest since the line before, `losses` (N,)
-    the means.
+    the means. `validation` is (epochs, losses), both (E,).
     """
 
     record: Record
@@ -41,20 +44,33 @@ class Trace:
     epochs: np.ndarray
     norms: np.ndarray
     losses: np.ndarray
+    validation: Pairs
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """The norms in medians of the run, (N,)."""
+        return self.norms / np.median(self.norms)
 
     @cached_property
-    def after(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ratios, changes), both (M,): the norm of a line in medians of the run, and the loss of
-        the next line less the median of the `BEFORE` lines before."""
+    def lines(self) -> Pairs:
+        """(ratios, changes), both (M,): the norm of a line of the log, and the loss of the next
+        line less the median of the lines before."""
         first = max(BEFORE, int(START * len(self.norms)))
         at = range(first, len(self.norms) - 1)
         changes = [self.losses[i + 1] - np.median(self.losses[i - BEFORE : i]) for i in at]
-        return self.norms[first:-1] / np.median(self.norms), np.array(changes)
+        return self.ratios[first:-1], np.array(changes)
 
-    @property
-    def late(self) -> float:
-        """The largest norm in the end."""
-        return float(self.norms[-max(1, int(END * len(self.norms))) :].max())
+    @cached_property
+    def by_epoch(self) -> Pairs:
+        """(ratios, changes), both (M,): the largest norm of an epoch, and the validation loss after
+        it less the median of the epochs around."""
+        ends, losses = self.validation
+        found = []
+        for i in range(AROUND, len(ends)):
+            norms = self.ratios[(ends[i - 1] < self.epochs) & (self.epochs <= ends[i])]
+            around = [*losses[i - AROUND : i], *losses[i + 1 : i + AROUND + 1]]
+            found.append((norms.max(), losses[i] - np.median(around)))
+        return tuple(np.array(found).reshape(-1, 2).T)
 
 
 def spikes(table: Table, folder: Path) -> dict[str, str]:
@@ -80,17 +96,18 @@ def traces_of(table: Table, column: ColumnSpec) -> dict[str, list[Trace]]:
 
 
 def trace_of(record: Record, final: float) -> Trace | None:
-    """What a run has logged; None without norms."""
+    """What a run has logged; None without norms or without a validation."""
     file = record.run_dir / "metrics.csv"
-    columns = logged(file, "train") if file.is_file() else []
-    if NORM not in columns:
+    if not file.is_file() or NORM not in logged(file, "train") or not logged(file):
         return None
-    loss = next(name for name in columns if name != NORM)
-    (at, norms), (steps, losses) = (read_curve(file, name, "step") for name in (NORM, loss))
-    epochs, _ = read_curve(file, loss)
-    of_epoch = steps[-1] / (epochs[-1] + 1)
+    name = logged(file)[0]
+    loss = name.replace("val", "train", 1)
+    curves = (read_curve(file, column, "step") for column in (name, NORM, loss))
+    (ends, validation), (at, norms), (steps, losses) = curves
+    of_epoch = ends[-1] / (read_curve(file, name)[0][-1] + 1)
     steps, one, other = np.intersect1d(at, steps, return_indices=True)
-    return Trace(record, final, steps / of_epoch, norms[one], losses[other])
+    found = (ends / of_epoch, validation)
+    return Trace(record, final, steps / of_epoch, norms[one], losses[other], found)
 
 
 def spike_figure(
@@ -100,37 +117,41 @@ def spike_figure(
 
     From above: the norms of the seed whose final number is the worst, in every row; its losses; of
     all seeds, the change of the loss after each line of the log against the norm there, with the
-    median over norms that are alike; the final numbers against the largest norms in the end.
+    median over norms that are alike; of all seeds, the validation loss of each epoch, less those
+    around, against the largest norm in it, the last epoch hollow, with the rank correlation.
     """
     labels = list(dict.fromkeys(name for of in data.values() for name, runs in of.items() if runs))
     figure, panels = layout.sheet_of(4, len(data), 4 * len(data), (3.5 * len(data), 10.4))
     handles: dict[str, Any] = {}
     places = panels.reshape(4, len(data)).T
-    for (above, below, changes, finals), (name, traces) in zip(places, data.items(), strict=True):
-        column = columns[name]
+    for (above, below, lines, epochs), (name, traces) in zip(places, data.items(), strict=True):
         runs = [trace for of_row in traces.values() for trace in of_row]
-        seed = max(runs, key=lambda trace: column.worse_by(trace.final, 0.0)).record.seed
-        shown = {n: trace for n in labels for trace in traces[n] if trace.record.seed == seed}
-        above.set_title(f"{name}, seed {seed}", fontsize=11, color=INK)
-        curves = {label: (trace.epochs, trace.losses) for label, trace in shown.items()}
+        worst = max(runs, key=lambda trace: columns[name].worse_by(trace.final, 0.0))
+        shown = {
+            label: (trace, color)
+            for label, color in zip(labels, cycle(LINES), strict=False)
+            for trace in traces[label]
+            if trace.record.seed == worst.record.seed
+        }
+        for trace, color in shown.values():
+            above.semilogy(trace.epochs, trace.norms, color=color, lw=0.9)
+        curves = {label: (trace.epochs, trace.losses) for label, (trace, _) in shown.items()}
         curve_panel(below, labels, curves, None, 1.0, handles)
-        for label, color in zip(labels, cycle(LINES), strict=False):
-            if label in shown:
-                above.semilogy(shown[label].epochs, shown[label].norms, color=color, lw=0.9)
-            late = [trace.late for trace in traces[label]]
-            style = {**HOLLOW, "ms": 5, "marker": "o", "color": color}
-            finals.semilogx(late, [trace.final for trace in traces[label]], **style)
+        _line_panel(lines, [traces[label] for label in labels])
+        _epoch_panel(epochs, [traces[label] for label in labels])
         above.sharex(below)
-        _change_panel(changes, [traces[label] for label in labels])
-        words = ("", "epoch", "norm / median of the run", f"largest norm, last {END:.0%}")
-        for axes, text in zip((above, below, changes, finals), words, strict=True):
+        above.set_title(f"{name}, seed {worst.record.seed}", fontsize=11, color=INK)
+        words = ("", "epoch", "norm / median of the run", "largest norm of an epoch / median")
+        for axes, text in zip((above, below, lines, epochs), words, strict=True):
             layout.plot_axes(axes)
             axes.set_xlabel(text, fontsize=9, color=INK)
-        _plain_ticks(changes)
-        _plain_ticks(finals)
-        finals.set_ylabel(column.metric, fontsize=9, color=INK)
-    words = ("gradient norm, largest of a line", "training loss", "change of the loss after it")
-    for axes, text in zip(panels[:: len(data)], words, strict=False):
+    words = (
+        "largest gradient norm",
+        "training loss",
+        "training loss after it, change",
+        "validation loss after it, change",
+    )
+    for axes, text in zip(panels[:: len(data)], words, strict=True):
         axes.set_ylabel(text, fontsize=9, color=INK)
     layout.legend_below(figure, [handles[name] for name in labels if name in handles], 4, 9)
     records = (trace.record for of in data.values() for runs in of.values() for trace in runs)
@@ -138,39 +159,53 @@ def spike_figure(
     return layout.save(figure, path)
 
 
-def binned(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
-    """(ratios, changes), medians of the lines of all runs whose ratio has one power of two."""
-    ratios, changes = (
-        np.concatenate(parts) for parts in zip(*(t.after for t in traces), strict=True)
-    )
+def binned(ratios: np.ndarray, changes: np.ndarray) -> Pairs:
+    """(ratios, changes): medians of those between two powers of two of the ratio, not of few."""
     powers = np.floor(np.log2(ratios))
     alike = [powers == power for power in np.unique(powers)]
-    return tuple(
-        np.array([np.median(values[same]) for same in alike]) for values in (ratios, changes)
-    )
+    alike = [same for same in alike if same.sum() >= FEWEST]
+    return tuple(np.array([np.median(v[same]) for same in alike]) for v in (ratios, changes))
 
 
-def _change_panel(axes: Axes, traces: Sequence[Sequence[Trace]]) -> None:
-    """A dot a line of the log, row by row, and their medians; outliers do not stretch the scale."""
-    seen = []
-    for runs, color in zip(traces, cycle(LINES), strict=False):
-        for trace in runs:
-            axes.semilogx(*trace.after, ".", color=color, ms=2, alpha=0.3)
-        if runs:
-            ratios, changes = binned(runs)
-            axes.semilogx(ratios, changes, color=color, lw=1.6, marker="o", ms=3.5, zorder=4)
-            seen += [
-                *changes,
-                *np.quantile(np.concatenate([t.after[1] for t in runs]), (0.005, 0.995)),
-            ]
-    margin = 0.06 * (max(seen) - min(seen))
-    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+def _line_panel(axes: Axes, rows: Sequence[Sequence[Trace]]) -> None:
+    """A dot a line of the log, row by row, and their medians."""
+    for traces, color in zip(rows, cycle(LINES), strict=False):
+        pairs = [trace.lines for trace in traces if trace.lines[0].size]
+        if pairs:
+            ratios, changes = np.concatenate(pairs, 1)
+            axes.semilogx(ratios, changes, ".", color=color, ms=2, alpha=0.3)
+            axes.plot(*binned(ratios, changes), color=color, lw=1.6, marker="o", ms=3.5, zorder=4)
+    _finish(axes)
+
+
+def _epoch_panel(axes: Axes, rows: Sequence[Sequence[Trace]]) -> None:
+    """A dot an epoch, hollow for the last, and the rank correlation of each row."""
+    from scipy.stats import spearmanr  # here: a report without this figure starts faster
+
+    for place, (traces, color) in enumerate(zip(rows, cycle(LINES), strict=False)):
+        pairs = [trace.by_epoch for trace in traces if trace.by_epoch[0].size]
+        if pairs:
+            ratios, changes = np.concatenate(pairs, 1)
+            axes.semilogx(ratios, changes, ".", color=color, ms=4, alpha=0.6)
+            last = [[values[-1] for values in pair] for pair in pairs]
+            axes.plot(*np.transpose(last), marker="o", color=color, **{**HOLLOW, "ms": 5})
+            style = {"ha": "right", "va": "top", "size": 8, "color": color}
+            text = f"rank correlation {spearmanr(ratios, changes)[0]:.2f}"
+            layout.say(axes, text, 0.98, 0.97 - 0.08 * place, **style)
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    """A line at no change; a scale that a few outliers do not stretch; plain numbers below."""
+    if not axes.lines:
+        layout.say(axes, "too short a run", 0.5, 0.5, ha="center", va="center", size=10)
+        return
     axes.axhline(0.0, color=INK, lw=0.6)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers on a logarithmic axis, between powers of ten where it is short."""
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 100 * low else (1,)))
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    low, high = np.quantile(values, (0.003, 0.997))
+    margin = 0.1 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + 3 * margin)
+    left, right = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if right < 100 * left else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
