@@ -132,12 +132,27 @@ def test_a_panel_has_the_seed_of_the_worst_run(tmp_path, drawn):
     )
     assert [values.tolist() for values in norms] == [norms_of().tolist()] * 2
     assert [values.tolist() for values in losses] == [losses_of(j).tolist() for j in (1.0, 0.0)]
-    assert [len(values) for values in lines] == [58, 2, 29, 2, 2]  # dots, medians; no change
-    assert [len(values) for values in epochs] == [12, 2, 6, 1, 2]  # dots, the last ones; no change
-    assert [text.get_text() for text in panels[3, 0].texts] == [
-        "rank correlation 0.65",
-        "rank correlation -0.65",
-    ]  # one of six stands out, in the order of the losses too: 7.5 / sqrt(7.5 * 17.5)
+    assert [len(values) for values in lines] == [58, 0, 2, 29, 0, 2, 2]  # dots, beyond, medians
+    assert [len(values) for values in epochs] == [12, 0, 1, 2, 6, 0, 1, 1, 2]  # rings, too
+    assert (lines[0].max(), epochs[0].max()) == pytest.approx((1.0, 0.466))
+    assert (epochs[2], epochs[3]) == (pytest.approx([-0.011]), pytest.approx([0.037] * 2))
+
+
+def test_what_lies_beyond_is_on_the_edge():
+    changes = np.linspace(-1, 1, 1001)
+    changes[[0, 500]] = -50.0, 40.0
+    ratios = np.linspace(2.0, 3.9, 1001)
+    low, high = np.quantile(changes, (0.005, 0.995))
+    axes = Figure().subplots()
+    spikes.dose_panel(axes, [[], [(ratios, changes)]], hollow=False)
+    dots, edge, medians, _ = axes.lines
+    assert len(dots.get_ydata()) == 991 and abs(dots.get_ydata()).max() < 1
+    assert sorted(set(edge.get_ydata())) == [low, high]
+    assert {ratios[0], ratios[500]} < set(edge.get_xdata())
+    assert medians.get_ydata().tolist() == [np.median(changes)]
+    spikes.dose_panel(axes := Figure().subplots(), [[(ratios, changes)]], hollow=True)
+    assert len(axes.lines[0].get_ydata()) == 1001  # of epochs, all
+    assert [line.get_xydata().tolist() for line in axes.lines[3:4]] == [[[3.9, 1.0]]]
 
 
 def test_runs_without_norms_and_short_ones(tmp_path, drawn):

@@ -117,8 +117,8 @@ def spike_figure(
 
     From above: the norms of the seed whose final number is the worst, in every row; its losses; of
     all seeds, the change of the loss after each line of the log against the norm there, with the
-    median over norms that are alike; of all seeds, the validation loss of each epoch, less those
-    around, against the largest norm in it, the last epoch hollow, with the rank correlation.
+    median over norms that are alike; likewise the validation loss of each epoch, less those around,
+    against the largest norm in it, with a ring for the last epoch.
     """
     labels = list(dict.fromkeys(name for of in data.values() for name, runs in of.items() if runs))
     figure, panels = layout.sheet_of(4, len(data), 4 * len(data), (3.5 * len(data), 10.4))
@@ -137,8 +137,9 @@ def spike_figure(
             above.semilogy(trace.epochs, trace.norms, color=color, lw=0.9)
         curves = {label: (trace.epochs, trace.losses) for label, (trace, _) in shown.items()}
         curve_panel(below, labels, curves, None, 1.0, handles)
-        _line_panel(lines, [traces[label] for label in labels])
-        _epoch_panel(epochs, [traces[label] for label in labels])
+        rows = [traces[label] for label in labels]
+        dose_panel(lines, [[trace.lines for trace in of_row] for of_row in rows], hollow=False)
+        dose_panel(epochs, [[trace.by_epoch for trace in of_row] for of_row in rows], hollow=True)
         above.sharex(below)
         above.set_title(f"{name}, seed {worst.record.seed}", fontsize=11, color=INK)
         words = ("", "epoch", "norm / median of the run", "largest norm of an epoch / median")
@@ -167,44 +168,28 @@ def binned(ratios: np.ndarray, changes: np.ndarray) -> Pairs:
     return tuple(np.array([np.median(v[same]) for same in alike]) for v in (ratios, changes))
 
 
-def _line_panel(axes: Axes, rows: Sequence[Sequence[Trace]]) -> None:
-    """A dot a line of the log, row by row, and their medians."""
-    for traces, color in zip(rows, cycle(LINES), strict=False):
-        pairs = [trace.lines for trace in traces if trace.lines[0].size]
-        if pairs:
-            ratios, changes = np.concatenate(pairs, 1)
-            axes.semilogx(ratios, changes, ".", color=color, ms=2, alpha=0.3)
-            axes.plot(*binned(ratios, changes), color=color, lw=1.6, marker="o", ms=3.5, zorder=4)
-    _finish(axes)
+def dose_panel(axes: Axes, rows: Sequence[Sequence[Pairs]], hollow: bool) -> None:
+    """A dot a pair, row by row, and their medians; `hollow`: a ring for the last one of each run.
 
-
-def _epoch_panel(axes: Axes, rows: Sequence[Sequence[Trace]]) -> None:
-    """A dot an epoch, hollow for the last, and the rank correlation of each row."""
-    from scipy.stats import spearmanr  # here: a report without this figure starts faster
-
-    for place, (traces, color) in enumerate(zip(rows, cycle(LINES), strict=False)):
-        pairs = [trace.by_epoch for trace in traces if trace.by_epoch[0].size]
-        if pairs:
-            ratios, changes = np.concatenate(pairs, 1)
-            axes.semilogx(ratios, changes, ".", color=color, ms=4, alpha=0.6)
-            last = [[values[-1] for values in pair] for pair in pairs]
-            axes.plot(*np.transpose(last), marker="o", color=color, **{**HOLLOW, "ms": 5})
-            style = {"ha": "right", "va": "top", "size": 8, "color": color}
-            text = f"rank correlation {spearmanr(ratios, changes)[0]:.2f}"
-            layout.say(axes, text, 0.98, 0.97 - 0.08 * place, **style)
-    _finish(axes)
-
-
-def _finish(axes: Axes) -> None:
-    """A line at no change; a scale that a few outliers do not stretch; plain numbers below."""
-    if not axes.lines:
+    What lies beyond nearly all others is a triangle on the edge.
+    """
+    rows = [[pair for pair in pairs if pair[0].size] for pairs in rows]
+    everything = [changes for pairs in rows for _, changes in pairs]
+    if not everything:
         layout.say(axes, "too short a run", 0.5, 0.5, ha="center", va="center", size=10)
         return
+    low, high = np.quantile(np.concatenate(everything), (0.0, 1.0) if hollow else (0.005, 0.995))
+    for pairs, color in zip(rows, cycle(LINES), strict=False):
+        if pairs:
+            ratios, changes = np.concatenate(pairs, 1)
+            out = (changes < low) | (changes > high)
+            axes.semilogx(ratios[~out], changes[~out], ".", color=color, ms=3, alpha=0.4)
+            axes.plot(ratios[out], changes[out].clip(low, high), "^", color=color, ms=4)
+            axes.plot(*binned(ratios, changes), color=color, lw=1.6, marker="o", ms=3.5, zorder=4)
+        if pairs and hollow:
+            last = [[values[-1] for values in pair] for pair in pairs]
+            axes.plot(*np.transpose(last), marker="o", color=color, **{**HOLLOW, "ms": 5})
     axes.axhline(0.0, color=INK, lw=0.6)
-    values = np.concatenate([line.get_ydata() for line in axes.lines])
-    low, high = np.quantile(values, (0.003, 0.997))
-    margin = 0.1 * (high - low) or 0.05
-    axes.set_ylim(low - margin, high + 3 * margin)
     left, right = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if right < 100 * left else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
