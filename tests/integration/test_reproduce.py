@@ -110,7 +110,7 @@ def test_trains_what_is_missing_and_reuses_it(request_of, table, tmp_path, capfd
     assert folder == run_dir(cells["flow", "corners", 0].config)
     record = json.loads((folder / "record.json").read_text())
     found = table()
-    assert len(found) == 12
+    assert len(found) == 16
     cell = found.pop(("flow", "corners"))
     assert float(cell["ours"]) == pytest.approx(
         record["metrics"]["test/nll_nats"]["value"], abs=1e-3

@@ -176,11 +176,15 @@ def _warnings(table: Table) -> list[str]:
             found.append(f"{column.label}: estimators differ: {' | '.join(estimators)}.")
         for what, values in (
             ("protocols", [protocol_of(metric) for cell in cells for metric in cell.metrics]),
-            ("data", [record.provenance for record in records if record.provenance]),
+            *(
+                ("data", [r.provenance for r in records if r.provenance and r.seed == seed])
+                for seed in table.seeds  # each may draw its own
+            ),
         ):
             keys = _differing(values)
-            if keys:
-                found.append(f"{column.label}: {what} of the runs differ in {', '.join(keys)}.")
+            text = f"{column.label}: {what} of the runs differ in {', '.join(keys)}."
+            if keys and text not in found:
+                found.append(text)
     return found + [text for cell in table.cells.values() for text in _below_floor(cell)]
 
 

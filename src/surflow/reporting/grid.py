@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from surflow.reporting.spec import ColumnSpec, TableSpec
+from surflow.reporting.spec import ColumnSpec, Setting, TableSpec
 from surflow.reporting.statistics import LEVEL
 from surflow.reporting.table import NO_SUCH_NUMBER, Cell, Table, column_floor, distinct, protocol_of
 from surflow.reporting.text import (
@@ -23,7 +24,7 @@ from surflow.reporting.text import (
 )
 from surflow.reporting.verdicts import FEWEST, ordering_verdict
 
-NUMBERS = ("published", "ours", "std", "delta", "floor")
+NUMBERS = ("published", "ours", "std", "delta", "floor", "excess", "excess_std")
 CSV_FIELDS = ("row", "column", "metric", "unit", "estimator", *NUMBERS)
 CSV_FIELDS += ("verdict", "seeds", "profile", "commit")
 
@@ -46,7 +47,7 @@ def ordering_lines(table: Table) -> list[str]:
 
 def _fields(table: Table, cell: Cell) -> dict[str, str]:
     """The fields of `CSV_FIELDS` for one cell, as text."""
-    digits = cell.digits
+    digits, excess = cell.digits, cell.excess
     return {
         "row": cell.row.name,
         "column": cell.column.name,
@@ -58,6 +59,8 @@ def _fields(table: Table, cell: Cell) -> dict[str, str]:
         "std": number(cell.std, digits),
         "delta": number(cell.delta, digits, sign=True),
         "floor": number(cell.floor, 4),
+        "excess": number(excess.ours, excess.digits),
+        "excess_std": number(excess.std, excess.digits),
         "verdict": cell.verdict,
         "seeds": " ".join(str(seed) for seed in cell.seeds),
         "profile": table.profile,
@@ -155,6 +158,26 @@ def _grid(table: Table) -> str:
     return markdown_grid(_header(spec), lines, range(1, len(spec.columns) + 1))
 
 
+def _excess(table: Table) -> list[str]:
+    """The excess over the entropy of the test draw: the rows and the data that have it."""
+    cells = {key: cell.excess for key, cell in table.cells.items()}
+    there = [key for key, cell in cells.items() if cell.records]
+    rows = [row for row in table.spec.rows if any(row.name == name for name, _ in there)]
+    shown = [c for c in table.spec.columns if any(c.name == name for _, name in there)]
+    columns = {column.data: column for column in shown}.values()
+    if not rows:
+        return []
+    wanted = len(table.seeds)
+    lines = [
+        [row.label, *(cell_text(cells[row.name, c.name], wanted) for c in columns)] for row in rows
+    ]
+    return [
+        "Excess over the entropy of the test draw, nats: mean of log p(x) − log q(x) over the test "
+        "points, p the density of the data. It has little of the noise of the draw.",
+        markdown_grid(["", *(c.label for c in columns)], lines, range(1, len(columns) + 1)),
+    ]
+
+
 def _header(spec: TableSpec) -> list[str]:
     return ["", *(column.label for column in spec.columns)]
 
@@ -181,11 +204,6 @@ def _conditions(table: Table) -> list[str]:
         for metric in cell.metrics
         if metric.protocol
     )
-    data = distinct(
-        f"{record.data}: {describe({k: v for k, v in record.provenance.items() if k != 'name'})}"
-        for record in table.records
-        if record.provenance
-    )
     weights = distinct(
         f"{cell.row.label}, {record.data}: "
         + describe(
@@ -197,22 +215,60 @@ def _conditions(table: Table) -> list[str]:
     )
     return [
         *titled("Protocol of the scores:", [short_digests(line) for line in protocols]),
-        *titled("Data:", [short_digests(line) for line in data]),
+        *titled("Data:", _data(table)),
         *titled("Released weights:", [short_digests(line) for line in weights]),
     ]
 
 
-def _deviations(table: Table) -> list[str]:
-    """A line a setting that is not the published one, with the rows and columns it is of."""
-    lines = []
-    for setting in table.spec.deviations:
+def _data(table: Table) -> list[str]:
+    """A line a dataset: its splits; where seeds draw their own, those of the first."""
+    found: dict[str, dict[str, None]] = {}
+    for record in table.records:
+        told = describe({k: v for k, v in record.provenance.items() if k != "name"})
+        if told:
+            found.setdefault(record.data, {})[told] = None
+    return [
+        short_digests(f"{name}: {next(iter(told))}")
+        + (f"; {len(told)} draws in all, see the records" if len(told) > 1 else "")
+        for name, told in found.items()
+    ]
+
+
+def _placed(table: Table, settings: Iterable[Setting]) -> Iterator[tuple[Setting, str, str]]:
+    """The settings that are of the table, with their rows and columns in words."""
+    for setting in settings:
         rows = [row.label for row in table.spec.rows if setting.applies(row.name)]
         columns = [c.label for c in table.spec.columns if c.name in setting.columns]
         if rows and (columns or not setting.columns):
-            where = f" ({', '.join(columns)})" if columns else ""
-            decides = " (decides)" if setting.matters else ""
-            lines.append(f"{' / '.join(rows)}{where}: {setting.text}{decides}")
-    return lines
+            yield setting, " / ".join(rows), f" ({', '.join(columns)})" if columns else ""
+
+
+def _deviations(table: Table) -> list[str]:
+    """A line a setting that is not the published one, with the rows and columns it is of."""
+    return [
+        f"{rows}{where}: {setting.text}{' (decides)' if setting.matters else ''}"
+        for setting, rows, where in _placed(table, table.spec.deviations)
+    ]
+
+
+def _compared(table: Table) -> list[str]:
+    """The settings of rows that are not those of others, a line a setting."""
+    labels = {row.name: row.label for row in table.spec.rows}
+    lines: dict[tuple[str, ...], list[str]] = {}
+    compared = (setting for setting in table.spec.settings if setting.than)
+    for setting, rows, where in _placed(table, compared):
+        others = ", ".join(f"{labels.get(k, k)} {_word(v)}" for k, v in setting.than.items())
+        key = (rows, setting.setting, others)
+        lines.setdefault(key, []).append(f"{_word(setting.ours)}{where}")
+    body = [[rows, name, ", ".join(ours), others] for (rows, name, others), ours in lines.items()]
+    title = "Settings of rows that are not those of another:"
+    return (
+        [title, markdown_grid(["row", "setting", "value", "other row"], body, ())] if body else []
+    )
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _every_cell(table: Table) -> list[str]:
@@ -279,7 +335,7 @@ def render_markdown(
     """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec, shown = table.spec, table.without_empty_rows()
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(shown)]
-    blocks += [*_not_run(table, shown), *_conditions(table)]
+    blocks += [*_excess(shown), *_not_run(table, shown), *_conditions(table)]
     if spec.orderings:
         said = f" (profile {table.profile}: says nothing about the publication)"
         caution = "" if table.profile == "paper" else said
@@ -287,6 +343,7 @@ def render_markdown(
         blocks += [f"Orderings ({how}){caution}:", bullets(ordering_lines(table))]
     if table.profile == "paper":  # the others differ by their budgets alone
         blocks += titled("Settings that are not the published ones:", _deviations(table))
+        blocks += _compared(table)
     blocks += titled("Warnings:", table.warnings)
     blocks += [*figure_links(figures), *_every_cell(shown), *_run_facts(shown)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"

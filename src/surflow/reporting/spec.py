@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ PROFILES = ("paper", "short", "smoke")
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One model of the table. `target_above_floor` is in the unit of the metric.
+    """One model of the table. `target_excess`: nats over the entropy of the test draw.
 
     A row without `experiment` is quoted only: its values are somebody else's, and nothing of ours
     is run for it. `official` says that its authors have released weights. `family` and `depth`
@@ -31,7 +31,7 @@ class RowSpec:
     label: str
     experiment: str | None = None
     overrides: tuple[str, ...] = ()
-    target_above_floor: float | None = None
+    target_excess: float | None = None
     official: bool = False
     family: str | None = None
     depth: int | None = None
@@ -113,16 +113,19 @@ class Ordering:
 
 @dataclass(frozen=True)
 class Setting:
-    """A published setting: a key of the config, or words, for some rows and columns (empty: all).
+    """A setting of some rows and columns (empty: all): a key of the config, or words.
 
-    `ours` None says that ours is the same; else this is a deviation. One that `matters` decides the
-    number: it is then not compared with the published one.
+    It is compared with the `published` one, or with that of other rows: `than` is their values by
+    name, None where they have no such key. `ours` None says that ours is the published one; else
+    this is a deviation. One that `matters` decides the number: it is then not compared with the
+    published one.
     """
 
     setting: str
-    published: Any
+    published: Any = None
     ours: Any = None
     matters: bool = False
+    than: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
 
@@ -175,7 +178,7 @@ class TableSpec:
     @property
     def deviations(self) -> tuple[Setting, ...]:
         """The settings that are not the published ones."""
-        return tuple(setting for setting in self.settings if setting.ours is not None)
+        return tuple(s for s in self.settings if s.ours is not None and not s.than)
 
     @property
     def own_data(self) -> bool:
@@ -251,9 +254,6 @@ def load_spec(path: str | Path) -> TableSpec:
     for what, entries in (("row", rows), ("column", columns)):
         _check_distinct(top, what, entries)
     _check_places(top, rows)
-    for index, row in enumerate(rows):
-        if row.target_above_floor is not None and any(c.direction == "higher" for c in columns):
-            raise top.error(f"rows[{index}] 'target_above_floor' needs direction: lower")
     given = Fields(top.mapping("sources", {}), top.error, "sources")
     sources = {str(key): given.text(key) for key in given.content}
     artefact = top.text("artefact")
@@ -288,7 +288,7 @@ def _read_yaml(path: Path) -> Any:
 def _row(fields: Fields) -> RowSpec:
     experiment = fields.text("experiment") if "experiment" in fields else None
     if experiment is None:
-        for key in ("overrides", "target_above_floor", "official"):
+        for key in ("overrides", "target_excess", "official"):
             if key in fields:
                 raise fields.error(f"{key!r} needs 'experiment': a row without one is quoted only")
     return RowSpec(
@@ -296,7 +296,7 @@ def _row(fields: Fields) -> RowSpec:
         label=fields.text("label"),
         experiment=experiment,
         overrides=fields.texts("overrides"),
-        target_above_floor=fields.number("target_above_floor", None, least=0),
+        target_excess=fields.number("target_excess", None, least=0),
         official=fields.flag("official", False),
         **_place(fields),
     )
@@ -384,8 +384,15 @@ def _quotes(
 def _settings(top: Fields, names: dict[str, list[str]]) -> tuple[Setting, ...]:
     settings = []
     for fields in top.items("settings", _SETTING_KEYS):
-        if "published" not in fields:
-            raise fields.error("needs 'published', the published value")
+        than = fields.mapping("than", {})
+        for row in than:
+            if row not in names["row"]:
+                told = ", ".join(names["row"])
+                raise fields.error(f"unknown row {row!r} in 'than'; known: {told}")
+        if bool(than) == ("published" in fields):
+            raise fields.error("needs either 'published' or 'than', the values of other rows")
+        if than and (fields.content.get("ours") is None or "rows" not in fields):
+            raise fields.error("'than' needs 'ours', the value that differs, and its 'rows'")
         if fields.flag("matters", False) and fields.content.get("ours") is None:
             raise fields.error("'matters' needs 'ours', the value that differs")
         places = {
@@ -393,7 +400,8 @@ def _settings(top: Fields, names: dict[str, list[str]]) -> tuple[Setting, ...]:
             for what, known in names.items()
         }
         setting = fields.text("setting")
-        settings.append(Setting(**{**fields.content, "setting": setting, **places}))
+        content = {**fields.content, "setting": setting, "than": than, **places}
+        settings.append(Setting(**content))
     return tuple(settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,8 @@ from surflow.reporting.spec import ColumnSpec, Quote, RowSpec, TableSpec
 NOT_RUN = "not run"
 QUOTED_ONLY = "quoted only"
 NO_SUCH_NUMBER = "no such number"
+
+EXCESS_DIGITS = 4
 
 Key = tuple[str, str, int]
 """Row, column and seed."""
@@ -76,6 +79,24 @@ class Cell:
     def metrics(self) -> tuple[Metric, ...]:
         """The column's metric of each record."""
         return tuple(record.metrics[self.column.metric] for record in self.records)
+
+    @property
+    def excess(self) -> Cell:
+        """The same cell of the excess over the entropy of the same rows, in nats, from the records
+        that have it."""
+        name = f"{self.column.metric.partition('/')[0]}/excess_nats"
+        records = tuple(record for record in self.records if name in record.metrics)
+        values = [record.metrics[name].value for record in records]
+        return Cell(
+            self.row,
+            replace(self.column, metric=name, digits=EXCESS_DIGITS),
+            None,
+            (),
+            ours=statistics.fmean(values) if values else None,
+            std=statistics.stdev(values) if len(values) > 1 else None,
+            verdict=f"no {name}" if self.records else self.verdict,
+            records=records,
+        )
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,20 @@ def _comparison(cell: Cell, released: bool) -> str:
 
 
 def _target(cell: Cell) -> str:
-    """Our number against the floor, where a row has a target above it."""
-    column, target = cell.column, cell.row.target_above_floor
+    """The excess over the entropy of the test draw, where a row has a target for it: the target
+    against the interval for one more run."""
+    target, excess = cell.row.target_excess, cell.excess
     if target is None:
         return "published value not available"
-    if cell.floor is None:
-        return "floor not available"
-    above = cell.ours - cell.floor
-    if above <= target + _SLACK:
-        return f"within {target:.{column.digits}f} of the floor"
-    return f"{above:.{column.digits}f} above the floor, target {target:.{column.digits}f}"
+    if len(excess.records) < len(cell.records):
+        return f"no {excess.column.metric} in {len(cell.records) - len(excess.records)} record(s)"
+    shown = f"excess over the entropy of the test draw {excess.ours:.{excess.digits}f}"
+    if len(excess.records) < FEWEST:
+        return f"too few seeds ({len(excess.records)}): {shown}, target {target:g}"
+    interval = of_one_more([metric.value for metric in excess.metrics])
+    word = "within" if interval.high <= target else "above"
+    word = "not decided" if interval.low <= target < interval.high else word
+    return f"{shown} (one more run: {interval.text(excess.digits)}), target {target:g}: {word}"
 
 
 def ordering_verdict(better: Cell, worse: Cell) -> str:

@@ -32,13 +32,13 @@ def learning_curves(table: Table, folder: Path) -> dict[str, str]:
     if any(column.metric.startswith("test/point_") for column in table.spec.columns):
         shown = set_curve_figure(table, path)
         return {} if shown is None else {"Learning curves": path.name}
-    logged = {f: validation_columns(f) for row in files.values() for f in row.values() if f}
-    names = [name for columns in logged.values() for name in columns]
+    columns = {f: logged(f) for row in files.values() for f in row.values() if f}
+    names = [name for found in columns.values() for name in found]
     if not names:
         return {}
     column = max(dict.fromkeys(names), key=names.count)
     cells = {
-        row: {label: f if f and column in logged[f] else None for label, f in of_row.items()}
+        row: {label: f if f and column in columns[f] else None for label, f in of_row.items()}
         for row, of_row in files.items()
     }
     metric = table.spec.metric or table.spec.columns[0].metric
@@ -66,28 +66,31 @@ def set_curve_label(column: str) -> str:
     return SET_WORDS.get(word, word) + (f", K = {count}" if count else "")
 
 
-def validation_columns(file: Path) -> list[str]:
-    """The validation metrics that a run has logged in its metrics.csv: the objective's, not always
+def logged(file: Path, split: str = "val") -> list[str]:
+    """The metrics of a split that a run has logged in its metrics.csv: the objective's, not always
     the table's."""
     with open(file, newline="", encoding="utf-8") as lines:
-        return [name for name in next(csv.reader(lines), ()) if name.startswith("val/")]
+        return [name for name in next(csv.reader(lines), ()) if name.startswith(f"{split}/")]
 
 
-def read_curve(file: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, values), both (N,), from the lines of a metrics.csv where both are given."""
+def read_curve(file: Path, column: str, along: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, values), both (N,), from the lines of a metrics.csv where both are given; `along`
+    another column, such as step, its values in place of the epochs."""
     with open(file, newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        missing = [name for name in ("epoch", column) if name not in (reader.fieldnames or ())]
+        missing = [name for name in (along, column) if name not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{file}: lacks column {', '.join(missing)}; expected epoch, {column}")
+            raise ValueError(
+                f"{file}: lacks column {', '.join(missing)}; expected {along}, {column}"
+            )
         pairs = []
         for number, line in enumerate(reader, 2):
-            pair = [(line[name] or "").strip() for name in ("epoch", column)]
+            pair = [(line[name] or "").strip() for name in (along, column)]
             try:
                 if all(pair):
                     pairs.append([float(text) for text in pair])
             except ValueError:
-                why = f"{file}: line {number}: epoch and {column} must be numbers"
+                why = f"{file}: line {number}: {along} and {column} must be numbers"
                 raise ValueError(why) from None
     values = np.array(pairs, float).reshape(-1, 2)
     values = values[np.isfinite(values).all(1)]
@@ -102,7 +105,7 @@ def set_curve_figure(table: Table, path: str | Path) -> Path | None:
     points = set()
     for row, found in layout.run_files(table, "metrics.csv").items():
         file = next(filter(None, found.values()), None)
-        column = next(iter(validation_columns(file)), None) if file else None
+        column = next(iter(logged(file)), None) if file else None
         record = layout.record_of(file)
         if column is None or record is None:
             continue
@@ -167,7 +170,7 @@ def learning_curve_figure(
             continue
         found = [records[model][dataset] for model in models]
         floor = next((r.floor[metric].value for r in found if r and metric in r.floor), None)
-        _curve_panel(axes, models, curves, floor, scale, handles)
+        curve_panel(axes, models, curves, floor, scale, handles)
         axes.set_ylabel(label, fontsize=9, color=INK)
     order = [handles[name] for name in (*models, FLOOR) if name in handles]
     if order:
@@ -176,7 +179,7 @@ def learning_curve_figure(
     return layout.save(figure, path)
 
 
-def _curve_panel(
+def curve_panel(
     axes: Axes,
     models: Sequence[str],
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],

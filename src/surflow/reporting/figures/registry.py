@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from surflow.reporting.figures import curves, densities, gaps, grids, latents, published, sets
+from surflow.reporting.figures import (
+    curves,
+    densities,
+    gaps,
+    grids,
+    latents,
+    published,
+    sets,
+    spikes,
+)
 from surflow.reporting.figures.layout import of_files
 from surflow.reporting.table import Table
 
@@ -29,6 +38,7 @@ FIGURES: tuple[Callable[[Table, Path], dict[str, str]], ...] = (
     ),
     of_files("latent.npz", "Aggregated posterior and prior", "latent.png", latents.latent_figure),
     curves.learning_curves,
+    spikes.spikes,
 )
 """In the order of the table's figures. Each writes into a folder what the table has the values and
 the files for, and returns the files by caption; nothing where it has none."""
