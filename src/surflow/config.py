@@ -64,13 +64,19 @@ def _by(key: str, values: DictConfig, default: Any) -> Any:
     return values[key] if key in values else default
 
 
+def _joined(*names: str) -> str:
+    """The names that are not none, such as spline_flow-abs."""
+    return "-".join(name for name in names if name != "none")
+
+
 def register_resolvers() -> None:
-    """Make ``${per_profile:{paper: 10, smoke: 1}}``, ``${by:key,{a: 1},default}`` and the open
-    groups known."""
+    """Make ``${per_profile:{paper: 10, smoke: 1}}``, ``${by:key,{a: 1},default}``,
+    ``${joined:a,b}`` and the open groups known."""
     from hydra.core.config_store import ConfigStore
 
     OmegaConf.register_new_resolver("per_profile", _per_profile, replace=True)
     OmegaConf.register_new_resolver("by", _by, replace=True)
+    OmegaConf.register_new_resolver("joined", _joined, replace=True)
     node = OmegaConf.create({group: {} for group in OPEN_GROUPS})
     for group in OPEN_GROUPS:
         OmegaConf.set_struct(node[group], False)

@@ -11,6 +11,14 @@ class UserError(Exception):
     """What is wrong, where, and what would be right, in one line."""
 
 
+class Stop(SystemExit):
+    """The end of a command that has printed why: exit code and message."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code)
+        self.message = message
+
+
 @contextlib.contextmanager
 def named_errors(where: str) -> Iterator[None]:
     """Name the node of the config whose options a block builds something of.

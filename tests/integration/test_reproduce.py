@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -692,13 +693,29 @@ def test_sweep_launcher(launcher, command, tiny, root):
     assert not os.path.exists("multirun")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_sweep_launcher_with_a_failing_run(launcher, command, tiny, root):
-    done = command("train", "-m", *tiny("optimizer.lr=0.001,-1"), f"hydra/launcher={launcher}")
-    assert done.code != 0
-    assert "optimizer.lr: expected a positive number, got -1" in done.err + done.out
-    assert len(list(root.rglob("record.json"))) <= 1
+@pytest.mark.parametrize(
+    "launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.slow)]
+)
+def test_a_sweep_goes_on_where_a_job_fails(launcher, command, tiny, root):
+    own = tiny("optimizer.lr=1e30,0.001,-1", "seed=0", f"hydra/launcher={launcher}")
+    done = command("train", "-m", *own)
+    assert done.code == 1
+    assert len(list(root.rglob("record.json"))) == 1
+    lines = done.err.splitlines()
+    start = lines.index("surflow: error: 2 of 3 jobs failed:")
+    assert lines[start + 1].startswith("  optimizer.lr=1e+30: the loss is not finite at epoch 1")
+    assert lines[start + 3] == "  optimizer.lr=-1: optimizer.lr: expected a positive number, got -1"
+    assert len(lines) == start + 5
+    again = shlex.split(lines[start + 4])
+    assert again[:3] == ["python", "-m", "surflow.cli.train"]
+    assert {"optimizer.lr=-1", "seed=0", "data.train_size=640"} <= set(again)
+
+
+def test_a_failed_job_that_is_repeated_alone_exits_as_any_other(call, tiny):
+    done = call("train", *tiny("optimizer.lr=-1"))
+    assert done.code == 2
+    last = done.err.strip().splitlines()[-1]
+    assert last == "surflow: error: optimizer.lr: expected a positive number, got -1"
 
 
 def test_paper_profile_refuses_overrides_that_change_results(call, tmp_path):

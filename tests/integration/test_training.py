@@ -107,6 +107,14 @@ def test_the_logged_gradient_norm_is_the_largest_since_the_last_line(config, row
     assert min(found) > 0.5 and norms[1] > norms[2]
 
 
+def test_a_free_run_says_what_it_is_and_claims_no_protocol(train, root):
+    _, folder, _ = train("surjection=abs", "model=spline_flow", "data=corners")
+    row = folder.relative_to(root).parts[:4]
+    assert row == ("free", "adhoc", "spline_flow-abs", "corners")
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["profile"], record["row"]) == ("free", "spline_flow-abs")
+
+
 def test_last_checkpoint_is_the_last_epoch_also_where_it_is_not_the_best(train):
     from surflow.training.checkpoint import load_checkpoint
 

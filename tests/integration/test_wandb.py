@@ -136,7 +136,7 @@ def test_two_folders_are_two_runs(config):
     runs = [Run(config("logger=wandb", f"row={row}")) for row in ("one", "two/three")]
     assert runs[0].hash == runs[1].hash and runs[0].folder != runs[1].folder
     ids = [run.loggers[0].version for run in runs]
-    assert ids == [f"paper-adhoc-{row}-{runs[0].hash}" for row in ("one", "two-three")]
+    assert ids == [f"free-adhoc-{row}-{runs[0].hash}" for row in ("one", "two-three")]
 
 
 def test_images_can_be_left_out(command, tiny, config):
@@ -209,7 +209,7 @@ def test_evaluation_is_added_to_the_run(command, tiny, config):
     assert done.code == 0, done.err
     runs = [Logged(path) for path in files_of(folder)]
     assert len(runs) == 2
-    assert {r.run.run_id for r in runs} == {f"paper-adhoc-coupling_flow-{config_hash(cfg)}"}
+    assert {r.run.run_id for r in runs} == {f"free-adhoc-coupling_flow-{config_hash(cfg)}"}
     written = json.loads((folder / "evaluation_valid.json").read_text())
     value = written["metrics"]["valid/nll_nats"]["value"]
     done = command("evaluate", *arguments, f"checkpoint={folder / 'best.ckpt'}")

@@ -16,8 +16,9 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from surflow.cli.sweep import INTERRUPTED, job, outcomes, sweeping
 from surflow.config import conf_dir, register_resolvers
-from surflow.errors import UserError, close_match
+from surflow.errors import Stop, UserError, close_match
 
 
 def command(
@@ -34,25 +35,29 @@ def command(
         @hydra.main(config_path=folder or conf_dir(), config_name=config_name, version_base="1.3")
         @functools.wraps(function)
         def run(cfg: DictConfig) -> Any:
-            with one_line_errors():  # inside Hydra, which would print lines of its own
-                return function(cfg)
+            def once() -> Any:
+                with one_line_errors():  # inside Hydra, which would print lines of its own
+                    return function(cfg)
 
-        return guarded(run)
+            return job(once) if sweeping() else once()
+
+        return guarded(run, config_name)
 
     return wrap
 
 
-def guarded(main: Callable[[], Any]) -> Callable[[], None]:
+def guarded(main: Callable[[], Any], name: str = "train") -> Callable[[], None]:
     """Wrap a command: a user's mistake prints one line and exits with 2.
 
-    Set SURFLOW_DEBUG=1 to see the traceback instead.
+    Set SURFLOW_DEBUG=1 to see the traceback instead. ``name`` is for the end of a sweep:
+    :func:`surflow.cli.sweep.outcomes`.
     """
 
     def run() -> None:
         register_resolvers()
         # Hydra otherwise prints several lines and exits with 1
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        with one_line_errors():
+        with one_line_errors(), outcomes(name):
             main()
 
     return run
@@ -67,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted; give the same command again to resume", 130)
+        _fail("interrupted; give the same command again to resume", INTERRUPTED)
     except (UserError, ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         if debug:
             raise
@@ -95,7 +100,7 @@ def user_error_of(error: BaseException | None) -> BaseException | None:
 
 def _fail(message: str, code: int = 2) -> None:
     print(f"surflow: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    raise Stop(code, message)
 
 
 def one_line(text: object, limit: int = 400) -> str:

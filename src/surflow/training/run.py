@@ -136,7 +136,7 @@ class Run:
 
     def _check_plain_keys(self) -> None:
         seed, weights = self.config["seed"], self.config["weights"]
-        check_choice("profile", self.config["profile"]["name"], PROFILES, UserError)
+        check_choice("profile", self.config["profile"]["name"], (*PROFILES, "free"), UserError)
         for group in ("experiment", "recipe"):
             if self.config.get(group):
                 raise UserError(f"{group}: of no effect; begin its file with # @package _global_")
