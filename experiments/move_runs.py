@@ -1,7 +1,8 @@
 """Move runs and records of the earlier config layout (until November 2026) to the present one.
 
 Their numbers stay. A run gets the hash of its config in the present layout, and the folder that
-follows from it; the earlier hash stays in its record as ``former_hash``.
+follows from it; the earlier hash stays in its record as ``former_hash``. A run that is no row of a
+table goes from ``paper/adhoc`` to ``free/adhoc``.
 """
 
 from __future__ import annotations
@@ -123,10 +124,35 @@ def move_record(path: Path) -> bool:
     return True
 
 
+def free_run(path: Path) -> bool:
+    """File a run that is no row of a table under free, by model and surjection; whether it was
+    filed under the published protocol. Copies of its record stay where they are."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if (record["artefact"], record["profile"], path.name) != ("adhoc", "paper", "record.json"):
+        return False
+    config = record["config"]
+    row = config["row"]
+    if row == record["model"] and record["surjection"] not in (None, "none"):
+        row = f"{row}-{record['surjection']}"
+    config["row"], config["profile"]["name"] = row, "free"
+    told = {"profile": "free", "row": row, "experiment": f"adhoc/{row}", "config": config}
+    folder = path.parent
+    target = folder.parents[4] / "free" / "adhoc" / row / folder.parent.name / folder.name
+    _refuse_to_replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(folder.rename(target) / path.name, record | told)
+    return True
+
+
+def _refuse_to_replace(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{relative(target)}: is there already; move or delete it first")
+
+
 def _move_run(folder: Path, earlier: str, now: str) -> Path:
     target = folder.with_name(folder.name.replace(earlier[:8], now[:8]))
-    if target.exists() and target != folder:
-        raise UserError(f"{relative(target)}: is there already; move or delete it first")
+    if target != folder:
+        _refuse_to_replace(target)
     for file in folder.glob("*.ckpt"):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["surflow"]["config_hash"] = now
@@ -142,8 +168,9 @@ def _main() -> None:
     if not root.is_dir():
         raise UserError(f"root: expected a folder, got {root}")
     files = sorted({*root.rglob("record.json"), *root.rglob("records/*.json")})
-    moved = [file for file in files if move_record(file)]
-    print(f"{relative(root)}: {len(moved)} of {len(files)} records moved")
+    moved = sum(move_record(file) for file in files)
+    free = sum(free_run(file) for file in sorted(root.rglob("record.json")))
+    print(f"{relative(root)}: {moved} of {len(files)} records moved, {free} runs filed under free")
 
 
 main = guarded(_main)

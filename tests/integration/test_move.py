@@ -17,7 +17,7 @@ spec = importlib.util.spec_from_file_location("move_runs", ROOT / "experiments/m
 move_runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(move_runs)
 
-RECORD = "results/paper/synthetic/records/flow-corners-seed0.json"
+RECORD = ROOT / "tests" / "fixtures" / "former_run.json"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def present(tmp_path):
 @pytest.fixture
 def earlier(present):
     """Its folder as the earlier layout left it: the record, and a checkpoint."""
-    record = json.loads((Path(__file__).parents[2] / RECORD).read_text())
+    record = json.loads(RECORD.read_text())
     former = record.pop("former_hash")
     record["config_hash"] = former
     folder = present.folder.with_name(f"seed0-{former[:8]}")
@@ -105,6 +105,26 @@ def test_a_run_is_not_moved_over_another(move, present, earlier, tmp_path):
     assert done.code == 2
     assert "is there already; move or delete it first" in done.err
     assert {p.name: p.read_bytes() for p in earlier.iterdir()} == before
+
+
+def test_a_free_run_is_filed_under_free(move, call, tmp_path):
+    """One that was filed under the published protocol, without its surjection in the name."""
+    overrides = ["surjection=abs", "logger=csv", f"run.root={tmp_path / 'runs'}"]
+    run = Run(compose(overrides))
+    record = json.loads(RECORD.read_text())
+    record |= {"artefact": "adhoc", "row": "coupling_flow", "model": "coupling_flow"}
+    record |= {"surjection": "abs", "config_hash": run.hash}
+    record["config"]["row"] = "coupling_flow"
+    earlier = tmp_path / "runs/paper/adhoc/coupling_flow/checkerboard" / run.folder.name
+    earlier.mkdir(parents=True)
+    (earlier / "record.json").write_text(json.dumps(record))
+    assert "1 runs filed under free" in move(tmp_path / "runs").out
+    assert run.folder.parts[-5:-1] == ("free", "adhoc", "coupling_flow-abs", "checkerboard")
+    assert not earlier.exists()
+    found = run.complete_record()
+    assert (found.profile, found.row) == ("free", "coupling_flow-abs")
+    assert found.metrics["test/nll_nats"].value == record["metrics"]["test/nll_nats"]["value"]
+    assert "0 runs filed under free" in move(tmp_path / "runs").out
 
 
 def test_a_root_that_is_no_folder(move, tmp_path):
