@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -291,26 +292,77 @@ def computed(node: Any) -> Any:
     if not node.get("_target_"):
         parts = {key: computed(value) for key, value in node.items()}
         return {key: value for key, value in parts.items() if value is not None}
-    target = target_of(node)
-    defaults, _ = options_of(target)
-    runtime = getattr(target, "runtime", ())
+    defaults, _ = options_of(target_of(node))
+    runtime = _runtime_of(node)
     if runtime == "all":
         return None
-    if node["_target_"] == "pytorch_lightning.Trainer":
-        runtime = TRAINER_RUNTIME
     empty = inspect.Parameter.empty
     return {
         key: computed(value)
         for key, value in node.items()
-        if key not in ("_partial_", "_convert_")
+        if key not in _OF_HYDRA
         and key not in runtime
         and not (key in defaults and defaults[key] is not empty and _same(value, defaults[key]))
     }
 
 
+_OF_HYDRA = ("_partial_", "_convert_")
+
+
+def _runtime_of(node: Mapping[str, Any]) -> Any:
+    """The options of a `_target_` node that change no result; "all" where none does."""
+    if node["_target_"] == "pytorch_lightning.Trainer":
+        return TRAINER_RUNTIME
+    return getattr(target_of(node), "runtime", ())
+
+
 def _same(value: Any, default: Any) -> bool:
     default = list(default) if isinstance(default, tuple) else default
     return value == default and isinstance(value, bool) == isinstance(default, bool)
+
+
+def option(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a key such as ``optimizer.lr`` of a plain config; where none stands there, the
+    default of the target of its node. A group is its ``name``.
+
+    Raises:
+        KeyError: for what is neither there nor a default.
+    """
+    *parents, name = key.split(".")
+    node: Any = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping):
+        raise KeyError(key)
+    if name in node:
+        value = node[name]
+        return value["name"] if isinstance(value, Mapping) and "name" in value else value
+    default = inspect.Parameter.empty
+    if node.get("_target_"):
+        with contextlib.suppress(UserError):  # a target that is gone, in an old record
+            default = options_of(target_of(node))[0].get(name, default)
+    if default is inspect.Parameter.empty:
+        raise KeyError(key)
+    return list(default) if isinstance(default, tuple) else default
+
+
+def counts(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the value at a key belongs to what a run computes, as :func:`config_hash` has it."""
+    group, *names = key.split(".")
+    if group not in HASHED_GROUPS:
+        return key == "weights.source"
+    node: Any = config.get(group)
+    for name in names:
+        if not isinstance(node, Mapping) or name in _OF_HYDRA:
+            return False
+        runtime: Any = ()
+        if node.get("_target_"):
+            with contextlib.suppress(UserError):
+                runtime = _runtime_of(node)
+        if runtime == "all" or name in runtime:
+            return False
+        node = node.get(name)
+    return True
 
 
 def run_dir(cfg: DictConfig, known: str | None = None) -> Path:

@@ -147,12 +147,15 @@ def _lines(table: Table) -> list[list[str]]:
 
 
 def _grid(table: Table) -> str:
-    spec, lines = table.spec, _lines(table)
-    floors = [column_floor(table, column.name) for column in spec.columns]
-    if any(floors):
-        texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
-        lines.append(["entropy (floor)", *(" to ".join(text) for text in texts)])
+    spec, lines = table.spec, _lines(table) + floor_lines(table)
     return markdown_grid(_header(spec), lines, range(1, len(spec.columns) + 1))
+
+
+def floor_lines(table: Table) -> list[list[str]]:
+    """The line of the floors; none where no run names one."""
+    floors = [column_floor(table, column.name) for column in table.spec.columns]
+    texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
+    return [["entropy (floor)", *(" to ".join(text) for text in texts)]] if any(floors) else []
 
 
 def _header(spec: TableSpec) -> list[str]:
@@ -172,7 +175,7 @@ def _not_run(table: Table, shown: Table) -> list[str]:
     return [f"Not run: {'; '.join(told)}. `ROWS={names}` after the command below runs them."]
 
 
-def _conditions(table: Table) -> list[str]:
+def conditions(table: Table) -> list[str]:
     """What the numbers depend on besides the models: protocols of scores, data, weights."""
     protocols = distinct(
         f"{column.label}: {describe(protocol_of(metric))}"
@@ -249,7 +252,8 @@ def _left_out(table: Table) -> list[str]:
     ]
 
 
-def _run_facts(table: Table) -> list[str]:
+def run_facts(table: Table) -> list[str]:
+    """Times, commits, machines and versions of the runs."""
     spec, cells = table.spec, table.cells
     blocks = ["## Runs"]
     if table.records:
@@ -279,7 +283,7 @@ def render_markdown(
     """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec, shown = table.spec, table.without_empty_rows()
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(shown)]
-    blocks += [*_not_run(table, shown), *_conditions(table)]
+    blocks += [*_not_run(table, shown), *conditions(table)]
     if spec.orderings:
         said = f" (profile {table.profile}: says nothing about the publication)"
         caution = "" if table.profile == "paper" else said
@@ -288,7 +292,7 @@ def render_markdown(
     if table.profile == "paper":  # the others differ by their budgets alone
         blocks += titled("Settings that are not the published ones:", _deviations(table))
     blocks += titled("Warnings:", table.warnings)
-    blocks += [*figure_links(figures), *_every_cell(shown), *_run_facts(shown)]
+    blocks += [*figure_links(figures), *_every_cell(shown), *run_facts(shown)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from surflow.files import write_json, write_text
-from surflow.reporting import bounds, grid
+from surflow.reporting import bounds, comparison, grid
 from surflow.reporting.table import Table
 
-LAYOUTS = {"grid": grid, "bounds": bounds}
+LAYOUTS = {"grid": grid, "bounds": bounds, "comparison": comparison}
 """The module of each `layout`: `render_csv`, `render_markdown`, `summary`."""
 
 
