@@ -292,28 +292,21 @@ def computed(node: Any) -> Any:
     if not node.get("_target_"):
         parts = {key: computed(value) for key, value in node.items()}
         return {key: value for key, value in parts.items() if value is not None}
-    defaults, _ = options_of(target_of(node))
-    runtime = _runtime_of(node)
+    target = target_of(node)
+    defaults, _ = options_of(target)
+    runtime = getattr(target, "runtime", ())
     if runtime == "all":
         return None
+    if node["_target_"] == "pytorch_lightning.Trainer":
+        runtime = TRAINER_RUNTIME
     empty = inspect.Parameter.empty
     return {
         key: computed(value)
         for key, value in node.items()
-        if key not in _OF_HYDRA
+        if key not in ("_partial_", "_convert_")
         and key not in runtime
         and not (key in defaults and defaults[key] is not empty and _same(value, defaults[key]))
     }
-
-
-_OF_HYDRA = ("_partial_", "_convert_")
-
-
-def _runtime_of(node: Mapping[str, Any]) -> Any:
-    """The options of a `_target_` node that change no result; "all" where none does."""
-    if node["_target_"] == "pytorch_lightning.Trainer":
-        return TRAINER_RUNTIME
-    return getattr(target_of(node), "runtime", ())
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -322,8 +315,8 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def option(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a key such as ``optimizer.lr`` of a plain config; where none stands there, the
-    default of the target of its node. A group is its ``name``.
+    """The value at a key such as ``optimizer.lr`` of a plain config, else the default of the target
+    of its node. A group is its ``name``.
 
     Raises:
         KeyError: for what is neither there nor a default.
@@ -332,13 +325,11 @@ def option(config: Mapping[str, Any], key: str) -> Any:
     node: Any = config
     for parent in parents:
         node = node.get(parent) if isinstance(node, Mapping) else None
-    if not isinstance(node, Mapping):
-        raise KeyError(key)
-    if name in node:
+    if isinstance(node, Mapping) and name in node:
         value = node[name]
         return value["name"] if isinstance(value, Mapping) and "name" in value else value
     default = inspect.Parameter.empty
-    if node.get("_target_"):
+    if isinstance(node, Mapping) and node.get("_target_"):
         with contextlib.suppress(UserError):  # a target that is gone, in an old record
             default = options_of(target_of(node))[0].get(name, default)
     if default is inspect.Parameter.empty:
@@ -346,23 +337,13 @@ def option(config: Mapping[str, Any], key: str) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def counts(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the value at a key belongs to what a run computes, as :func:`config_hash` has it."""
-    group, *names = key.split(".")
-    if group not in HASHED_GROUPS:
-        return key == "weights.source"
-    node: Any = config.get(group)
-    for name in names:
-        if not isinstance(node, Mapping) or name in _OF_HYDRA:
-            return False
-        runtime: Any = ()
-        if node.get("_target_"):
-            with contextlib.suppress(UserError):
-                runtime = _runtime_of(node)
-        if runtime == "all" or name in runtime:
-            return False
-        node = node.get(name)
-    return True
+def computed_of(config: Mapping[str, Any], group: str) -> Any:
+    """What :func:`config_hash` counts in a group of a plain config; None where nothing."""
+    content = config.get(group) if group in (*HASHED_GROUPS, "weights") else None
+    try:
+        return computed(content)
+    except UserError:  # a target that is gone, in an old record
+        return content
 
 
 def run_dir(cfg: DictConfig, known: str | None = None) -> Path:

@@ -53,7 +53,7 @@ ALLOWED = {
     "metric": set(),
     "reading": set(),
     "record": {"metric", "reading"},
-    "reporting": {"files", "metric", "reading", "record"},
+    "reporting": {"errors", "files", "metric", "reading", "record"},
     "config": {"errors"},
 }
 FORBIDDEN = {

@@ -233,10 +233,7 @@ def _fill_cell(
 
 def filled(empty: Cell, used: Sequence[Record]) -> Cell:
     """A cell with its records, one a seed, and what they say together, but for the verdict.
-
-    Raises:
-        ValueError: where likelihoods and bounds would be averaged.
-    """
+    Raises ValueError where likelihoods and bounds would be averaged."""
     name = empty.column.metric
     metrics = [record.metrics[name] for record in used]
     kinds = distinct(metric.kind for metric in metrics)

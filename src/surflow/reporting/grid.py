@@ -148,7 +148,7 @@ def _lines(table: Table) -> list[list[str]]:
 
 def _grid(table: Table) -> str:
     spec, lines = table.spec, _lines(table) + floor_lines(table)
-    return markdown_grid(_header(spec), lines, range(1, len(spec.columns) + 1))
+    return markdown_grid(header(spec), lines, range(1, len(spec.columns) + 1))
 
 
 def floor_lines(table: Table) -> list[list[str]]:
@@ -158,7 +158,8 @@ def floor_lines(table: Table) -> list[list[str]]:
     return [["entropy (floor)", *(" to ".join(text) for text in texts)]] if any(floors) else []
 
 
-def _header(spec: TableSpec) -> list[str]:
+def header(spec: TableSpec) -> list[str]:
+    """The labels of the columns after an empty one."""
     return ["", *(column.label for column in spec.columns)]
 
 
@@ -264,7 +265,7 @@ def run_facts(table: Table) -> list[str]:
         ]
         blocks += [
             "Wall time of a run, mean over the seeds:",
-            markdown_grid(_header(spec), times, range(1, len(spec.columns) + 1)),
+            markdown_grid(header(spec), times, range(1, len(spec.columns) + 1)),
         ]
     else:
         blocks.append("No run entered this table.")
@@ -300,4 +301,4 @@ def summary(table: Table) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and lines of the table as text."""
     spec = table.spec
     unit = f" ({spec.unit})" if spec.one_metric else ""
-    return f"{spec.title}{unit}, profile {table.profile}", _header(spec), _lines(table)
+    return f"{spec.title}{unit}, profile {table.profile}", header(spec), _lines(table)

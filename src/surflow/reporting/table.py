@@ -90,19 +90,9 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What the training of a cell took, mean over its seeds; None where a record does not tell."""
-
-    parameters: float | None
-    optimizer_steps: float | None
-    samples_seen: float | None
-    wall_time_s: float | None
-
-
-@dataclass(frozen=True)
 class Table:
     """A filled table. `problems` are unreadable records of no known cell, `costs` what the runs of
-    a row take, in words; `budgets` what those of a comparison took, by cell."""
+    a row take, in words; `budgets` what those of a comparison took, by cell and name."""
 
     spec: TableSpec
     profile: str
@@ -111,7 +101,7 @@ class Table:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     costs: Mapping[str, str] = field(default_factory=dict)
-    budgets: Mapping[tuple[str, str], Budget] = field(default_factory=dict)
+    budgets: Mapping[tuple[str, str], Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def records(self) -> tuple[Record, ...]:

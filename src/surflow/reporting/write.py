@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def _write_records(table: Table, folder: Path) -> None:
         column = cell.column
         name = column.data if shared.count(column.data) > 1 else column.name
         for record in cell.records:
-            path = folder / f"{cell.row.name}-{name}-seed{record.seed}.json"
-            write_json(path, _portable(record.to_json()))
+            file = re.sub(r"[^\w.+-]+", "_", f"{cell.row.name}-{name}-seed{record.seed}.json")
+            write_json(folder / file, _portable(record.to_json()))
 
 
 def _portable(content: Any) -> Any:

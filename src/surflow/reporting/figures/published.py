@@ -35,15 +35,11 @@ def means(table: Table, folder: Path) -> dict[str, str]:
     """The means of a comparison with their intervals over seeds."""
     if table.spec.layout != "comparison":
         return {}
-    figure = _panels(table, _half)
+    figure = _panels(table, lambda cell: cell.interval and cell.interval.high - cell.interval.mean)
     title = f"Mean and {LEVEL:.0%} interval over seeds (none of one seed)"
     figure.suptitle(title, fontsize=9.5, color=INK)
     layout.save(figure, folder / "means.png")
     return {f"Means with {LEVEL:.0%} intervals over seeds": "means.png"}
-
-
-def _half(cell: Cell) -> float | None:
-    return None if cell.interval is None else cell.interval.high - cell.interval.mean
 
 
 def depths(table: Table, folder: Path) -> dict[str, str]:
