@@ -100,14 +100,14 @@ class Runs:
         return chosen
 
     def grouped(self, keys: Sequence[str]) -> dict[tuple[str, ...], list[Record]]:
-        """The runs by their values at some keys; numbers in order, other values as they come."""
+        """The runs by their values at some keys, in order."""
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
             groups.setdefault(self.values(record, keys), []).append(record)
 
-        def rank(values: tuple[str, ...]) -> list[float]:
+        def rank(values: tuple[str, ...]) -> list[tuple[float, str]]:
             found = (self.value(groups[values][0], key) for key in keys)
-            return [float(v) if isinstance(v, int | float) else -1.0 for v in found]
+            return [(v, "") if isinstance(v, int | float) else (-1, str(v)) for v in found]
 
         return {values: groups[values] for values in sorted(groups, key=rank)}
 
