@@ -9,7 +9,10 @@ import pytest
 @pytest.fixture
 def runs(train):
     """Two runs of one seed: their folders, by surjection."""
-    return {name: train(f"surjection={name}", "data=corners")[1] for name in ("none", "abs")}
+    return {
+        name: train(f"surjection={name}", "data=corners", "model.support=real_line")[1]
+        for name in ("none", "abs")
+    }
 
 
 def test_compare(runs, root, call, tmp_path):

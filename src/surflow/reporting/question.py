@@ -242,7 +242,7 @@ def _axis(runs: Runs, keys: Sequence[str]) -> dict[str, list[Record]]:
 def _cell(row: RowSpec, column: ColumnSpec, runs: Runs) -> Cell:
     """The cell of some runs; ValueError where they differ by more than their seed, or share one."""
     where = f"{row.label} / {column.label}"
-    differing = runs.varying()
+    differing = runs.telling()
     if differing:
         key, *others = differing
         also = f" (and in {', '.join(others[:3])})" if others else ""
