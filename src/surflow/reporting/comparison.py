@@ -131,22 +131,23 @@ def _fields(table: Table) -> list[dict[str, str]]:
         }
         known = {n: v if v is not None and math.isfinite(v) else None for n, v in values.items()}
         ps = {name: getattr(found, name) for name in DIFFERENCE if name.startswith("p")}
-        line = {
-            "row": cell.row.label,
-            "column": cell.column.label,
-            "metric": cell.column.metric,
-            "unit": cell.unit,
-            "estimator": cell.estimator,
-            "seeds": " ".join(map(str, cell.seeds)),
-            **{n: number(v, cell.digits, sign=n in DIFFERENCE[:3]) for n, v in known.items()},
-            "over": found.over,
-            **{name: "" if p is None else f"{p:.2g}" for name, p in ps.items()},
-            "outcome": found.outcome(cell),
-            **{name: number(budget[name], 0) for name in BUDGET},
-            "profile": table.profile,
-            "commit": " ".join(cell.commits),
-        }
-        lines.append(line)
+        lines.append(
+            {
+                "row": cell.row.label,
+                "column": cell.column.label,
+                "metric": cell.column.metric,
+                "unit": cell.unit,
+                "estimator": cell.estimator,
+                "seeds": " ".join(map(str, cell.seeds)),
+                **{n: number(v, cell.digits, sign=n in DIFFERENCE[:3]) for n, v in known.items()},
+                "over": found.over,
+                **{name: "" if p is None else f"{p:.2g}" for name, p in ps.items()},
+                "outcome": found.outcome(cell),
+                **{name: number(budget[name], int(name.endswith("_s"))) for name in BUDGET},
+                "profile": table.profile,
+                "commit": " ".join(cell.commits),
+            }
+        )
     return lines
 
 
@@ -169,8 +170,7 @@ def render_markdown(
     """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec, lines, fields = table.spec, _lines(table), _fields(table)
     places = [column.label for column in spec.columns]
-    compared = [line for place in places for line in fields if line["column"] == place]
-    compared = [line for line in compared if line["over"]]
+    compared = [f for place in places for f in fields if f["column"] == place and f["over"]]
     estimators = distinct(f"{line['column']}: {line['estimator']}" for line in fields)
     blocks = [
         f"# {spec.title}",

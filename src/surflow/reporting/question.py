@@ -314,7 +314,8 @@ def _unequal(table: Table) -> list[str]:
             known = sorted(pair for pair in told if pair[0])
             if known:
                 (low, less), (high, more) = known[0], known[-1]
-                text = f"{low:,.0f} ({less}) to {high:,.0f} ({more}), {column.label}"
+                digits = int(name.endswith("_s"))
+                text = f"{low:,.{digits}f} ({less}) to {high:,.{digits}f} ({more}), {column.label}"
                 worst = max(worst, (high / low - 1, text))
         if worst[1]:
             words = name.replace("_time_s", " time in seconds").replace("_", " ")

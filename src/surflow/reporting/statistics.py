@@ -15,11 +15,8 @@ import numpy as np
 LEVEL = 0.95
 """The coverage of every interval."""
 
-POWER = 0.8
-"""Of the test that finds the smallest difference."""
-
-FEW = 12
-"""Pairs up to which all flips of signs are counted."""
+POWER = 0.8  # of the test that finds the smallest difference
+FEW = 12  # pairs up to which all flips of signs are counted
 
 
 @dataclass(frozen=True)
