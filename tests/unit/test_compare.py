@@ -402,3 +402,12 @@ def test_likelihoods_a_point_of_sets_are_better_where_higher(tmp_path):
     put(tmp_path, 1.0, record={"metrics": {METRIC: metric}})
     assert ask(tmp_path).spec.direction == "higher"
     assert replace(ask(tmp_path, direction="lower").spec.columns[0]).direction == "lower"
+
+
+def test_columns_of_one_dataset_keep_their_own_records(tmp_path):
+    for lr in (0.01, 0.5):
+        put(tmp_path, 3.0 + lr, optimizer__lr=lr)
+    table = ask(tmp_path, columns=["data", "optimizer.lr"])
+    write_table(table, tmp_path / "answer", "the command")
+    names = [path.name for path in sorted((tmp_path / "answer" / "records").iterdir())]
+    assert names == [f"none-corners_lr_{lr}-seed0.json" for lr in (0.01, 0.5)]

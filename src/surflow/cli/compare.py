@@ -24,9 +24,7 @@ def compare(request: DictConfig) -> None:
     """Write the answer into its folder and onto the terminal."""
     asked = resolved(request)
     if not isinstance(asked["where"], dict | None):
-        raise UserError(
-            f"where: expected keys with values, such as {{model: vae}}, got {asked['where']}"
-        )
+        raise UserError(f"where: expected such as {{model: vae}}, got {asked['where']}")
     if asked["direction"] is not None:
         check_choice("direction", asked["direction"], DIRECTIONS, UserError)
     out, roots = asked.pop("out"), asked.pop("roots")

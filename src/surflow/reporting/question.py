@@ -22,7 +22,6 @@ from surflow.reporting.table import Cell, Table, distinct, protocol_of
 from surflow.reporting.text import describe
 
 BUDGET = ("parameters", "optimizer_steps", "samples_seen", "wall_time_s")
-TOLERANCE = 0.05  # by which budgets may differ
 
 Lookup = Callable[[Mapping[str, Any], str], Any]
 
@@ -146,7 +145,8 @@ def answer(
     sets = first.unit == "nats/point" and first.kind != "score"
     direction = direction or ("higher" if sets else "lower")
     measure = {"metric": metric, "unit": first.unit, "direction": direction}
-    chosen = {label: f"data={of[0].data}" for label, of in of_column.items() if "data" in columns}
+    known = len(of_column) == 1 or "data" in columns
+    data = {n: (f"data={of[0].data}",) if known else () for n, of in of_column.items()}
     spec = TableSpec(
         path=Path(),
         artefact="comparison",
@@ -154,8 +154,7 @@ def answer(
         **measure,
         rows=tuple(RowSpec(label, label, experiment="") for label in of_row),
         columns=tuple(
-            ColumnSpec(label, label, tuple(filter(None, [chosen.get(label)])), **measure, digits=4)
-            for label in of_column
+            ColumnSpec(label, label, data[label], **measure, digits=4) for label in of_column
         ),
         sources={},
         notes=notes,
@@ -307,7 +306,7 @@ def _unequal(table: Table) -> list[str]:
     """A warning for each budget in which the rows of a column differ by more than 5 %."""
     found = []
     for name in BUDGET:
-        worst = (TOLERANCE, "")
+        worst = (0.05, "")
         for column in table.spec.columns:
             cells = [c for c in table.of_column(column) if c.records]
             told = [(table.budgets[c.row.name, column.name][name], c.row.label) for c in cells]

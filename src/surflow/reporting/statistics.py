@@ -12,9 +12,7 @@ from itertools import product
 
 import numpy as np
 
-LEVEL = 0.95
-"""The coverage of every interval."""
-
+LEVEL = 0.95  # the coverage of every interval
 POWER = 0.8  # of the test that finds the smallest difference
 FEW = 12  # pairs up to which all flips of signs are counted
 

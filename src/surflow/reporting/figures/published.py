@@ -36,10 +36,10 @@ def means(table: Table, folder: Path) -> dict[str, str]:
     if table.spec.layout != "comparison":
         return {}
     figure = _panels(table, lambda cell: cell.interval and cell.interval.high - cell.interval.mean)
-    title = f"Mean and {LEVEL:.0%} interval over seeds (none of one seed)"
+    title = f"Means with {LEVEL:.0%} intervals over seeds"
     figure.suptitle(title, fontsize=9.5, color=INK)
     layout.save(figure, folder / "means.png")
-    return {f"Means with {LEVEL:.0%} intervals over seeds": "means.png"}
+    return {title: "means.png"}
 
 
 def depths(table: Table, folder: Path) -> dict[str, str]:
