@@ -16,7 +16,8 @@ SOURCE = ROOT / "src" / "surflow"
 PASSED_ON = re.compile(r"^\s*(\w+): \$\{(\w+\.)+\1\}\s*(#.*)?$")
 
 BOUNDS = {
-    "lines under src": 31_500,  # the rebuild left 30,458; scores a row, recipes and studies came
+    # the rebuild left 30,458; then came scores a row, recipes, and comparisons (730)
+    "lines under src": 32_500,
     "lines under cli": 2_000,
     "longest file of cli": 200,
     "functions over 60 lines": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -317,6 +318,38 @@ def computed(node: Any) -> Any:
 def _same(value: Any, default: Any) -> bool:
     default = list(default) if isinstance(default, tuple) else default
     return value == default and isinstance(value, bool) == isinstance(default, bool)
+
+
+def option(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a key such as ``optimizer.lr`` of a plain config, else the default of the target
+    of its node. A group is its ``name``.
+
+    Raises:
+        KeyError: for what is neither there nor a default.
+    """
+    *parents, name = key.split(".")
+    node: Any = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, Mapping) else None
+    if isinstance(node, Mapping) and name in node:
+        value = node[name]
+        return value["name"] if isinstance(value, Mapping) and "name" in value else value
+    default = inspect.Parameter.empty
+    if isinstance(node, Mapping) and node.get("_target_"):
+        with contextlib.suppress(UserError):  # a target that is gone, in an old record
+            default = options_of(target_of(node))[0].get(name, default)
+    if default is inspect.Parameter.empty:
+        raise KeyError(key)
+    return list(default) if isinstance(default, tuple) else default
+
+
+def computed_of(config: Mapping[str, Any], group: str) -> Any:
+    """What :func:`config_hash` counts in a group of a plain config; None where nothing."""
+    content = config.get(group) if group in (*HASHED_GROUPS, "weights") else None
+    try:
+        return computed(content)
+    except UserError:  # a target that is gone, in an old record
+        return content
 
 
 def run_dir(cfg: DictConfig, known: str | None = None) -> Path:

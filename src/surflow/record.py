@@ -179,8 +179,8 @@ def protocol_value(protocol: Mapping[str, Any], key: str) -> Any:
 
 
 def find_records(root: str | Path) -> list[Path]:
-    """Every `record.json` under `root`, sorted; an empty list where there is no such folder."""
-    return sorted(Path(root).rglob(RECORD_NAME))
+    """Every `record.json` under `root`, and what a table keeps in its folder `records`, sorted."""
+    return sorted({*Path(root).rglob(RECORD_NAME), *Path(root).rglob("records/*.json")})
 
 
 def load_records(root: str | Path) -> list[Record | RecordError]:

@@ -9,6 +9,17 @@ import pytest
 
 from surflow.config import config_hash, run_dir
 
+COMMANDS = (
+    "train",
+    "evaluate",
+    "sample",
+    "reproduce",
+    "report",
+    "compare",
+    "verify",
+    "interpolate",
+)
+
 
 @pytest.mark.parametrize(
     "extra",
@@ -140,13 +151,11 @@ def test_pictures_of_a_run(train):
 
 def test_console_scripts():
     found = {e.name: e for e in entry_points(group="console_scripts")}
-    for name in ("train", "evaluate", "sample", "reproduce", "report", "verify", "interpolate"):
+    for name in COMMANDS:
         assert callable(found[f"surflow-{name}"].load())
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "evaluate", "sample", "reproduce", "report", "verify", "interpolate"]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(name, call):
     done = call(name, "--help")
     assert done.code == 0

@@ -16,7 +16,12 @@ from surflow.reporting import build_table, load_spec
 from surflow.reporting.figures.curves import curve_label, learning_curve_figure
 from surflow.reporting.figures.grids import image_caption, image_figure
 from surflow.reporting.figures.layout import run_files
-from surflow.reporting.figures.published import published_figure, published_legend, published_panel
+from surflow.reporting.figures.published import (
+    published_figure,
+    published_legend,
+    published_panel,
+    spread,
+)
 from surflow.reporting.grid import cell_text, render_csv, render_markdown
 from surflow.reporting.verdicts import verdict_of
 
@@ -471,7 +476,7 @@ def test_published_figure_has_ours_beside_theirs(tmp_path):
     put(tmp_path, "slice", seed=1, metrics={"test/iwbo_bpd": bound(3.14)})
     table = fill(tmp_path, seeds=(0, 1))
     axes = Figure().subplots()
-    published_panel(axes, table, table.spec.columns[0])
+    published_panel(axes, table, table.spec.columns[0], spread)
     marks = {}
     for line in axes.lines:
         x, y = line.get_data()

@@ -6,6 +6,7 @@
 import inspect
 
 from surflow.reporting.filling import build_table, without_stale
+from surflow.reporting.question import answer
 from surflow.reporting.spec import ColumnSpec, TableSpec, load_spec
 from surflow.reporting.table import Cell, Key, Table
 from surflow.reporting.write import print_table, write_table

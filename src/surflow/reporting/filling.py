@@ -128,7 +128,7 @@ def build_table(
         for column in spec.columns
     }
     table = Table(spec, profile, seeds, cells, tuple(sorter.problems))
-    return replace(table, warnings=tuple(_warnings(table)))
+    return replace(table, warnings=tuple(cautions(table)))
 
 
 def without_stale(
@@ -158,7 +158,7 @@ def without_stale(
     ]
 
 
-def _warnings(table: Table) -> list[str]:
+def cautions(table: Table) -> list[str]:
     """What a reader must know before comparing the cells with each other."""
     found = []
     if len(table.commits) > 1:
@@ -230,13 +230,21 @@ def _fill_cell(
     empty = replace(empty, refusals=refused, missing=missing)
     if not used:
         return replace(empty, verdict=refusals[0].verdict if refusals else NOT_RUN)
-    name = column.metric
+    cell = filled(empty, used)
+    matters = [d.setting for d in spec.deviations if d.matters and d.applies(*place)]
+    return replace(cell, verdict=verdict_of(cell, profile, wanted, matters))
+
+
+def filled(empty: Cell, used: Sequence[Record]) -> Cell:
+    """A cell with its records, one a seed, and what they say together, but for the verdict.
+    Raises ValueError where likelihoods and bounds would be averaged."""
+    name = empty.column.metric
     metrics = [record.metrics[name] for record in used]
     kinds = distinct(metric.kind for metric in metrics)
     if len(kinds) > 1:
         seen = ", ".join(f"seed {r.seed} {m.kind}" for r, m in zip(used, metrics, strict=True))
         raise ValueError(
-            f"{spec.artefact}, cell {row.name} / {column.name}: {name} mixes kinds ({seen});"
+            f"cell {empty.row.name} / {empty.column.name}: {name} mixes kinds ({seen});"
             " a likelihood and a bound may not be averaged, evaluate every seed the same way"
         )
     values = [metric.value for metric in metrics]
@@ -246,11 +254,11 @@ def _fill_cell(
     if kinds[0] == "bound" and "bound" not in estimator:
         estimator = f"bound: {estimator}"
     times = [record.wall_time_s for record in used if record.wall_time_s is not None]
-    cell = replace(
+    return replace(
         empty,
         ours=ours,
         std=statistics.stdev(values) if len(values) > 1 else None,
-        delta=None if published is None else ours - published,
+        delta=None if empty.published is None else ours - empty.published,
         floor=statistics.fmean(floors) if floors else None,
         unit=metrics[0].unit,
         kind=kinds[0],
@@ -258,5 +266,3 @@ def _fill_cell(
         wall_time_s=statistics.fmean(times) if times else None,
         records=tuple(used),
     )
-    matters = [d.setting for d in spec.deviations if d.matters and d.applies(*place)]
-    return replace(cell, verdict=verdict_of(cell, profile, wanted, matters))

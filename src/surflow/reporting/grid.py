@@ -150,12 +150,8 @@ def _lines(table: Table) -> list[list[str]]:
 
 
 def _grid(table: Table) -> str:
-    spec, lines = table.spec, _lines(table)
-    floors = [column_floor(table, column.name) for column in spec.columns]
-    if any(floors):
-        texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
-        lines.append(["entropy (floor)", *(" to ".join(text) for text in texts)])
-    return markdown_grid(_header(spec), lines, range(1, len(spec.columns) + 1))
+    spec, lines = table.spec, _lines(table) + floor_lines(table)
+    return markdown_grid(header(spec), lines, range(1, len(spec.columns) + 1))
 
 
 def _excess(table: Table) -> list[str]:
@@ -178,7 +174,15 @@ def _excess(table: Table) -> list[str]:
     ]
 
 
-def _header(spec: TableSpec) -> list[str]:
+def floor_lines(table: Table) -> list[list[str]]:
+    """The line of the floors; none where no run names one."""
+    floors = [column_floor(table, column.name) for column in table.spec.columns]
+    texts = ("" if f is None else distinct(number(v, 4) for v in f) for f in floors)
+    return [["entropy (floor)", *(" to ".join(text) for text in texts)]] if any(floors) else []
+
+
+def header(spec: TableSpec) -> list[str]:
+    """The labels of the columns after an empty one."""
     return ["", *(column.label for column in spec.columns)]
 
 
@@ -195,7 +199,7 @@ def _not_run(table: Table, shown: Table) -> list[str]:
     return [f"Not run: {'; '.join(told)}. `ROWS={names}` after the command below runs them."]
 
 
-def _conditions(table: Table) -> list[str]:
+def conditions(table: Table) -> list[str]:
     """What the numbers depend on besides the models: protocols of scores, data, weights."""
     protocols = distinct(
         f"{column.label}: {describe(protocol_of(metric))}"
@@ -305,7 +309,8 @@ def _left_out(table: Table) -> list[str]:
     ]
 
 
-def _run_facts(table: Table) -> list[str]:
+def run_facts(table: Table) -> list[str]:
+    """Times, commits, machines and versions of the runs."""
     spec, cells = table.spec, table.cells
     blocks = ["## Runs"]
     if table.records:
@@ -316,7 +321,7 @@ def _run_facts(table: Table) -> list[str]:
         ]
         blocks += [
             "Wall time of a run, mean over the seeds:",
-            markdown_grid(_header(spec), times, range(1, len(spec.columns) + 1)),
+            markdown_grid(header(spec), times, range(1, len(spec.columns) + 1)),
         ]
     else:
         blocks.append("No run entered this table.")
@@ -335,7 +340,7 @@ def render_markdown(
     """The table as Markdown. `command` regenerates it; `figures` are files in its folder."""
     spec, shown = table.spec, table.without_empty_rows()
     blocks = [f"# {spec.title}", *_first_lines(table), *_legend(table), _grid(shown)]
-    blocks += [*_excess(shown), *_not_run(table, shown), *_conditions(table)]
+    blocks += [*_excess(shown), *_not_run(table, shown), *conditions(table)]
     if spec.orderings:
         said = f" (profile {table.profile}: says nothing about the publication)"
         caution = "" if table.profile == "paper" else said
@@ -345,7 +350,7 @@ def render_markdown(
         blocks += titled("Settings that are not the published ones:", _deviations(table))
         blocks += _compared(table)
     blocks += titled("Warnings:", table.warnings)
-    blocks += [*figure_links(figures), *_every_cell(shown), *_run_facts(shown)]
+    blocks += [*figure_links(figures), *_every_cell(shown), *run_facts(shown)]
     return "\n\n".join([*blocks, *closing(table, command)]) + "\n"
 
 
@@ -353,4 +358,4 @@ def summary(table: Table) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and lines of the table as text."""
     spec = table.spec
     unit = f" ({spec.unit})" if spec.one_metric else ""
-    return f"{spec.title}{unit}, profile {table.profile}", _header(spec), _lines(table)
+    return f"{spec.title}{unit}, profile {table.profile}", header(spec), _lines(table)

@@ -10,6 +10,7 @@ from typing import Any
 from surflow.metric import Metric
 from surflow.record import Record
 from surflow.reporting.spec import ColumnSpec, Quote, RowSpec, TableSpec
+from surflow.reporting.statistics import Interval, of_mean
 
 NOT_RUN = "not run"
 QUOTED_ONLY = "quoted only"
@@ -76,6 +77,16 @@ class Cell:
         return self.std
 
     @property
+    def values(self) -> dict[int, float]:
+        """The number of each seed."""
+        return dict(zip(self.seeds, (metric.value for metric in self.metrics), strict=True))
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the mean over seeds; None where fewer than two have a record."""
+        return of_mean(list(self.values.values())) if len(self.records) > 1 else None
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         """The column's metric of each record."""
         return tuple(record.metrics[self.column.metric] for record in self.records)
@@ -102,7 +113,7 @@ class Cell:
 @dataclass(frozen=True)
 class Table:
     """A filled table. `problems` are unreadable records of no known cell, `costs` what the runs of
-    a row take, in words."""
+    a row take, in words; `budgets` what those of a comparison took, by cell and name."""
 
     spec: TableSpec
     profile: str
@@ -111,6 +122,7 @@ class Table:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     costs: Mapping[str, str] = field(default_factory=dict)
+    budgets: Mapping[tuple[str, str], Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def records(self) -> tuple[Record, ...]:

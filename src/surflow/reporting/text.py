@@ -50,6 +50,11 @@ def short_digests(text: str) -> str:
     return _DIGEST.sub(lambda found: found[0][:12], text)
 
 
+def file_name(text: str) -> str:
+    """The text as a part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
 def bullets(items: Iterable[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {' '.join(item.split())}" for item in items)

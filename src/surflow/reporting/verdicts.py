@@ -83,11 +83,7 @@ def ordering_verdict(better: Cell, worse: Cell) -> str:
         "holds" or "fails" where the interval leaves zero out, else "not decided", with the numbers.
     """
     column = better.column
-    one, other = (
-        {record.seed: metric.value for record, metric in zip(c.records, c.metrics, strict=True)}
-        for c in (better, worse)
-    )
-    interval = paired_difference(one, other)
+    interval = paired_difference(better.values, worse.values)
     if interval is None:
         return "not checked"
     shown = f"{interval.mean:+.{column.digits}f}"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from surflow.files import write_json, write_text
-from surflow.reporting import bounds, grid
+from surflow.reporting import bounds, comparison, grid
 from surflow.reporting.table import Table
+from surflow.reporting.text import file_name
 
-LAYOUTS = {"grid": grid, "bounds": bounds}
+LAYOUTS = {"grid": grid, "bounds": bounds, "comparison": comparison}
 """The module of each `layout`: `render_csv`, `render_markdown`, `summary`."""
 
 
@@ -34,13 +35,13 @@ def _write_records(table: Table, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.json"):
         old.unlink()
-    shared = [column.data for column in table.spec.columns]
+    shared = [c.data for c in table.spec.columns if table.spec.layout != "comparison"]
     for cell in table.cells.values():
         column = cell.column
         name = column.data if shared.count(column.data) > 1 else column.name
         for record in cell.records:
-            path = folder / f"{cell.row.name}-{name}-seed{record.seed}.json"
-            write_json(path, _portable(record.to_json()))
+            file = file_name(f"{cell.row.name}-{name}-seed{record.seed}.json")
+            write_json(folder / file, _portable(record.to_json()))
 
 
 def _portable(content: Any) -> Any:

@@ -26,7 +26,7 @@ FLOOR = "entropy (floor)"
 def learning_curves(table: Table, folder: Path) -> dict[str, str]:
     """The learning curves of the validation metric that most runs have logged."""
     files = layout.run_files(table, "metrics.csv")
-    if table.spec.layout != "grid" or not layout.any_file(files):
+    if table.spec.layout == "bounds" or not layout.any_file(files):
         return {}
     path = folder / "learning_curves.png"
     if any(column.metric.startswith("test/point_") for column in table.spec.columns):

@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from surflow.record import Record, load_record
+from surflow.record import Record
 from surflow.reporting.figures import layout
 from surflow.reporting.figures.layout import CAUTION, COLORMAP, INK, Cells, Sheet
 from surflow.reporting.table import Table
+from surflow.reporting.text import file_name
 
 FEW = 20_000
 """Fewer samples than these are shown as points, more as a histogram."""
@@ -35,11 +36,11 @@ def compared(table: Table, folder: Path) -> dict[str, str]:
 
 def one_by_one(table: Table, folder: Path) -> dict[str, str]:
     """A figure for every model, where the rows have data of their own."""
-    pictures = {}
+    pictures, names = {}, {row.label: row.name for row in table.spec.rows}
     files = layout.run_files(table, "picture.npz") if table.spec.own_data else {}
     for row, found in files.items():
         for file in filter(None, found.values()):
-            name = f"{load_record(file.parent).row}.png"
+            name = f"{file_name(names[row])}.png"
             model_figure(file, folder / name, title=row, metric=table.spec.metric)
             pictures[row] = name
     return pictures

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from surflow.reporting.figures import layout
 from surflow.reporting.figures.layout import CAUTION, GREY, HOLLOW, INK, LINES
 from surflow.reporting.spec import ColumnSpec
+from surflow.reporting.statistics import LEVEL
 from surflow.reporting.table import Cell, Table, distinct
 
 PUBLISHED, OURS, OTHERS = LINES[1], LINES[0], GREY
@@ -23,10 +25,21 @@ WIDE_LABEL = 52  # letters; a panel's width
 def published(table: Table, folder: Path) -> dict[str, str]:
     """Every value of the table, ours and theirs; known densities are shown as such."""
     empty = all(cell.ours is None and cell.published is None for cell in table.cells.values())
-    if empty or table.of_known_densities:
+    if empty or table.of_known_densities or table.spec.layout == "comparison":
         return {}
     published_figure(table, folder / "published.png")
     return {"Published values and ours": "published.png"}
+
+
+def means(table: Table, folder: Path) -> dict[str, str]:
+    """The means of a comparison with their intervals over seeds."""
+    if table.spec.layout != "comparison":
+        return {}
+    figure = _panels(table, lambda cell: cell.interval and cell.interval.high - cell.interval.mean)
+    title = f"Means with {LEVEL:.0%} intervals over seeds"
+    figure.suptitle(title, fontsize=9.5, color=INK)
+    layout.save(figure, folder / "means.png")
+    return {title: "means.png"}
 
 
 def depths(table: Table, folder: Path) -> dict[str, str]:
@@ -45,16 +58,7 @@ def published_figure(table: Table, path: str | Path) -> Path:
     standard error where there is one seed. Published: hollow diamonds; values of other sources:
     hollow squares. Rows that are quoted only have hollow marks only. Returns the path.
     """
-    spec = table.spec
-    across = min(len(spec.columns), 3)
-    down = math.ceil(len(spec.columns) / across)
-    height = down * (0.34 * len(spec.rows) + 1.0) + 0.8
-    size = (1.6 + 3.1 * across, height)
-    figure, panels = layout.sheet_of(down, across, len(spec.columns), size)
-    for index, (axes, column) in enumerate(zip(panels, spec.columns, strict=True)):
-        published_panel(axes, table, column)
-        axes.set_yticks(range(len(spec.rows)))
-        axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
+    figure = _panels(table, spread)
     caution = layout.caution_of(table.records)
     cells = table.cells.values()
     ours = any(cell.ours is not None for cell in cells)
@@ -67,7 +71,24 @@ def published_figure(table: Table, path: str | Path) -> Path:
     return layout.save(figure, path)
 
 
-def published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
+def _panels(table: Table, bar: Callable[[Cell], float | None]) -> Figure:
+    """A panel a column, a line a row; `bar` is the half-width of a cell's error bar."""
+    spec = table.spec
+    across = min(len(spec.columns), 3)
+    down = math.ceil(len(spec.columns) / across)
+    height = down * (0.34 * len(spec.rows) + 1.0) + 0.8
+    size = (1.6 + 3.1 * across, height)
+    figure, panels = layout.sheet_of(down, across, len(spec.columns), size)
+    for index, (axes, column) in enumerate(zip(panels, spec.columns, strict=True)):
+        published_panel(axes, table, column, bar)
+        axes.set_yticks(range(len(spec.rows)))
+        axes.set_yticklabels([row.label for row in spec.rows] if index % across == 0 else [])
+    return figure
+
+
+def published_panel(
+    axes: Axes, table: Table, column: ColumnSpec, bar: Callable[[Cell], float | None]
+) -> None:
     cells = table.of_column(column)
     unit = next((cell.unit for cell in cells if cell.unit and cell.kind != "score"), "")
     seen = False
@@ -77,8 +98,7 @@ def published_panel(axes: Axes, table: Table, column: ColumnSpec) -> None:
         for quote in cell.quoted:
             axes.plot(quote.value, line, marker="s", color=OTHERS, **HOLLOW)
         if cell.ours is not None:
-            error = spread(cell)
-            bars = {"xerr": error, "capsize": 3, "elinewidth": 1.2}
+            bars = {"xerr": bar(cell), "capsize": 3, "elinewidth": 1.2}
             axes.errorbar(cell.ours, line, fmt="o", color=OURS, ms=5.5, zorder=4, **bars)
         seen |= cell.ours is not None or cell.published is not None or bool(cell.quoted)
     axes.set_title("\n".join(textwrap.wrap(column.label, 36)), fontsize=9.5, color=INK)

@@ -27,6 +27,7 @@ FIGURES: tuple[Callable[[Table, Path], dict[str, str]], ...] = (
     gaps.gaps,
     densities.compared,
     densities.one_by_one,
+    published.means,
     published.published,
     of_files("images.npz", SAMPLES, "samples.png", grids.image_figure),
     of_files("points.npz", SAMPLES, "samples.png", sets.set_figure),
