@@ -139,6 +139,11 @@ def test_two_folders_are_two_runs(config):
     assert ids == [f"free-adhoc-{row}-{runs[0].hash}" for row in ("one", "two-three")]
 
 
+def test_a_name_longer_than_a_tag_may_be_is_cut_there(config):
+    run = Run(config("logger=wandb", f"data.name={85 * 'x'}", "data.dataset=checkerboard"))
+    assert run.loggers[0]._wandb_init["tags"] == ["free", 64 * "x", "none"]
+
+
 def test_images_can_be_left_out(command, tiny, config):
     arguments = ("logger=wandb", "logger.wandb.images=false", "run.pictures=true")
     done = command("train", *tiny(*arguments))

@@ -25,7 +25,7 @@ from surflow.training.checkpoint import (
     resume_point,
 )
 from surflow.training.hardware import what_to_compile
-from surflow.training.loggers import CSVMetrics, run_name
+from surflow.training.loggers import CSVMetrics
 from surflow.training.module import FlowModule
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def make_trainer(run: Run, module: FlowModule, times: Elapsed, csv: CSVMetrics) 
         "save_on_train_epoch_end": True,
         "enable_version_counter": False,
     }
-    row, data = run_name(run.config), run.data.name
+    row, data = run.config["row"], run.data.name
     callbacks = [
         RunProgress(f"{row} {data} seed {run.seed}"),
         times,

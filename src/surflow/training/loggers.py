@@ -80,12 +80,8 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.8g}"
 
 
-def run_name(config: Mapping[str, Any]) -> str:
-    """The row of a run, with its surjection where no experiment has named the row."""
-    row, surjection = config["row"], config["surjection"]["name"]
-    if row == config["model"]["name"] and surjection != "none":
-        return f"{row}-{surjection}"
-    return row
+TAG = 64
+"""The most characters of a tag that W&B takes."""
 
 
 def wandb_logger(
@@ -112,8 +108,8 @@ def wandb_logger(
     os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.options
-    row, surjection = run_name(config), config["surjection"]["name"]
-    profile = config["profile"]["name"]
+    row, profile = config["row"], config["profile"]["name"]
+    tags = (profile, config["data"]["name"], config["surjection"]["name"])
     logger = WandbLogger(
         project=project,
         entity=entity,
@@ -124,7 +120,7 @@ def wandb_logger(
         name=f"{row}-{config['data']['name']}-seed{config['seed']}",
         group=config["artefact"],
         job_type=row,
-        tags=[profile, config["data"]["name"], surjection],
+        tags=[tag[:TAG] for tag in tags],
         config=config,
     )
     # Lightning always hands it on, and wandb warns of it
