@@ -116,9 +116,12 @@ def _legend(table: Table) -> list[str]:
     """What the cells show: one line, or a line a column where columns have metrics of their own."""
     spec = table.spec
     spread = " ± sample standard deviation over the seeds"
+    points = "standard error over test points, which is no spread of trainings"
     if len(table.seeds) == 1:
-        spread = " ± standard error over test points, which is no spread of trainings"
+        spread = f" ± {points}"
     cell = f"Each cell: ours{spread} (published)."
+    if len(table.seeds) > 1 and any(len(cell.records) == 1 for cell in table.cells.values()):
+        cell += f" Of a single seed, ± is the {points}."
     if spec.one_metric:
         return [f"`{spec.metric}` in {spec.unit}, {spec.direction} is better. {cell}"]
     alone = any(row.experiment is None for row in spec.rows)
