@@ -20,6 +20,9 @@ from surflow.errors import UserError, close_match
 PROFILES = ("paper", "short", "smoke")
 """From the largest budget to the smallest."""
 
+FREE = "free"
+"""The profile of a run that is no row of a table, in the place of paper."""
+
 HASHED_GROUPS = (
     "data",
     "model",
@@ -53,7 +56,8 @@ TRAINER_RUNTIME = frozenset(
 def _per_profile(values: DictConfig, *, _root_: DictConfig) -> Any:
     """The entry for the profile, or for the nearest larger one that is given."""
     profile = _root_.profile.name
-    order = PROFILES[: PROFILES.index(profile) + 1] if profile in PROFILES else ()
+    known = "paper" if profile == FREE else profile
+    order = PROFILES[: PROFILES.index(known) + 1] if known in PROFILES else ()
     for name in reversed(order):
         if name in values:
             return values[name]

@@ -169,12 +169,6 @@ def test_in_a_process_of_its_own(command, tiny, root):
     assert nothing_left(root)
 
 
-def test_sweep_with_a_mistake_in_it(call, tiny, root):
-    done = call("train", "-m", *tiny("optimizer.lr=-1,0.001"))
-    assert "optimizer.lr: expected a positive number, got -1" in the_line(done)
-    assert not list(root.rglob("record.json"))
-
-
 @pytest.mark.parametrize("variable", ["SURFLOW_DEBUG"])
 def test_debugging_shows_the_traceback(variable, call, tiny, monkeypatch):
     monkeypatch.setenv(variable, "1")

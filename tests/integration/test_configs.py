@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from surflow.cli.request import table_spec
 from surflow.config import (
+    FREE,
     HASHED_GROUPS,
     PROFILES,
     build,
@@ -449,7 +450,12 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "expe
 def test_group_options_compose(group):
     for option in options(group):
         cfg = compose([f"{group}={option}"])
-        assert cfg.profile.name in (*PROFILES, "auto", "default")  # two that `reproduce` resolves
+        assert cfg.profile.name in (
+            *PROFILES,
+            FREE,
+            "auto",
+            "default",
+        )  # two that reproduce resolves
         for where, node in nodes(OmegaConf.to_container(cfg)):
             assert callable(target_of(node, where))
 
@@ -742,7 +748,7 @@ def test_per_profile(values, wanted):
 
 def test_per_profile_without_a_value():
     cfg = compose(["trainer.max_epochs='${per_profile:{smoke:1}}'", "profile=paper"])
-    with pytest.raises(Exception, match="no value for profile 'paper' among"):
+    with pytest.raises(Exception, match="no value for profile 'free' among"):
         _ = cfg.trainer.max_epochs
 
 

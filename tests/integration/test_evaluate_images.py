@@ -108,7 +108,7 @@ def test_evaluation_is_the_record_and_says_what_is_a_bound(trained, digits, call
     elbo = -nats / (64 * math.log(2))
     assert metrics["test/elbo_bpd"] == pytest.approx(elbo, rel=1e-9)
     assert metrics["test/iwbo_bpd"] < metrics["test/elbo_bpd"]
-    assert "24 test points, profile paper" in done.out
+    assert "24 test points, profile free" in done.out
     assert not list(folder.glob("*.partial*"))
 
 

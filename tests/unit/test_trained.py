@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "add-a-metric.md"
 
 def trained_in(folder, flow=None):
     rows = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
-    data = SimpleNamespace(splits={"test": rows}, kind="points", eval_batch_size=16)
+    data = SimpleNamespace(splits={"test": rows}, kind="points", eval_batch_size=16, log_prob=None)
     flow = Flow(StandardNormal(2), Affine(2, learn=True)) if flow is None else flow
     return Trained(flow, data, "test", 3, "nats", 1, 0, folder, folder)
 

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from surflow.config import (
+    FREE,
     PROFILES,
     build,
     check_options,
@@ -136,7 +137,7 @@ class Run:
 
     def _check_plain_keys(self) -> None:
         seed, weights = self.config["seed"], self.config["weights"]
-        check_choice("profile", self.config["profile"]["name"], (*PROFILES, "free"), UserError)
+        check_choice("profile", self.config["profile"]["name"], (*PROFILES, FREE), UserError)
         for group in ("experiment", "recipe"):
             if self.config.get(group):
                 raise UserError(f"{group}: of no effect; begin its file with # @package _global_")
