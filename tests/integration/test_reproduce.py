@@ -694,7 +694,8 @@ def test_sweep_launcher(launcher, command, tiny, root):
 
 
 @pytest.mark.parametrize(
-    "launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.slow)]
+    "launcher",
+    ["basic", *(pytest.param(n, marks=pytest.mark.slow) for n in ("joblib", "submitit_local"))],
 )
 def test_a_sweep_goes_on_where_a_job_fails(launcher, command, tiny, root):
     own = tiny("optimizer.lr=1e30,0.001,-1", "seed=0", f"hydra/launcher={launcher}")
