@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from surflow.config import (
 )
 from surflow.errors import UserError
 from surflow.files import relative, replacing, write_json
+from surflow.record import find_records
+from surflow.reporting.question import leaves
 
 MOVED = {
     "trainer.compile": "compute.compile",
@@ -52,15 +54,6 @@ MOVED = {
 
 UNMOVED = ("name", "_target_", "_partial_", "in_features", "out_features")
 """Labels, targets, and sizes that follow from the data."""
-
-
-def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a plain config with its value; lists are values."""
-    if not isinstance(node, dict):
-        yield key, node
-        return
-    for name, value in node.items():
-        yield from leaves(value, f"{key}.{name}" if key else name)
 
 
 def present_config(earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +160,7 @@ def _main() -> None:
     root = parser.parse_args().root
     if not root.is_dir():
         raise UserError(f"root: expected a folder, got {root}")
-    files = sorted({*root.rglob("record.json"), *root.rglob("records/*.json")})
+    files = find_records(root)
     moved = sum(move_record(file) for file in files)
     free = sum(free_run(file) for file in sorted(root.rglob("record.json")))
     print(f"{relative(root)}: {moved} of {len(files)} records moved, {free} runs filed under free")

@@ -469,13 +469,12 @@ class FlowDistribution(Distribution):
     def _sample_and_log_prob(
         self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor]:
-        x, log_p, ldj = self.draw(n, context, num_samples)
+        x, log_p, ldj = self._draw_in_parts(n, context, num_samples)
         return x, log_p + ldj
 
-    def draw(
-        self, n: int | None, context: Tensor | None, num_samples: int = 1
+    def _draw_in_parts(
+        self, n: int | None, context: Tensor | None, num_samples: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A draw x, the log-density of the base's draw, and what the layers add to it."""
         n, context = self._rows(n, context)
         context = repeat_rows(self._embed(context), num_samples)  # embedded once a row
         z, log_p = self.flow.base.sample_and_log_prob(num_samples * n, context)

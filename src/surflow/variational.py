@@ -19,7 +19,7 @@ from surflow.checks import require_at_least
 from surflow.distributions import StandardNormal
 from surflow.distributions.location_scale import HALF_LOG_TWO_PI
 from surflow.errors import check_choice
-from surflow.flow import Flow, FlowDistribution
+from surflow.flow import Flow
 from surflow.numeric import repeat_rows
 from surflow.score_function import close_tape, open_tape
 from surflow.transforms import VAE, Transform
@@ -96,11 +96,8 @@ def _draw(
     (B, L)."""
     given = layer._given(x, context)
     if not layer.encoder.factorised:
-        if isinstance(layer.encoder, FlowDistribution):
-            z, log_q, layers = layer.encoder.draw(None, given)
-            return z, log_q + layers, layers, None
-        z, log_q = layer.encoder.sample_and_log_prob(context=given)
-        return z, log_q, torch.zeros_like(log_q), None
+        z, log_q, layers = layer.encoder.draw_in_parts(context=given)
+        return z, log_q + layers, layers, None
     loc, log_scale = layer.encoder.normal_parameters(given)
     eps = torch.randn(loc.shape, device=loc.device, dtype=loc.dtype)
     by_dimension = (-0.5 * eps.square() - HALF_LOG_TWO_PI - log_scale).flatten(1)
@@ -234,8 +231,7 @@ def annealed_elbo(
               \quad\text{or}\quad \beta \log p(x, z) - \log q(z|x)
 
     At β = 1 and λ = 0 these are :func:`surflow.objectives.elbo`, draw for draw. Otherwise, and with
-    :func:`latent_mean`, it is no
-    bound on the likelihood, and never to be reported as one.
+    :func:`latent_mean`, it is no bound on the likelihood, and never to be reported as one.
 
     Args:
         flow: a flow with a VAE layer.

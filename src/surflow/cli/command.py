@@ -41,23 +41,26 @@ def command(
 
             return job(once) if sweeping() else once()
 
-        return guarded(run, config_name)
+        def main() -> None:
+            with outcomes(config_name):
+                run()
+
+        return guarded(main)
 
     return wrap
 
 
-def guarded(main: Callable[[], Any], name: str = "train") -> Callable[[], None]:
+def guarded(main: Callable[[], Any]) -> Callable[[], None]:
     """Wrap a command: a user's mistake prints one line and exits with 2.
 
-    Set SURFLOW_DEBUG=1 to see the traceback instead. ``name`` is for the end of a sweep:
-    :func:`surflow.cli.sweep.outcomes`.
+    Set SURFLOW_DEBUG=1 to see the traceback instead.
     """
 
     def run() -> None:
         register_resolvers()
         # Hydra otherwise prints several lines and exits with 1
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        with one_line_errors(), outcomes(name):
+        with one_line_errors():
             main()
 
     return run

@@ -30,7 +30,9 @@ INTERRUPTED = 130
 def sweeping() -> bool:
     """Whether this is a job of a sweep on this machine."""
     folder = os.environ.get(FOLDER)
-    return folder is not None and Path(folder).is_dir() and _hydra().mode == RunMode.MULTIRUN
+    return (
+        folder is not None and Path(folder).is_dir() and HydraConfig.get().mode == RunMode.MULTIRUN
+    )
 
 
 def job(call: Callable[[], Any]) -> Any:
@@ -49,16 +51,13 @@ def job(call: Callable[[], Any]) -> Any:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
     finally:
-        number, given = int(_hydra().job.num), list(_hydra().overrides.task)
+        hydra = HydraConfig.get()
+        number, given = int(hydra.job.num), list(hydra.overrides.task)
         told = {"overrides": given, "reason": reason}
         write_json(Path(os.environ[FOLDER]) / f"{number:06d}.json", told)
         if reason is not None:
             print(f"surflow: job {number} failed: {' '.join(given)}", file=sys.stderr, flush=True)
     return None
-
-
-def _hydra() -> Any:
-    return HydraConfig.get()
 
 
 @contextlib.contextmanager

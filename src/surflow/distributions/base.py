@@ -168,6 +168,19 @@ class Distribution(nn.Module, ABC):
             record_score(log_prob)
         return x, log_prob
 
+    def draw_in_parts(
+        self, n: int | None = None, context: Tensor | None = None, num_samples: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`sample_and_log_prob` with the log-probability in two parts, that of the draw and
+        what the layers of a flow add to it, zero for other distributions."""
+        return self._call("draw_in_parts", self._draw_in_parts, n, context, num_samples)
+
+    def _draw_in_parts(
+        self, n: int | None, context: Tensor | None, num_samples: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_prob = self._sample_and_log_prob(n, context, num_samples)
+        return x, log_prob, torch.zeros_like(log_prob)
+
     def _call(self, method: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``function``; an error gets the name of this class and of the method."""
         try:

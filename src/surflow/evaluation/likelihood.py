@@ -54,10 +54,10 @@ def likelihood(trained: Trained, tf32: bool = False) -> list[Metric]:
         )
     if data.kind == "set":
         found |= per_point(found, data.num_points)
-    best = min(found.values(), key=lambda metric: metric.value)
     if data.log_prob is not None and trained.unit == "nats":
+        best = min(trained.scores, key=lambda name: found[name].value)
         true = data.log_prob(trained.rows).cpu()
-        found["excess"] = excess(best, trained.scores[best.name], true)
+        found["excess"] = excess(found[best], trained.scores[best], true)
     return list(found.values())
 
 
